@@ -1,0 +1,89 @@
+"""Trains a small byte-level BPE vocabulary and writes it in tiktoken's two-column format.
+
+Does not encode: tiktoken does, from the file written here, with GPT-2's split pattern. It is
+made for small texts: the best merge is found by looking at all pairs, with no priority queue.
+"""
+import base64
+import re
+import unicodedata
+from collections import Counter
+
+# prefgpt.SPLIT_PATTERN for the standard library's re, which has no \p{L} and \p{N}: word_pieces
+# first spells every letter, number and space beyond ASCII as an ASCII one
+SPLIT_ASCII = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+"
+                         r"|\s+(?!\S)|\s", re.ASCII)
+
+
+def word_pieces(text):
+    """Cut text as prefgpt.SPLIT_PATTERN does. "so it's 12." -> ["so", " it", "'s", " 12", "."]
+
+    Nothing is lost: the pieces joined are the text again.
+    """
+    shape = text if text.isascii() else "".join(ascii_shape(c) for c in text)
+    return [text[match.start():match.end()] for match in SPLIT_ASCII.finditer(shape)]
+
+
+def ascii_shape(character):
+    """One ASCII character of the same class (letter, number, space, other) as the given one."""
+    if character.isascii():
+        return character
+    if character.isspace():
+        return "\t"  # not " ": only the real space may be glued to the word after it
+    return {"L": "A", "N": "0"}.get(unicodedata.category(character)[0], "#")
+
+
+def train_bpe(texts, vocab_size):
+    """Learn byte-pair merges from an iterable of strings.
+
+    Returns dict[bytes, int], token -> rank: the 256 bytes are ranks 0..255, then each merge takes
+    the next one. The last id of the vocabulary, vocab_size - 1, is left for EOS, so at most
+    vocab_size - 1 tokens come back; fewer when every word of a small text is already one token.
+    Raises ValueError if the 256 bytes and EOS do not fit.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and EOS need at least 257")
+    ranks = {bytes([value]): value for value in range(256)}
+    counted = Counter(piece for text in texts for piece in word_pieces(text))
+    words = [[bytes([value]) for value in piece.encode()] for piece in counted]
+    times = list(counted.values())
+    # a pair is named by its joined bytes, because that is how tiktoken looks merges up
+    counts = Counter()  # joined pair -> how often it occurs
+    places = {}         # joined pair -> numbers of the words it has occurred in
+    for number, word in enumerate(words):
+        count_pairs(word, number, times[number], counts, places)
+    while len(ranks) < vocab_size - 1 and counts:
+        best = max(counts, key=lambda pair: (counts[pair], pair))  # ties: the larger bytes
+        ranks.setdefault(best, len(ranks))
+        for number in places.pop(best):
+            count_pairs(words[number], number, -times[number], counts, places)
+            words[number] = merge(words[number], best)
+            count_pairs(words[number], number, times[number], counts, places)
+    return ranks
+
+
+def count_pairs(word, number, change, counts, places):
+    """Add change to the count of each pair of neighbours in the word; drop what falls to zero."""
+    for left, right in zip(word, word[1:]):
+        counts[left + right] += change
+        if counts[left + right] == 0:
+            del counts[left + right]
+        if change > 0:
+            places.setdefault(left + right, set()).add(number)
+
+
+def merge(word, token):
+    """Join, from left to right, neighbours that make up token. [a, b, c], ab -> [ab, c]"""
+    merged = []
+    for part in word:
+        if merged and merged[-1] + part == token:
+            merged[-1] = token
+        else:
+            merged.append(part)
+    return merged
+
+
+def write_tiktoken(path, ranks):
+    """Write one "base64 rank" line per token, in the order of the ranks."""
+    with open(path, "w", encoding="ascii", newline="\n") as file:
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+            file.write(f"{base64.b64encode(token).decode()} {rank}\n")

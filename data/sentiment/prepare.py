@@ -1,0 +1,288 @@
+"""
+Real text: film reviews of one sentence, positive or negative (Pang and Lee 2005, CC BY 4.0).
+
+Reads rt-polarity.pos and rt-polarity.neg and writes what the four stages and the judge need:
+
+    train.sft.jsonl      "review:" -> " a sentence"             imitate reviews of both kinds
+    train.pairs.jsonl    "review:", a positive against a negative sentence
+    train.prompts.jsonl  "review:" + the first 4 to 6 tokens of a sentence, to be continued
+    val.*.jsonl          the same three, from sentences that are in no train file
+    tokenizer, sentiment.tiktoken   a small BPE, trained on the training sentences
+    judge.npz            the tables of reward.py, from the other half of the sentences
+
+One half of the sentences is for the policies and the reward model; a tenth of it is `val`. The
+other half is only for the judge, whose own accuracy is measured on the first half: to it, all of
+that is held out. This file trains no network, labels nothing itself (the file names are the
+labels), and draws no random number: every order is that of the sentences' sha256, the same on
+every machine and in every run.
+
+    python -m data.sentiment.prepare [--from=FOLDER]
+    judge: 13791 words from 5332 sentences; accuracy 0.765 +- 0.006 on the other 5330
+"""
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import sys
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.bpe import train_bpe, write_tiktoken
+from data.sentiment import reward
+from prefgpt import DataError, load_tokenizer, run_cli
+
+URL = ('https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/'
+       'packages/corpora/sentence_polarity.zip')
+FILES = ('rt-polarity.pos', 'rt-polarity.neg')
+VOCAB_SIZE = 3072  # with EOS; a sentence is then about 30 tokens, and an embedding still cheap
+PROMPT = 'review:'  # every text starts with it, so that SFT, the pairs and PPO share one format
+PROMPT_TOKENS = (4, 5, 6)  # of the sentence, after PROMPT
+PAIRS_PER_POSITIVE = 2
+
+
+@dataclass
+class Config:
+    from_: str = ''  # folder with rt-polarity.pos and .neg; without it they are downloaded
+    out: str = 'data/sentiment'  # folder to write to
+
+
+# --- reading ---
+
+def download(url, path):
+    """
+    Fetch the zip at `url` to `path`, with progress on stderr.
+
+    The bytes go to a temporary name beside it, which becomes `path` only once it is a whole zip:
+    `path` is a good file or not there. Raises DataError, which says how to do without.
+    """
+    part = path.with_name(path.name + '.part')
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as file:
+            size = int(answer.headers.get('Content-Length', 0))  # 0: the server does not say
+            while chunk := answer.read(1 << 16):
+                file.write(chunk)
+                print(f'\rdownload {file.tell() >> 10} / {size >> 10} KB', end='', file=sys.stderr)
+            print(file=sys.stderr)
+        with zipfile.ZipFile(part) as archive:  # a cut file has lost its table of contents
+            if bad := archive.testzip():
+                raise DataError(f'{bad} in it is damaged')
+        os.replace(part, path)
+    except (OSError, EOFError, ValueError, http.client.HTTPException, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise DataError(f'could not download {url}: {error}; fetch and unpack it elsewhere, '
+                        f'and give the folder that holds {FILES[0]} with --from=FOLDER') from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_files(folder, out):
+    """The bytes of the positive and of the negative file, from `folder` or else from the zip."""
+    if folder:
+        missing = [name for name in FILES if not (Path(folder) / name).is_file()]
+        if missing:
+            raise DataError(f"--from={folder}: no {' and no '.join(missing)} there")
+        return [(Path(folder) / name).read_bytes() for name in FILES]
+    path = out / 'sentence_polarity.zip'
+    if not path.exists():
+        download(URL, path)
+    with zipfile.ZipFile(path) as archive:
+        members = [f'sentence_polarity/{name}' for name in FILES]
+        if missing := set(members) - set(archive.namelist()):
+            raise DataError(f"{path}: no {', '.join(sorted(missing))} in it; "
+                            'delete it, or use --from=FOLDER')
+        return [archive.read(member) for member in members]
+
+
+def decode(data):
+    """
+    Bytes of a file -> text. The original is latin-1, but copies in UTF-8 are about.
+
+    latin-1 accepts any bytes, so UTF-8 is tried first: accented latin-1 text is never valid UTF-8.
+    """
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        return data.decode('latin-1')
+
+
+def clean(pos, neg):
+    """
+    Bytes of the two files -> (positive sentences, negative sentences, why others were dropped).
+
+    White space becomes single spaces. A sentence stands once, and not at all if it is in both
+    classes: a repeated one could fall on both sides of a split, and one label would be wrong.
+    """
+    dropped = Counter()
+    classes = []
+    for data in (pos, neg):
+        kept = {}  # a dict, for a set has no order
+        for line in decode(data).removesuffix('\n').split('\n'):  # splitlines cuts at U+0085 too
+            sentence = ' '.join(line.split())
+            if not sentence:
+                dropped['empty'] += 1
+            elif sentence in kept:
+                dropped['repeated'] += 1
+            else:
+                kept[sentence] = True
+        classes.append(kept)
+    both = classes[0].keys() & classes[1].keys()
+    dropped['in both classes'] = 2 * len(both)
+    pos, neg = [[text for text in kept if text not in both] for kept in classes]
+    return pos, neg, dropped
+
+
+# --- splitting ---
+
+def shuffle(sentences):
+    """A fixed shuffle: order of sha256. It depends neither on the files' order nor on a seed."""
+    return sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def split(sentences):
+    """Halve, and hold out a tenth of the first half: {'train', 'val', 'judge'}."""
+    order = shuffle(sentences)
+    half = len(order) // 2
+    tenth = half // 10
+    return {'val': order[:tenth], 'train': order[tenth:half], 'judge': order[half:]}
+
+
+# --- rows ---
+
+def sft_rows(sentences):
+    """
+    Demonstrations. A completion starts with its space: prompt and response are tokenised
+    separately, and " the" is the token that the same word is anywhere else in a sentence.
+    """
+    return [{'prompt': PROMPT, 'completion': ' ' + text} for text in sentences]
+
+
+def pair_rows(pos, neg):
+    """
+    Each positive sentence against PAIRS_PER_POSITIVE different negative ones, all in hash order.
+
+    Where the classes are equally large every sentence is used PAIRS_PER_POSITIVE times. The label
+    is the file's, without noise; which sentence is *better written* it does not say.
+    """
+    return [{'prompt': PROMPT, 'chosen': ' ' + text,
+             'rejected': ' ' + neg[(i + shift) % len(neg)]}
+            for shift in range(PAIRS_PER_POSITIVE) for i, text in enumerate(pos)]
+
+
+def prompt_rows(sentences, tokenizer, taken, dropped):
+    """
+    PROMPT and the first 4, 5 or 6 tokens of each sentence, as text.
+
+    PPO encodes the text again, so it is cut only where the next token starts with a space: then
+    the ids are those that SFT saw, and the response starts a word, as all responses do. Sentences
+    without such a place are dropped, and prompts that are in `taken` (which grows); `dropped`
+    counts why.
+    """
+    rows = []
+    for text in sentences:
+        ids = tokenizer.encode_ordinary(' ' + text)
+        cuts = [n for n in PROMPT_TOKENS
+                if n < len(ids) and tokenizer.decode_single_token_bytes(ids[n]).startswith(b' ')]
+        if not cuts:
+            dropped['too short' if len(ids) <= PROMPT_TOKENS[0] else 'no word ends there'] += 1
+            continue
+        cut = cuts[len(rows) % len(cuts)]  # in turn, so that all three lengths occur
+        prompt = PROMPT + tokenizer.decode(ids[:cut])
+        if tokenizer.encode_ordinary(prompt) != tokenizer.encode_ordinary(PROMPT) + ids[:cut]:
+            dropped['does not encode to the same tokens'] += 1
+        elif prompt in taken:
+            dropped['repeated'] += 1
+        else:
+            taken.add(prompt)
+            rows.append({'prompt': prompt})
+    return rows
+
+
+def write_rows(path, rows):
+    """JSON Lines, UTF-8. Raises DataError instead of leaving an empty file for a later stage."""
+    if not rows:
+        raise DataError(f'{path}: no rows left; the sentences are too few or too short')
+    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+    path.write_bytes(''.join(lines).encode())
+
+
+# --- the whole ---
+
+def make_tokenizer(out, sentences):
+    """Train the BPE on the text that the policy trains on; returns the tiktoken.Encoding."""
+    ranks = train_bpe([f'{PROMPT} {text}' for text in sentences], VOCAB_SIZE)
+    write_tiktoken(out / 'sentiment.tiktoken', ranks)
+    (out / 'tokenizer').write_text('sentiment.tiktoken\n', encoding='utf-8')
+    return load_tokenizer(str(out / 'sentiment.tiktoken'))
+
+
+def make_judge(out, pos, neg):
+    """Train the judge on its half and write its tables; returns its accuracy on the other half."""
+    judge = reward.fit(pos['judge'], neg['judge'])
+    reward.save(out / 'judge.npz', judge)
+    code = Path(reward.__file__)
+    if out.resolve() != code.parent.resolve():
+        shutil.copyfile(code, out / 'reward.py')  # it looks for judge.npz beside itself
+    right = [reward.log_odds(judge, text) > 0 for text in pos['train'] + pos['val']]
+    right += [reward.log_odds(judge, text) <= 0 for text in neg['train'] + neg['val']]
+    accuracy = sum(right) / len(right)
+    error = (accuracy * (1 - accuracy) / len(right)) ** 0.5
+    print(f"judge: {len(judge)} words from {len(pos['judge']) + len(neg['judge'])} sentences; "
+          f'accuracy {accuracy:.3f} +- {error:.3f} on the other {len(right)}')
+    return accuracy
+
+
+def counted(counter):
+    """Counter -> '3 repeated, 1 empty', or 'none'."""
+    return ', '.join(f'{n} {reason}' for reason, n in counter.most_common() if n) or 'none'
+
+
+def report_lengths(sentences, tokenizer):
+    """Print tokens per sentence, which is what block_size has to hold."""
+    lengths = sorted(len(tokenizer.encode_ordinary(' ' + text)) for text in sentences)
+    at = {share: lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.9, 0.99, 1.0)}
+    print(f'tokenizer: {tokenizer.n_vocab} tokens; a sentence is '
+          f'{sum(lengths) / len(lengths):.1f} tokens on average, median {at[0.5]}, '
+          f'90% up to {at[0.9]}, 99% up to {at[0.99]}, the longest {at[1.0]}; '
+          f'{PROMPT!r} and EOS add {len(tokenizer.encode_ordinary(PROMPT)) + 1}')
+
+
+def main(cfg):
+    """Write the data set; returns the counts of rows and of what was dropped, and the accuracy."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pos, neg, dropped = clean(*read_files(cfg.from_, out))
+    print(f'sentences: {len(pos)} positive, {len(neg)} negative; dropped: {counted(dropped)}')
+    if min(len(pos), len(neg)) < 20:  # a tenth of a half
+        raise DataError(f'{len(pos)} positive and {len(neg)} negative sentences: need 20 of each')
+    pos, neg = split(pos), split(neg)
+    train, val = [shuffle(pos[part] + neg[part]) for part in ('train', 'val')]
+    tokenizer = make_tokenizer(out, train)
+    taken, no_prompt = set(), Counter()
+    rows = {'val.sft': sft_rows(val), 'train.sft': sft_rows(train),
+            'val.pairs': pair_rows(pos['val'], neg['val']),
+            'train.pairs': pair_rows(pos['train'], neg['train']),
+            # val comes first: a prompt that starts sentences of both is kept out of train
+            'val.prompts': prompt_rows(val, tokenizer, taken, no_prompt),
+            'train.prompts': prompt_rows(train, tokenizer, taken, no_prompt)}
+    for name, some in rows.items():
+        write_rows(out / f'{name}.jsonl', some)
+        print(f'{out / name}.jsonl: {len(some)} rows')
+    print(f'sentences that gave no prompt: {counted(no_prompt)}')
+    report_lengths(train + val, tokenizer)
+    for row in rows['train.pairs'][:2]:  # repr: text from a file may hold control characters
+        print(f"pair   {row['prompt']!r}\n  chosen   {row['chosen']!r}\n"
+              f"  rejected {row['rejected']!r}")
+    for row in rows['train.prompts'][:2]:
+        print(f"prompt {row['prompt']!r}")
+    accuracy = make_judge(out, pos, neg)
+    return {'accuracy': accuracy, 'dropped': dict(dropped), 'no_prompt': dict(no_prompt),
+            **{name: len(some) for name, some in rows.items()}}
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)

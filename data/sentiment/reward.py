@@ -1,0 +1,84 @@
+"""
+The judge of data/sentiment: is this film review positive? Naive Bayes, in numpy.
+
+    log odds(text) = sum over the different words w of text of
+                     log P(w | positive) - log P(w | negative)
+    P(w | class)   = (sentences of the class that hold w, + 1) / (the same summed over words, + V)
+
+prepare.py trains it on a half of the sentences that neither the policies nor the reward model ever
+see, so that a policy which fools its reward model does not fool the judge with the same mistake.
+
+A word counts once however often it is repeated ("great great great" earns no more than "great"),
+and a word that the judge half does not hold counts nothing. There is no class prior: both files
+hold equally many sentences. The judge knows no word order and no negation ("not good" is "not"
+plus "good"), and it says nothing about whether a response is a sentence at all: read it next to
+samples and evaluate's distinct-2.
+
+    from data.sentiment.reward import score
+    score('review: the film is', ' a moving surprise .')  ->  {'reward': 1.2, 'positive': 1.0}
+"""
+import re
+from pathlib import Path
+
+import numpy as np
+
+from prefgpt import DataError
+
+TABLES = Path(__file__).with_name('judge.npz')
+WORD = re.compile(r"[\w']+|[^\w\s]")  # "isn't" is one word, "," another, "by-the-book" five
+CLIP = 8.0  # nats: 1 real sentence in 50 goes beyond, and its label is then almost certain
+JUDGE = {}  # word -> weight, read from TABLES at the first call of score
+
+
+def words(text):
+    """The different lower-case words of `text`, in the order in which they first appear."""
+    return list(dict.fromkeys(WORD.findall(text.lower())))
+
+
+def fit(positive, negative):
+    """Train on two lists of sentences; returns {word: weight}, a weight in nats, > 0: positive."""
+    vocabulary = sorted({word for text in positive + negative for word in words(text)})
+    index = {word: i for i, word in enumerate(vocabulary)}
+    counts = np.zeros((2, len(vocabulary)))  # sentences of each class that hold the word
+    for row, sentences in enumerate((positive, negative)):
+        for text in sentences:
+            counts[row, [index[word] for word in words(text)]] += 1
+    totals = counts.sum(axis=1, keepdims=True)
+    logprobs = np.log((counts + 1) / (totals + len(vocabulary)))  # Laplace: no word is impossible
+    return dict(zip(vocabulary, (logprobs[0] - logprobs[1]).tolist()))
+
+
+def log_odds(judge, text):
+    """log P(positive) - log P(negative) of `text`, in nats; 0 where the judge knows no word."""
+    return sum((judge[word] for word in words(text) if word in judge), 0.0)
+
+
+def save(path, judge):
+    """Write {word: weight} to an .npz of plain arrays; the same judge gives the same bytes."""
+    np.savez(path, words=np.array(list(judge)), weights=np.array(list(judge.values())))
+
+
+def load(path):
+    """Read {word: weight}; DataError if there is no such file."""
+    if not path.is_file():
+        raise DataError(f"{path}: the judge's tables are missing; "
+                        'run: python -m data.sentiment.prepare')
+    with np.load(path, allow_pickle=False) as tables:
+        return dict(zip(tables['words'].tolist(), tables['weights'].tolist()))
+
+
+def score(prompt, response):
+    """
+    Judge one response (text): {'reward': float, 'positive': 1.0 or 0.0}.
+
+    `reward` is the log odds of the whole response (nats, not per word), clipped to +-CLIP: where a
+    sentence is certainly positive already, one more word of praise earns nothing. The words are
+    treated as independent, so the log odds are too sure of themselves; their order is what counts.
+    `positive` is 1.0 where P(positive) > 0.5.
+    Only the response is read: the prompt's words are given, and the policy should earn its own.
+    A response that is empty, or has no known word, gets reward 0.0 and positive 0.0.
+    """
+    if not JUDGE:
+        JUDGE.update(load(TABLES))
+    odds = log_odds(JUDGE, response)
+    return {'reward': max(-CLIP, min(CLIP, odds)), 'positive': float(odds > 0)}
