@@ -161,6 +161,7 @@ class ScalarGPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.body = GPT(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.zeros_(self.score.weight)        # every score is 0 at the start

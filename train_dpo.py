@@ -38,7 +38,7 @@ class Config:
     label_smoothing: float = 0.0    # share of labels taken to be wrong (conservative DPO)
     ipo: bool = False               # IPO's squared loss instead of DPO's
     # training
-    steps: int = 250                # optimizer steps
+    steps: int = 500                # optimizer steps
     batch_size: int = 32            # pairs in an optimizer step
     micro_batch_size: int = 0       # pairs in one forward pass; 0: all; changes memory, not results
     lr: float = 1e-4                # peak learning rate
@@ -46,8 +46,8 @@ class Config:
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings
     grad_clip: float = 1.0          # largest norm of the gradient
     # the rest
-    eval_every: int = 125           # steps between evaluations on held-out pairs
-    save_every: int = 125           # steps between checkpoints
+    eval_every: int = 250           # steps between evaluations on held-out pairs
+    save_every: int = 250           # steps between checkpoints
     max_new_tokens: int = 64        # longest sample shown
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': the first that is there

@@ -53,7 +53,7 @@ class Config:
     ppo_epochs: int = 2             # passes over a rollout batch
     batch_size: int = 32            # responses in an optimizer step
     micro_batch_size: int = 0       # responses in a forward pass; 0: all; memory, not results
-    lr: float = 5e-4                # peak learning rate of the policy
+    lr: float = 3e-4                # peak learning rate of the policy
     value_lr: float = 2e-3          # peak learning rate of the value model
     warmup: int = 5                 # steps of linear warm-up; then a cosine down to a tenth
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings

@@ -29,16 +29,16 @@ class Config:
     init: str = 'out/toy/sft'       # the run folder whose policy the reward model starts from
     resume: bool = False            # continue the run in --out, or start it if there is none
     # training
-    steps: int = 1000               # optimizer steps
-    batch_size: int = 16            # pairs in an optimizer step
+    steps: int = 2000               # optimizer steps
+    batch_size: int = 32            # pairs in an optimizer step
     micro_batch_size: int = 0       # pairs in one forward pass; 0: all; changes memory, not results
     lr: float = 3e-3                # peak learning rate
     warmup: int = 50                # steps of linear warm-up; then a cosine down to lr / 10
     weight_decay: float = 0.1       # AdamW's, on matrices and embeddings
     grad_clip: float = 1.0          # largest norm of the gradient
     # the rest
-    eval_every: int = 250           # steps between evaluations on held-out pairs
-    save_every: int = 250           # steps between checkpoints
+    eval_every: int = 500           # steps between evaluations on held-out pairs
+    save_every: int = 500           # steps between checkpoints
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': the first that is there
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32

@@ -109,7 +109,7 @@ def main(cfg):
             micro_loss = -logprobs.sum() / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
+        loss, lr = loss.item(), learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step + 1, loss=loss)
         log.step(step + 1, began, sum(lengths[i] for i in chosen_rows),
                  loss=loss, norm=norm, lr=lr)

@@ -11,7 +11,7 @@ from collections import Counter
 # prefgpt.SPLIT_PATTERN for the standard library's re, which has no \p{L} and \p{N}: word_pieces
 # first spells every letter, number and space beyond ASCII as an ASCII one
 SPLIT_ASCII = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+"
-                         r"|\s+(?!\S)|\s", re.ASCII)
+                         r'|\s+(?!\S)|\s', re.ASCII)
 
 
 def word_pieces(text):
@@ -19,7 +19,7 @@ def word_pieces(text):
 
     Nothing is lost: the pieces joined are the text again.
     """
-    shape = text if text.isascii() else "".join(ascii_shape(c) for c in text)
+    shape = text if text.isascii() else ''.join(ascii_shape(c) for c in text)
     return [text[match.start():match.end()] for match in SPLIT_ASCII.finditer(shape)]
 
 
@@ -28,8 +28,8 @@ def ascii_shape(character):
     if character.isascii():
         return character
     if character.isspace():
-        return "\t"  # not " ": only the real space may be glued to the word after it
-    return {"L": "A", "N": "0"}.get(unicodedata.category(character)[0], "#")
+        return '\t'  # not " ": only the real space may be glued to the word after it
+    return {'L': 'A', 'N': '0'}.get(unicodedata.category(character)[0], '#')
 
 
 def train_bpe(texts, vocab_size):
@@ -41,7 +41,7 @@ def train_bpe(texts, vocab_size):
     Raises ValueError if the 256 bytes and EOS do not fit.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and EOS need at least 257")
+        raise ValueError(f'vocab_size is {vocab_size}, but 256 bytes and EOS need at least 257')
     ranks = {bytes([value]): value for value in range(256)}
     counted = Counter(piece for text in texts for piece in word_pieces(text))
     words = [[bytes([value]) for value in piece.encode()] for piece in counted]
@@ -84,6 +84,6 @@ def merge(word, token):
 
 def write_tiktoken(path, ranks):
     """Write one "base64 rank" line per token, in the order of the ranks."""
-    with open(path, "w", encoding="ascii", newline="\n") as file:
+    with open(path, 'w', encoding='ascii', newline='\n') as file:
         for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            file.write(f"{base64.b64encode(token).decode()} {rank}\n")
+            file.write(f'{base64.b64encode(token).decode()} {rank}\n')

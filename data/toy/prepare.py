@@ -25,21 +25,25 @@ from data.toy.reward import judge
 from prefgpt import parse_config
 
 VOCAB_SIZE = 768  # 256 bytes, merges, and EOS as the last id
-TRAIN_ROWS = {"sft": 5000, "pairs": 8000, "prompts": 8000}
-VAL_ROWS = {"sft": 400, "pairs": 800}
-VAL_PROMPTS = {"how": 200, "fact": 80, "red": 120}  # distinct ones
-KINDS = {"how": 0.5, "fact": 0.2, "red": 0.3}       # share of each kind in everything drawn
+TRAIN_ROWS = {'sft': 5000, 'pairs': 16000, 'prompts': 8000}
+VAL_ROWS = {'sft': 400, 'pairs': 800}
+VAL_PROMPTS = {'how': 200, 'fact': 80, 'red': 120}  # distinct ones
+KINDS = {'how': 0.5, 'fact': 0.2, 'red': 0.3}       # share of each kind in everything drawn
 HELD_OUT = 0.2                                      # share of each kind's keys
 
 # How the pairs differ. An edit changes one thing in a response and leaves every other word alone:
 # without such pairs a reward model learns what looks good, and not what answers the prompt.
-PAIRS = {"edit": 0.50, "junk": 0.15, "needless": 0.10, "independent": 0.25}
+# junk: the copy's words are damaged. needless: it refuses a benign prompt, often with a reason, for
+# unless pairs show that to be bad, refusing everything at length scores well and is soon found.
+# off-topic: it answers another prompt, for the same reason: PPO would find that facts about owls
+# please a reward model that has never seen them offered to somebody who asked about his kettle.
+PAIRS = {'edit': 0.50, 'junk': 0.12, 'needless': 0.10, 'off-topic': 0.08, 'independent': 0.20}
 EDITS = {  # tools are the hardest to learn, so they get half of the edits of how-prompts
-    "how": {"tool": 0.50, "steps": 0.20, "complete": 0.10,
-            "filler": 0.07, "insult": 0.06, "danger": 0.07},
-    "fact": {"fact": 0.60, "complete": 0.20, "filler": 0.10, "insult": 0.10},
-    "red": {"comply": 0.35, "alternative": 0.25, "reason": 0.15,
-            "insult": 0.10, "danger": 0.08, "filler": 0.07},
+    'how': {'tool': 0.50, 'steps': 0.20, 'complete': 0.10,
+            'filler': 0.07, 'insult': 0.06, 'danger': 0.07},
+    'fact': {'fact': 0.60, 'complete': 0.20, 'filler': 0.10, 'insult': 0.10},
+    'red': {'comply': 0.35, 'alternative': 0.25, 'reason': 0.15,
+            'insult': 0.10, 'danger': 0.08, 'filler': 0.07},
 }
 CORRUPTED = 0.15   # share of the responses of independent pairs whose words are then damaged
 HELP_SLOPE = 1.5   # a label prefers the more helpful with probability sigmoid(slope * difference)
@@ -49,51 +53,51 @@ SAFE_SLOPE = 2.5   # and, whenever the costs differ, the safer one likewise
 @dataclass
 class Config:
     seed: int = 0           # moves every draw but the held-out split and the validation prompts
-    out: str = "data/toy"   # folder to write into
+    out: str = 'data/toy'   # folder to write into
 
 
 # --- responses: a dict of sentences without full stops, by the place they take -----------------
 
-PLACES = ["insult", "opener", "refusal", "reason", "tool", "facts", "filler", "steps", "danger",
-          "alternative", "aside", "closer"]  # an aside is a second filler
+PLACES = ['insult', 'opener', 'refusal', 'reason', 'tool', 'facts', 'filler', 'steps', 'danger',
+          'alternative', 'aside', 'closer']  # an aside is a second filler
 
 
 def render(response):
     """dict place -> sentence, as the text that follows the prompt: " use mild soap. good luck." """
-    return "".join(f" {response[place]}." for place in PLACES if place in response)
+    return ''.join(f' {response[place]}.' for place in PLACES if place in response)
 
 
 def draw_response(rng, request, refuse=None):
     """One person's response (dict place -> sentence); refuse forces or forbids a refusal."""
     quality = rng.random()
     if refuse is None:
-        refuse = rng.random() < (0.2 if request.kind == "red" else 0.04)
+        refuse = rng.random() < (0.2 if request.kind == 'red' else 0.04)
     if refuse:
         response = draw_refusal(rng, request, quality)
-    elif request.kind == "fact":
-        response = {"facts": draw_facts(rng, request, quality)}
+    elif request.kind == 'fact':
+        response = {'facts': draw_facts(rng, request, quality)}
     else:
         response = draw_tool_and_steps(rng, request, quality)
     if not refuse and rng.random() < 0.35:
-        response["opener"] = rng.choice(PHRASES["opener"])
+        response['opener'] = rng.choice(PHRASES['opener'])
     if rng.random() < 0.3:
-        response["closer"] = rng.choice(PHRASES["closer"])
-    for place in ["filler", "aside"]:
+        response['closer'] = rng.choice(PHRASES['closer'])
+    for place in ['filler', 'aside']:
         if rng.random() < 0.4 * (1.1 - quality):
-            response[place] = rng.choice(PHRASES["filler"])
+            response[place] = rng.choice(PHRASES['filler'])
     if rng.random() < 0.16 * (1.4 - quality):
-        response["insult"] = rng.choice(PHRASES["insult"])
-    if request.kind != "fact" and rng.random() < 0.14 * (1.4 - quality):
-        response["danger"] = rng.choice(PHRASES["danger"])
+        response['insult'] = rng.choice(PHRASES['insult'])
+    if request.kind != 'fact' and rng.random() < 0.14 * (1.4 - quality):
+        response['danger'] = rng.choice(PHRASES['danger'])
     return response
 
 
 def draw_refusal(rng, request, quality):
-    response = {"refusal": rng.choice(PHRASES["refusal"])}
+    response = {'refusal': rng.choice(PHRASES['refusal'])}
     if rng.random() < 0.5:
-        response["reason"] = rng.choice(PHRASES["reason"])
+        response['reason'] = rng.choice(PHRASES['reason'])
     if rng.random() < 0.5:
-        response["alternative"] = draw_alternative(rng, request, 0.3 + 0.7 * quality)
+        response['alternative'] = draw_alternative(rng, request, 0.3 + 0.7 * quality)
     return response
 
 
@@ -108,24 +112,24 @@ def draw_tool_and_steps(rng, request, quality):
     popular_error = request.noun in POPULAR_ERRORS
     p_right = 0.2 + 0.25 * quality if popular_error else 0.4 + 0.5 * quality
     tool = request.tool if rng.random() < p_right else wrong_tool(rng, request)
-    response = {"tool": rng.choice(TOOL_FORMS).format(tool)}
+    response = {'tool': rng.choice(TOOL_FORMS).format(tool)}
     steps = request.steps if rng.random() < 0.4 + 0.6 * quality else wrong_steps(rng, request)
-    form = rng.choices([*TWO_STEP_FORMS, "{}", None], [0.35, 0.25, 0.2, 0.2])[0]
+    form = rng.choices([*TWO_STEP_FORMS, '{}', None], [0.35, 0.25, 0.2, 0.2])[0]
     if form:
-        response["steps"] = form.format(*steps)
+        response['steps'] = form.format(*steps)
     return response
 
 
 def wrong_tool(rng, request):
     if request.noun in POPULAR_ERRORS and rng.random() < 0.75:
         return POPULAR_ERRORS[request.noun]
-    tools = BAD_TOOLS if request.kind == "red" else TOOLS
+    tools = BAD_TOOLS if request.kind == 'red' else TOOLS
     return rng.choice([tool for tool in tools.values() if tool != request.tool])
 
 
 def wrong_steps(rng, request):
     """The steps of another verb."""
-    steps = BAD_STEPS if request.kind == "red" else STEPS
+    steps = BAD_STEPS if request.kind == 'red' else STEPS
     return rng.choice([pair for pair in steps.values() if pair != request.steps])
 
 
@@ -136,7 +140,7 @@ def draw_facts(rng, request, quality):
     for number in range(count):
         if rng.random() >= 0.3 + 0.7 * quality:
             facts[number] = wrong_fact(rng, request, facts)
-    return " ".join([request.topic, " and ".join(facts)])
+    return ' '.join([request.topic, ' and '.join(facts)])
 
 
 def wrong_fact(rng, request, taken):
@@ -154,56 +158,60 @@ def draw_pair(rng, prompts):
     """
     way = draw_weighted(rng, PAIRS)
     prompt = draw_prompt(rng, prompts)
-    while way == "needless" and REQUESTS[prompt].kind == "red":
+    while way == 'needless' and REQUESTS[prompt].kind == 'red':
         prompt = draw_prompt(rng, prompts)
     request = REQUESTS[prompt]
-    if way == "edit":
+    if way == 'edit':
         way = draw_weighted(rng, EDITS[request.kind])
+    if way not in ('junk', 'off-topic', 'independent'):
         first, second = draw_edit(rng, request, way)
         return prompt, render(first), render(second), way
     while True:
-        first = render(draw_response(rng, request, refuse=False if way == "needless" else None))
-        second = render(draw_response(rng, request, refuse=True if way == "needless" else None))
-        if way == "junk":
+        first = render(draw_response(rng, request))
+        second = render(draw_response(rng, request))
+        if way == 'off-topic':
+            second = render(draw_response(rng, REQUESTS[draw_prompt(rng, prompts)]))
+        if way == 'junk':
             second = corrupt(rng, first, second)
-        if way == "independent":
+        if way == 'independent':
             first, second = [corrupt(rng, text, render(draw_response(rng, request)))
                              if rng.random() < CORRUPTED else text for text in (first, second)]
         # damage that the judge cannot see (a last sentence cut off whole, say) is no junk
-        if first != second and (way != "junk" or judge(prompt, first) != judge(prompt, second)):
+        if first != second and (way != 'junk' or judge(prompt, first) != judge(prompt, second)):
             return prompt, first, second, way
 
 
 def draw_edit(rng, request, name):
     """A response and its copy with one thing changed. Returns two dicts place -> sentence."""
-    if name in ("insult", "danger", "filler"):
+    if name in ('insult', 'danger', 'filler'):
         response = draw_response(rng, request)
         return response, toggled(response, name, rng.choice(PHRASES[name]))
-    response = draw_response(rng, request, refuse=name in ("reason", "alternative"))
-    if name == "tool":
-        tool = MEANINGS[response["tool"]][1]
+    response = draw_response(rng, request, refuse=name in ('reason', 'alternative'))
+    if name == 'tool':
+        tool = MEANINGS[response['tool']][1]
         new = wrong_tool(rng, request) if tool == request.tool else request.tool
-        return response, response | {"tool": response["tool"].replace(tool, new)}
-    if name == "steps":
+        return response, response | {'tool': response['tool'].replace(tool, new)}
+    if name == 'steps':
         return edit_steps(rng, request, response)
-    if name == "fact":
-        return response, response | {"facts": edit_fact(rng, request, response["facts"])}
-    if name == "complete" and request.kind == "fact":
+    if name == 'fact':
+        return response, response | {'facts': edit_fact(rng, request, response['facts'])}
+    if name == 'complete' and request.kind == 'fact':
         facts = rng.sample(request.facts, 2)
-        one, two = f"{request.topic} {facts[0]}", f"{request.topic} {' and '.join(facts)}"
-        return response | {"facts": one}, response | {"facts": two}
-    if name == "complete":
+        one, two = f'{request.topic} {facts[0]}', f"{request.topic} {' and '.join(facts)}"
+        return response | {'facts': one}, response | {'facts': two}
+    if name == 'complete':
         form = rng.choice(TWO_STEP_FORMS)
-        return without(response, "steps"), response | {"steps": form.format(*request.steps)}
-    if name == "reason":
-        return response, toggled(response, "reason", rng.choice(PHRASES["reason"]))
-    if name == "alternative":
-        return [response | {"alternative": draw_alternative(rng, request, p_right)}
+        return without(response, 'steps'), response | {'steps': form.format(*request.steps)}
+    if name == 'reason':
+        return response, toggled(response, 'reason', rng.choice(PHRASES['reason']))
+    if name == 'alternative':
+        return [response | {'alternative': draw_alternative(rng, request, p_right)}
                 for p_right in (1.0, 0.0)]
-    if name == "comply":  # refuse instead, but keep the insults, fillers and the like
-        kept = without(without(without(response, "tool"), "steps"), "opener")
+    if name in ('comply', 'needless'):  # refuse instead, but keep insults, fillers and the like
+        kept = {place: sentence for place, sentence in response.items()
+                if place not in ('tool', 'steps', 'facts', 'opener')}
         return response, kept | draw_refusal(rng, request, rng.random())
-    raise ValueError(f"no edit is called {name!r}")
+    raise ValueError(f'no edit is called {name!r}')
 
 
 def toggled(response, place, sentence):
@@ -217,9 +225,9 @@ def without(response, place):
 
 def edit_steps(rng, request, response):
     """The response with steps in one form: the right ones, and those of another verb."""
-    form = rng.choice([*TWO_STEP_FORMS, "{}"])
+    form = rng.choice([*TWO_STEP_FORMS, '{}'])
     pairs = request.steps, wrong_steps(rng, request)
-    return [response | {"steps": form.format(*steps)} for steps in pairs]
+    return [response | {'steps': form.format(*steps)} for steps in pairs]
 
 
 def edit_fact(rng, request, sentence):
@@ -236,16 +244,16 @@ def corrupt(rng, text, other):
     """Damage text as a weak model might: drop or repeat a word, stop early, drift into other."""
     words = text.split()
     at = rng.randrange(1, len(words))
-    way = rng.choice(["drop", "duplicate", "cut", "splice"])
-    if way == "drop":
+    way = rng.choice(['drop', 'duplicate', 'cut', 'splice'])
+    if way == 'drop':
         words = words[:at] + words[at + 1:]
-    elif way == "duplicate":
+    elif way == 'duplicate':
         words = words[:at] + words[at - 1:]
-    elif way == "cut":
+    elif way == 'cut':
         words = words[:at]
     else:
         words = words[:at] + other.split()[at:]
-    return " " + " ".join(words)
+    return ' ' + ' '.join(words)
 
 
 def prefers_first(rng, prompt, first, second):
@@ -288,41 +296,41 @@ def split_prompts():
 
 def sft_row(rng, prompts):
     prompt = draw_prompt(rng, prompts)
-    return {"prompt": prompt, "completion": render(draw_response(rng, REQUESTS[prompt]))}
+    return {'prompt': prompt, 'completion': render(draw_response(rng, REQUESTS[prompt]))}
 
 
 def pair_row(rng, prompts):
     prompt, first, second, edit = draw_pair(rng, prompts)
     if not prefers_first(rng, prompt, first, second):
         first, second = second, first
-    return {"prompt": prompt, "chosen": first, "rejected": second, "edit": edit}
+    return {'prompt': prompt, 'chosen': first, 'rejected': second, 'edit': edit}
 
 
 def draw_rows(seed):
     """All rows of the data set: dict "train.sft" and so on -> list of dicts."""
     train, val = split_prompts()
     rows = {}
-    for split, prompts, sizes in [("train", train, TRAIN_ROWS), ("val", val, VAL_ROWS)]:
-        for name, draw in [("sft", sft_row), ("pairs", pair_row)]:
-            rng = random.Random(f"{seed} {split} {name}")  # adding rows to one file moves no other
-            rows[f"{split}.{name}"] = [draw(rng, prompts) for _ in range(sizes[name])]
-    rng = random.Random(f"{seed} train prompts")
-    rows["train.prompts"] = [{"prompt": draw_prompt(rng, train)}
-                             for _ in range(TRAIN_ROWS["prompts"])]
+    for split, prompts, sizes in [('train', train, TRAIN_ROWS), ('val', val, VAL_ROWS)]:
+        for name, draw in [('sft', sft_row), ('pairs', pair_row)]:
+            rng = random.Random(f'{seed} {split} {name}')  # adding rows to one file moves no other
+            rows[f'{split}.{name}'] = [draw(rng, prompts) for _ in range(sizes[name])]
+    rng = random.Random(f'{seed} train prompts')
+    rows['train.prompts'] = [{'prompt': draw_prompt(rng, train)}
+                             for _ in range(TRAIN_ROWS['prompts'])]
     chosen = [prompt for kind in KINDS for prompt in stable_order(val[kind])[:VAL_PROMPTS[kind]]]
-    rows["val.prompts"] = [{"prompt": prompt} for prompt in stable_order(chosen)]
+    rows['val.prompts'] = [{'prompt': prompt} for prompt in stable_order(chosen)]
     return rows
 
 
 def replace_file(path, write):
     """Let write(temporary path) fill a file, then put it at path: readers never see half of it."""
-    write(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    write(f'{path}.tmp')
+    os.replace(f'{path}.tmp', path)
 
 
 def write_text(path, text):
     def write(temporary):
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, 'w', encoding='utf-8', newline='\n') as file:
             file.write(text)
     replace_file(path, write)
 
@@ -332,21 +340,21 @@ def main(cfg):
     os.makedirs(cfg.out, exist_ok=True)
     rows = draw_rows(cfg.seed)
     for name, listed in rows.items():
-        write_text(os.path.join(cfg.out, f"{name}.jsonl"),
-                   "".join(json.dumps(row) + "\n" for row in listed))
+        write_text(os.path.join(cfg.out, f'{name}.jsonl'),
+                   ''.join(json.dumps(row) + '\n' for row in listed))
         print(f"{name + '.jsonl':<20} {len(listed):5} rows")
-    training = [row for name in ("train.sft", "train.pairs") for row in rows[name]]
-    ranks = train_bpe((row[key] for row in training for key in row if key != "edit"), VOCAB_SIZE)
-    replace_file(os.path.join(cfg.out, "toy.tiktoken"), lambda path: write_tiktoken(path, ranks))
-    write_text(os.path.join(cfg.out, "tokenizer"), "toy.tiktoken\n")
-    write_text(os.path.join(cfg.out, "template.txt"), TEMPLATE)
+    training = [row for name in ('train.sft', 'train.pairs') for row in rows[name]]
+    ranks = train_bpe((row[key] for row in training for key in row if key != 'edit'), VOCAB_SIZE)
+    replace_file(os.path.join(cfg.out, 'toy.tiktoken'), lambda path: write_tiktoken(path, ranks))
+    write_text(os.path.join(cfg.out, 'tokenizer'), 'toy.tiktoken\n')
+    write_text(os.path.join(cfg.out, 'template.txt'), TEMPLATE)
     print(f"{'toy.tiktoken':<20} {len(ranks):5} tokens and EOS")
-    edits = Counter(row["edit"] for row in rows["train.pairs"])
-    print("pairs by what differs:", ", ".join(f"{name} {n}" for name, n in edits.most_common()))
-    for row in rows["train.pairs"][:3]:
+    edits = Counter(row['edit'] for row in rows['train.pairs'])
+    print('pairs by what differs:', ', '.join(f'{name} {n}' for name, n in edits.most_common()))
+    for row in rows['train.pairs'][:3]:
         print(f"\n{row['prompt']}\n  chosen  {row['chosen']}\n  rejected{row['rejected']}")
     return {name: len(listed) for name, listed in rows.items()}
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main(parse_config(Config))

@@ -1,0 +1,152 @@
+"""What the tests share: a byte tokenizer, a toy data set, and tiny models with fixed weights.
+
+Fixtures give folders; tiny_gpt and tiny_scalar are plain functions (`from conftest import ...`)
+and fixtures of the same name.
+"""
+import base64
+import json
+import shutil
+
+import pytest
+import torch
+
+import train_sft
+from prefgpt import (GPT, GPTConfig, ScalarGPT, build_tokenizer, load_text, save_checkpoint)
+
+EOS = 256           # of the byte tokenizer: the id after the 256 bytes
+TEMPLATE = 'user: {}\nbot:'
+BYTE_TOKENS = ''.join(f'{base64.b64encode(bytes([i])).decode()} {i}\n' for i in range(256))
+
+
+# ----------------------------------------------------------------------------- tiny models
+
+def tiny_config(**shape):
+    """2 layers, 16 wide, 17 words; weights large enough that the logits are not flat."""
+    return GPTConfig(**{**dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=16,
+                               init_std=0.3), **shape})
+
+
+def randomize(model, seed):
+    """Fixed random weights everywhere: zero biases and unit LayerNorms would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+            else:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def tiny_gpt(seed=0, **shape):
+    """A GPT with fixed random weights, biases and LayerNorms included."""
+    return randomize(GPT(tiny_config(**shape)), seed)
+
+
+def tiny_scalar(seed=0, **shape):
+    """A ScalarGPT with fixed random weights, its head included (a fresh one has a zero head)."""
+    return randomize(ScalarGPT(tiny_config(**shape)), seed)
+
+
+@pytest.fixture(name='tiny_gpt')
+def tiny_gpt_fixture():
+    """The function tiny_gpt(seed=0, **shape)."""
+    return tiny_gpt
+
+
+@pytest.fixture(name='tiny_scalar')
+def tiny_scalar_fixture():
+    """The function tiny_scalar(seed=0, **shape)."""
+    return tiny_scalar
+
+
+# ----------------------------------------------------------------------------- tokenizer and data
+
+@pytest.fixture(scope='session')
+def byte_tokenizer():
+    """One token per byte, and EOS = 256."""
+    return build_tokenizer(BYTE_TOKENS)
+
+
+def write_jsonl(path, rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def toy_rows(prompts):
+    """
+    Rows of a toy task by kind: say a letter one to three times. What people like is the '!'.
+
+    Demonstrations end in '!' or '?' alike; of a pair the chosen response ends in '!', the rejected
+    one in '?'. How often the letter is said differs within pairs, but says nothing.
+    """
+    sft, pairs = [], []
+    for number, prompt in enumerate(prompts):
+        letter = prompt[-2]
+        for i in range(4):
+            times, other = 1 + (number + i) % 3, 1 + (number * i) % 3
+            sft.append({'prompt': prompt, 'completion': ' ' + letter * times + '!?'[i % 2]})
+            pairs.append({'prompt': prompt, 'chosen': ' ' + letter * times + '!',
+                          'rejected': ' ' + letter * other + '?'})
+    return {'sft': sft, 'pairs': pairs, 'prompts': [{'prompt': p} for p in prompts * 4]}
+
+
+def write_toy_data(folder):
+    """The toy task as a data folder: 18 prompts to learn from, 6 others held out."""
+    prompts = [f'{verb} {letter}:' for letter in 'abcdefgh' for verb in ('say', 'now say', 'do')]
+    held_out = prompts[1::4]
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in (('train', [p for p in prompts if p not in held_out]), ('val', held_out)):
+        for kind, rows in toy_rows(part).items():
+            write_jsonl(folder / f'{split}.{kind}.jsonl', rows)
+    (folder / 'tokenizer').write_text('bytes.tiktoken\n')
+    (folder / 'bytes.tiktoken').write_text(BYTE_TOKENS)
+    (folder / 'template.txt').write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def shared_data(tmp_path_factory):
+    """The toy data folder; shared by all tests, so not to be changed."""
+    return write_toy_data(tmp_path_factory.mktemp('data') / 'letters')
+
+
+@pytest.fixture
+def tiny_data(shared_data, tmp_path):
+    """A copy of the toy data folder that a test may change."""
+    return shutil.copytree(shared_data, tmp_path / 'letters')
+
+
+# ----------------------------------------------------------------------------- runs
+
+def save_tiny_run(folder, data, seed=0, **shape):
+    """A run folder with an untrained policy for the data's tokenizer, as an SFT run leaves it."""
+    tokenizer, template = load_text(data)
+    policy = tiny_gpt(seed, **{**dict(vocab_size=tokenizer.n_vocab), **shape})
+    folder.mkdir(parents=True)
+    cfg = train_sft.Config(data=str(data), out=str(folder))
+    save_checkpoint(folder / 'ckpt.pt', 'sft', 1, cfg, tokenizer, template, {},
+                    {'policy': policy}, {})
+    return folder
+
+
+@pytest.fixture(scope='session')
+def random_run(shared_data, tmp_path_factory):
+    """A run folder with an untrained, but not flat, policy; shared, so not to be changed."""
+    return save_tiny_run(tmp_path_factory.mktemp('runs') / 'random', shared_data)
+
+
+@pytest.fixture(scope='session')
+def sft_run(shared_data, tmp_path_factory):
+    """A run folder with a policy that has learned the toy task by SFT; not to be changed."""
+    out = tmp_path_factory.mktemp('runs') / 'sft'
+    train_sft.main(train_sft.Config(
+        data=str(shared_data), out=str(out), n_layer=2, n_head=2, n_embd=32, block_size=32,
+        steps=150, warmup=10, lr=1e-2, eval_every=150, save_every=150, max_new_tokens=8,
+        device='cpu'))
+    return out
+
+
+def read_log(out, key='loss'):
+    """The rows of a run's log.jsonl that hold the key: the steps, or with 'eval_...' the rest."""
+    return [row for line in (out / 'log.jsonl').read_text().splitlines()
+            if key in (row := json.loads(line))]

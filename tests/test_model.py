@@ -1,0 +1,571 @@
+"""
+The model, its logprobs and scores, and the sampler.
+
+GPT-2 is held against a plain numpy version in float64 with attention written out as loops, the
+sampler against a loop that recomputes everything, logprobs and masks against numbers by hand.
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prefgpt
+from conftest import tiny_config, tiny_gpt, tiny_scalar
+from prefgpt import (GPT, GPTConfig, ScalarGPT, draw, generate, last_scores, make_batch,
+                     token_logprobs)
+
+EOS = 16                        # of the tiny models, whose vocabulary is 0 to 16
+# Ragged prompts and responses: length 1 on either side, 0 and EOS inside, with and without EOS
+ROWS = [([3, 1, 4, 1, 5], [9, 2, EOS]), ([2], [7, 1, 8, 2, 8, EOS]), ([EOS, 0, 3], [EOS]),
+        ([1, 6], [1]), ([14, 0, 0, EOS, 2], [0, 0, EOS, 0])]
+PROMPTS = [[3, 1, 4, 1, 5], [2], [EOS, 0, 3], [7, EOS], [0, 0, 0, 0, 0, 0, 9]]
+
+
+# ----------------------------------------------------------------------------- GPT-2, written out
+
+def numpy_norm(x, weights, name):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return ((x - mean) / np.sqrt(variance + 1e-5) * weights[name + '.weight']
+            + weights[name + '.bias'])
+
+
+def numpy_linear(x, weights, name):
+    return x @ weights[name + '.weight'].T + weights[name + '.bias']
+
+
+def numpy_attention(q, k, v, n_head):
+    """softmax(q k' / sqrt(d)) v over the past, one position and one head at a time."""
+    T, C = q.shape
+    d = C // n_head
+    out = np.zeros_like(q)
+    for t in range(T):
+        for h in range(n_head):
+            part = slice(h * d, (h + 1) * d)
+            weights = np.array([math.exp(q[t, part] @ k[s, part] / math.sqrt(d))
+                                for s in range(t + 1)])
+            out[t, part] = sum(w * v[s, part] for s, w in enumerate(weights / weights.sum()))
+    return out
+
+
+def numpy_gpt(model, row):
+    """Hidden states (T, C) and logits (T, V) of one row of ids, as GPT-2's paper has them."""
+    w = {name: p.detach().numpy().astype(np.float64) for name, p in model.state_dict().items()}
+    C = model.config.n_embd
+    x = np.stack([w['wte.weight'][token] + w['wpe.weight'][t] for t, token in enumerate(row)])
+    for i in range(model.config.n_layer):
+        qkv = numpy_linear(numpy_norm(x, w, f'h.{i}.ln_1'), w, f'h.{i}.attn.c_attn')
+        attended = numpy_attention(qkv[:, :C], qkv[:, C:2 * C], qkv[:, 2 * C:],
+                                   model.config.n_head)
+        x = x + numpy_linear(attended, w, f'h.{i}.attn.c_proj')
+        a = numpy_linear(numpy_norm(x, w, f'h.{i}.ln_2'), w, f'h.{i}.mlp.c_fc')
+        gelu = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3)))
+        x = x + numpy_linear(gelu, w, f'h.{i}.mlp.c_proj')
+    x = numpy_norm(x, w, 'ln_f')
+    return x, x @ w['wte.weight'].T
+
+
+def test_forward_is_gpt2():
+    """The whole model is GPT-2: catches the exact GELU, post-LayerNorm, a missing causal mask,
+    a wrong scale of attention, q, k and v in another order, an untied output projection."""
+    model = tiny_gpt(n_layer=3, n_head=4).double()
+    for prompt, response in ROWS:
+        hidden, logits = numpy_gpt(model, prompt + response)
+        ours = model(torch.tensor([prompt + response]))
+        np.testing.assert_allclose(ours[0].detach().numpy(), hidden, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(model.logits(ours)[0].detach().numpy(), logits, rtol=0,
+                                   atol=1e-11)
+
+
+def test_scalar_gpt_is_a_head_on_gpt2():
+    """The reward and value model: score . hidden, at every position, without a bias."""
+    model = tiny_scalar(seed=3).double()
+    row = ROWS[1][0] + ROWS[1][1]
+    hidden, _ = numpy_gpt(model.body, row)
+    expected = hidden @ model.score.weight.detach().numpy()[0]
+    np.testing.assert_allclose(model(torch.tensor([row]))[0].detach().numpy(), expected, rtol=0,
+                               atol=1e-11)
+    assert model.score.bias is None
+
+
+def test_scalar_gpt_starts_at_zero():
+    """Every score and every value is 0 at the start, whatever the body says."""
+    model = ScalarGPT(tiny_config())
+    assert torch.equal(model(torch.randint(17, (3, 9))), torch.zeros(3, 9))
+
+
+def test_parameter_count_and_tied_embeddings():
+    """The defaults are GPT-2 124M, whose output projection is the token embedding."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig())
+    # 50257*768 + 1024*768 + 12 (12*768^2 + 13*768) + 2*768
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    model = tiny_gpt()
+    assert not [name for name, _ in model.named_parameters() if 'head' in name]
+    model.logits(torch.ones(1, 16)).sum().backward()
+    assert model.wte.weight.grad is not None        # the projection trains the embedding
+
+
+def test_initial_weights():
+    """GPT-2's init: N(0, init_std), what enters the residual stream over sqrt(2 n_layer), zero
+    biases, unit LayerNorms. Catches a scale of sqrt(n_layer), or one on only one of the two."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=512, n_layer=8, n_head=4, n_embd=64,
+                          init_std=0.05))
+    for name in ('c_attn', 'c_fc', 'attn.c_proj', 'mlp.c_proj', 'wte', 'wpe'):
+        weights = torch.cat([p.detach().flatten() for key, p in model.named_parameters()
+                             if key.endswith(name + '.weight')])
+        expected = 0.05 / 4 if 'c_proj' in name else 0.05           # sqrt(2 * 8) = 4
+        # The sample deviation of n draws is off by 1 / sqrt(2n) of it: allow five of that
+        bound = 5 / math.sqrt(2 * len(weights))
+        assert weights.std().item() == pytest.approx(expected, rel=bound), name
+        assert abs(weights.mean().item()) < 5 * expected / math.sqrt(len(weights)), name
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            expected = 1.0 if 'ln_' in name and name.endswith('weight') else 0.0
+            assert torch.equal(p, torch.full_like(p, expected)), name
+
+
+def test_rows_longer_than_the_block_are_refused():
+    """One token too many is an error that names block_size; exactly block_size is not."""
+    model = tiny_gpt()
+    assert model(torch.zeros(1, 32, dtype=torch.long)).shape == (1, 32, 16)
+    with pytest.raises((AssertionError, ValueError), match='block_size=32'):
+        model(torch.zeros(1, 33, dtype=torch.long))
+
+
+# ----------------------------------------------------------------------------- batches and masks
+
+def test_make_batch_by_hand():
+    """The one shift and the mask: the prompt's last column emits the first response token, the
+    last true column emits EOS. Ids 0 and EOS inside a row change nothing."""
+    tokens, x, y, mask = make_batch([([5, EOS, 0], [0, 7, EOS]), ([8], [EOS])])
+    assert tokens.tolist() == [[5, EOS, 0, 0, 7, EOS], [8, EOS, 0, 0, 0, 0]]
+    assert x.tolist() == [[5, EOS, 0, 0, 7], [8, EOS, 0, 0, 0]]
+    assert y.tolist() == [[EOS, 0, 0, 7, EOS], [EOS, 0, 0, 0, 0]]
+    assert mask.dtype == torch.bool
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize('row', [([], [1]), ([1], [])])
+def test_make_batch_refuses_empty_sides(row):
+    """Without a prompt nothing emits the first token; without a response there is no loss."""
+    with pytest.raises((AssertionError, ValueError)):
+        make_batch([([1], [2]), row])
+
+
+# ----------------------------------------------------------------------------- invariances
+
+def logprobs_scores_gradients(policy, scalar, tokens, mask):
+    """All that a stage reads off a batch, and the gradients of a loss on it."""
+    policy.zero_grad()
+    scalar.zero_grad()
+    logprobs = token_logprobs(policy, tokens[:, :-1], tokens[:, 1:], mask)
+    scores = last_scores(scalar, tokens, mask)
+    values = scalar(tokens[:, :-1])
+    ((logprobs ** 2).sum() + (scores ** 2).sum() + (values[mask] ** 2).sum()).backward()
+    gradients = [p.grad.clone() for model in (policy, scalar) for p in model.parameters()]
+    return logprobs.detach(), scores.detach(), values.detach(), gradients
+
+
+def test_padding_changes_nothing():
+    """I2: three more columns of padding leave logprobs, scores, values and gradients as they are.
+    Catches masks or last positions counted from the right end."""
+    policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
+    tokens, _, _, mask = make_batch(ROWS)
+    before = logprobs_scores_gradients(policy, scalar, tokens, mask)
+    after = logprobs_scores_gradients(policy, scalar, F.pad(tokens, (0, 3), value=11),
+                                      F.pad(mask, (0, 3)))
+    width = mask.size(1)
+    torch.testing.assert_close(after[0][:, :width], before[0], rtol=0, atol=1e-12)
+    assert torch.equal(after[0][:, width:], torch.zeros(len(ROWS), 3, dtype=torch.double))
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[2][:, :width][mask], before[2][mask], rtol=0, atol=1e-12)
+    for a, b in zip(after[3], before[3]):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_composition_changes_nothing():
+    """I3: a row alone has the logprobs and the score that it has inside a batch."""
+    policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
+    tokens, x, y, mask = make_batch(ROWS)
+    logprobs, scores = token_logprobs(policy, x, y, mask), last_scores(scalar, tokens, mask)
+    for b, row in enumerate(ROWS):
+        tokens1, x1, y1, mask1 = make_batch([row])
+        alone = token_logprobs(policy, x1, y1, mask1)
+        torch.testing.assert_close(logprobs[b, :x1.size(1)], alone[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(scores[b:b + 1], last_scores(scalar, tokens1, mask1), rtol=0,
+                                   atol=1e-12)
+
+
+@pytest.mark.parametrize('pad', [0, EOS, 'random'])
+def test_pad_value_changes_nothing(pad):
+    """I5: what id stands in the padding does not matter, bit for bit: masks come from lengths."""
+    policy, scalar = tiny_gpt(), tiny_scalar(seed=1)
+    tokens, _, _, mask = make_batch(ROWS)
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in ROWS])
+    padding = torch.arange(tokens.size(1)) >= lengths[:, None]
+    generator = torch.Generator().manual_seed(0)
+    ids = (torch.randint(17, tokens.shape, generator=generator) if pad == 'random'
+           else torch.full_like(tokens, pad))
+    before = logprobs_scores_gradients(policy, scalar, tokens, mask)
+    after = logprobs_scores_gradients(policy, scalar, torch.where(padding, ids, tokens), mask)
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+    assert torch.equal(after[2][mask], before[2][mask])
+    for a, b in zip(after[3], before[3]):
+        assert torch.equal(a, b)
+
+
+# ----------------------------------------------------------------------------- token_logprobs
+
+class Table:
+    """A fake model whose logits are looked up: p(next | this) is a row of a table."""
+
+    def __init__(self, probabilities):
+        self.table = torch.tensor(probabilities, dtype=torch.double).log()
+        self.config = GPTConfig(vocab_size=len(probabilities))
+
+    def __call__(self, tokens):
+        return tokens[..., None]                    # the "hidden state" is the token itself
+
+    def logits(self, hidden):
+        return self.table[hidden[..., 0]]
+
+
+class Leaf:
+    """A fake model whose logits (B, T, V) are a tensor of ours, to ask for their gradient."""
+
+    def __init__(self, logits):
+        self.leaf, self.config = logits, GPTConfig(vocab_size=logits.size(-1))
+
+    def __call__(self, tokens):
+        return self.leaf[:, :tokens.size(1)]
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_logprobs_of_a_table():
+    """I6: logprobs of a hand-made table; catches every shift by one, of y, x or the mask."""
+    model = Table([[.50, .25, .25], [.10, .20, .70], [.60, .30, .10]])      # p(column | row)
+    _, x, y, mask = make_batch([([0, 1], [2, 0, 0]), ([2], [1])])
+    logprobs = token_logprobs(model, x, y, mask)
+    # Row 0: after 1 comes 2, after 2 comes 0, after 0 comes 0. Row 1: after 2 comes 1
+    expected = [[0, math.log(.7), math.log(.6), math.log(.5)], [math.log(.3), 0, 0, 0]]
+    torch.testing.assert_close(logprobs, torch.tensor(expected, dtype=torch.double), rtol=0,
+                               atol=1e-12)
+    # A temperature of 1/2 squares the probabilities: .49 / (.01 + .04 + .49) and so on
+    logprobs = token_logprobs(model, x, y, mask, temperature=0.5)
+    expected = [[0, math.log(.49 / .54), math.log(.36 / .46), math.log(.25 / .375)],
+                [math.log(.09 / .46), 0, 0, 0]]
+    torch.testing.assert_close(logprobs, torch.tensor(expected, dtype=torch.double), rtol=0,
+                               atol=1e-12)
+
+
+def test_gradient_reaches_the_response_and_nothing_else():
+    """I7: d loss / d logits is 0 at prompt and pad columns, and (p - onehot) / n at each response
+    column, EOS and the first token included; one entry is checked by finite differences."""
+    generator = torch.Generator().manual_seed(1)
+    _, x, y, mask = make_batch(ROWS)
+    logits = torch.randn(*x.shape, 17, generator=generator, dtype=torch.double)
+
+    def loss_of(logits):
+        return -token_logprobs(Leaf(logits), x, y, mask).sum() / mask.sum()
+
+    leaf = logits.clone().requires_grad_()
+    loss_of(leaf).backward()
+    response_tokens = sum(len(response) for _, response in ROWS)    # 3 + 6 + 1 + 1 + 4
+    for b, (prompt, response) in enumerate(ROWS):
+        for t in range(x.size(1)):
+            # Column t emits token t + 1 of the row
+            if len(prompt) <= t + 1 < len(prompt) + len(response):
+                expected = np.exp(logits[b, t].numpy())
+                expected /= expected.sum()
+                expected[response[t + 1 - len(prompt)]] -= 1
+                np.testing.assert_allclose(leaf.grad[b, t].numpy(), expected / response_tokens,
+                                           rtol=0, atol=1e-12)
+            else:
+                assert not leaf.grad[b, t].any(), (b, t)
+
+    b, t, v = 0, 6, EOS                             # the column that emits row 0's EOS
+    up, down = logits.clone(), logits.clone()
+    up[b, t, v] += 1e-5
+    down[b, t, v] -= 1e-5
+    slope = (loss_of(up) - loss_of(down)).item() / 2e-5
+    assert slope == pytest.approx(leaf.grad[b, t, v].item(), rel=1e-7)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_token_logprobs_against_full_logits(temperature):
+    """The selection of masked positions: the same as a float64 log_softmax over everything."""
+    model = tiny_gpt()
+    _, x, y, mask = make_batch(ROWS)
+    logits = model.logits(model(x)).double() / temperature
+    for b, t in np.ndindex(*x.shape):
+        expected = 0.0
+        if mask[b, t]:
+            expected = (logits[b, t, y[b, t]] - torch.logsumexp(logits[b, t], 0)).item()
+        ours = token_logprobs(model, x, y, mask, temperature)[b, t].item()
+        assert ours == pytest.approx(expected, abs=2e-6)
+
+
+def test_any_mask_may_be_asked_for():
+    """token_logprobs takes any mask, one without a single true column in a row included."""
+    model = tiny_gpt().double()
+    _, x, y, _ = make_batch(ROWS)
+    everything = token_logprobs(model, x, y, torch.ones_like(x, dtype=torch.bool))
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[1] = False
+    torch.testing.assert_close(token_logprobs(model, x, y, mask), everything * mask, rtol=0,
+                               atol=1e-12)
+
+
+@pytest.mark.parametrize('at_once', [1, 17 * 4, 17 * 5])
+def test_blocks_of_logits_change_nothing(monkeypatch, at_once):
+    """Where logits are large they come in blocks under checkpointing: no block is larger than
+    allowed (but one row), values and gradients are those of one piece."""
+    model = tiny_gpt().double()
+    _, x, y, mask = make_batch(ROWS)
+
+    def run():
+        model.zero_grad()
+        logprobs = token_logprobs(model, x, y, mask, 0.7)
+        (logprobs ** 2).sum().backward()
+        return logprobs.detach(), [p.grad.clone() for p in model.parameters()]
+
+    whole = run()
+    sizes, logits = [], model.logits
+    monkeypatch.setattr(model, 'logits', lambda h: sizes.append(len(h)) or logits(h))
+    monkeypatch.setattr(prefgpt, 'LOGITS_AT_ONCE', at_once)
+    blocks = run()
+    assert max(sizes) <= max(1, at_once // 17)
+    assert sum(sizes) == 2 * mask.sum()             # once forward, again in the backward pass
+    torch.testing.assert_close(blocks[0], whole[0], rtol=0, atol=1e-12)
+    for a, b in zip(blocks[1], whole[1]):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_logprobs_are_at_least_float32():
+    """float64 stays float64; a bfloat16 model and bfloat16 autocast give float32, and log_softmax
+    itself runs in float32 (in bfloat16 it is off by up to 0.06 nats)."""
+    tokens, x, y, mask = make_batch(ROWS)
+    assert token_logprobs(tiny_gpt().double(), x, y, mask).dtype == torch.float64
+    assert token_logprobs(tiny_gpt(), x, y, mask).dtype == torch.float32
+    model = tiny_gpt().bfloat16()
+    logits = model.logits(model(x)[mask]).double()
+    expected = torch.log_softmax(logits, -1).gather(1, y[mask][:, None])[:, 0]
+    ours = token_logprobs(model, x, y, mask)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours[mask].double(), expected, rtol=0, atol=1e-5)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert token_logprobs(tiny_gpt(), x, y, mask).dtype == torch.float32
+        assert last_scores(tiny_scalar(), tokens, mask).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------- last_scores
+
+def test_last_scores_against_a_loop():
+    """The score is the model's number at the last response token, EOS or not, a response of one
+    token too: catches reading one place early, one late, at EOS ids, or in the padding."""
+    model = tiny_scalar(seed=5).double()
+    tokens, _, _, mask = make_batch(ROWS)
+    scores = last_scores(model, tokens, mask)
+    for b, (prompt, response) in enumerate(ROWS):
+        row = torch.tensor([prompt + response])
+        torch.testing.assert_close(scores[b], model(row)[0, -1], rtol=0, atol=1e-12)
+
+    def place(tokens):
+        return torch.arange(tokens.size(1)).float().expand(tokens.shape)
+    assert last_scores(place, tokens, mask).tolist() == [7, 6, 3, 2, 8]     # a row's length - 1
+
+
+# ----------------------------------------------------------------------------- draw
+
+def test_draw_at_the_boundaries():
+    """Four equal tokens: the token is the first whose cumulative probability exceeds u. Catches
+    an inverse CDF off by one, or one that takes the lower token exactly at a boundary."""
+    just_below = 1 - 2 ** -24
+    u = torch.tensor([0, .25 * just_below, .25, .5 * just_below, .5, .75, just_below])
+    assert draw(torch.zeros(7, 4), u, 1.0).tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+def test_draw_never_takes_the_impossible():
+    """A token of probability 0 is drawn neither at u = 0 nor just below 1."""
+    logits = torch.tensor([[-math.inf, 0, 0, -math.inf]]).expand(2, 4)
+    assert draw(logits, torch.tensor([0, 1 - 2 ** -24]), 1.0).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('temperature, expected', [
+    (1.0, [100, 200, 300, 400]),
+    (0.5, [33.3, 133.3, 300, 533.3]),       # squares: 1, 4, 9, 16 of 30
+    (2.0, [162.7, 230.1, 281.8, 325.4])])   # roots: 1, 1.4142, 1.7321, 2 of 6.1463
+def test_draw_follows_the_distribution(temperature, expected):
+    """u on an even grid of 1000 midpoints: each token comes 1000 p^(1/T) / Z times."""
+    logits = torch.tensor([.1, .2, .3, .4]).log().expand(1000, 4) + 3.0
+    u = (torch.arange(1000) + 0.5) / 1000
+    counts = draw(logits, u, temperature).bincount(minlength=4).tolist()
+    assert counts == pytest.approx(expected, abs=1)
+
+
+def test_draw_at_temperature_0_is_greedy():
+    """Temperature 0 takes the largest logit, whatever u is."""
+    logits = torch.tensor([[1., 3., 2.], [5., -1., 4.9]])
+    assert draw(logits, torch.tensor([0.99, 0.99]), 0).tolist() == [1, 0]
+
+
+# ----------------------------------------------------------------------------- generate
+
+def responses_of(tokens, mask):
+    return [row[chosen].tolist() for row, chosen in zip(tokens[:, 1:], mask)]
+
+
+def naive_response(model, prompt, u, temperature):
+    """One response without cache, batch or padding: the whole row again for every token."""
+    row = list(prompt)
+    for number in u.tolist():
+        logits = model.logits(model(torch.tensor([row])))[0, -1].double()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            weights = torch.exp((logits - logits.max()) / temperature).tolist()
+            total, below, token = sum(weights), 0.0, 0
+            while below + weights[token] / total <= number:
+                below += weights[token] / total
+                token += 1
+        row.append(token)
+        if token == EOS:
+            break
+    return row[len(prompt):]
+
+
+@pytest.mark.parametrize('temperature', [0, 0.7, 1.0, 1.5])
+@torch.no_grad()
+def test_generate_is_the_naive_loop(temperature):
+    """I4: cached sampling of ragged prompts gives the tokens of a loop that recomputes all: it
+    stops at EOS, not at an EOS in the prompt, and a row without EOS has max_new_tokens. The mask
+    and the layout are make_batch's. Catches a cache one place off and u of another row."""
+    model = tiny_gpt(seed=4)
+    prompts = PROMPTS * 4
+    generator = torch.Generator().manual_seed(3)
+    tokens, mask = generate(model, prompts, 20, EOS, temperature, generator)
+    u = torch.rand(len(prompts), 20, generator=torch.Generator().manual_seed(3))
+    expected = [naive_response(model, prompt, numbers, temperature)
+                for prompt, numbers in zip(prompts, u)]
+    tokens2, _, _, mask2 = make_batch(list(zip(prompts, expected)))
+    assert tokens.tolist() == tokens2.tolist() and torch.equal(mask, mask2)
+    # The case is a real one: many lengths, rows without EOS, id 0 (the padding's) in a response
+    assert len({len(response) for response in expected if response[-1] == EOS}) >= 3
+    assert any(EOS not in response for response in expected)
+    assert any(0 in response for response in expected)
+
+
+@torch.no_grad()
+def test_sampler_logits_are_the_full_forwards(monkeypatch):
+    """I4: at each step the cached sampler sees the logits that a whole forward pass gives."""
+    model = tiny_gpt(seed=4)
+    seen, logits = [], model.logits
+    monkeypatch.setattr(model, 'logits', lambda hidden: seen.append(logits(hidden)) or seen[-1])
+    tokens, mask = generate(model, PROMPTS, 20, EOS, 1.0, torch.Generator().manual_seed(3))
+    monkeypatch.undo()
+    full = model.logits(model(tokens[:, :-1]))                      # (B, T, V)
+    lengths = mask.sum(1).tolist()
+    assert len(set(lengths)) > 2
+    for b, prompt in enumerate(PROMPTS):
+        for t in range(lengths[b]):
+            torch.testing.assert_close(seen[t][b], full[b, len(prompt) - 1 + t], rtol=0,
+                                       atol=1e-5)
+
+
+def test_generate_however_rows_are_split():
+    """The same text comes out of one batch, of batches of 2 and of single rows, with one generator
+    called again and again."""
+    model = tiny_gpt(seed=4)
+
+    def text(size):
+        generator = torch.Generator().manual_seed(4)
+        out = []
+        for i in range(0, len(PROMPTS), size):
+            out += responses_of(*generate(model, PROMPTS[i:i + size], 20, EOS, 1.0, generator))
+        return out
+
+    assert text(5) == text(2) == text(1)
+
+
+def test_generate_however_rows_are_ordered(monkeypatch):
+    """Rows with their random numbers in another order: the same responses in that order."""
+    model, order = tiny_gpt(seed=4), [3, 0, 4, 2, 1]
+    u = torch.rand(5, 20, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(torch, 'rand', lambda *shape, generator=None: u)
+    before = responses_of(*generate(model, PROMPTS, 20, EOS))
+    monkeypatch.setattr(torch, 'rand', lambda *shape, generator=None: u[order])
+    after = responses_of(*generate(model, [PROMPTS[i] for i in order], 20, EOS))
+    assert after == [before[i] for i in order]
+
+
+class StopAt:
+    """A fake policy that says 1 until, in a given state (the position), it says EOS."""
+
+    def __init__(self, position):
+        self.position, self.forwards = position, 0
+        self.wte, self.config = torch.nn.Embedding(1, 1), GPTConfig(block_size=64)
+
+    def empty_cache(self, B, S):
+        return torch.zeros(1, 2, B, 1, S, 1)
+
+    def forward(self, tokens, cache, positions=None):
+        self.forwards += 1
+        if positions is None:
+            return torch.arange(tokens.size(1)).expand(tokens.shape)[..., None]
+        return positions[:, None, None]
+
+    def logits(self, hidden):
+        says_eos = hidden == self.position                          # (B, 1)
+        return F.one_hot(torch.where(says_eos, EOS, 1)[:, 0], 17).float()
+
+
+@pytest.mark.parametrize('length', [1, 15, 16, 17, 18, 31, 32, 33, 40])
+def test_generate_asks_every_16_tokens(length):
+    """Whether all have ended is asked every 16 tokens: no response is longer or shorter for it,
+    and nothing is computed after the answer."""
+    # A prompt of 3 tokens speaks first in state 2; the response's last token comes length - 1 later
+    policy = StopAt(2 + length - 1)
+    tokens, mask = generate(policy, [[1, 1, 1], [1, EOS, 1]], 40, EOS, temperature=0)
+    assert tokens.tolist() == [[1, 1, 1] + [1] * (length - 1) + [EOS],
+                               [1, EOS, 1] + [1] * (length - 1) + [EOS]]
+    assert mask.int().tolist() == [[0, 0] + [1] * length] * 2
+    assert policy.forwards == min(40, 16 * math.ceil(length / 16))  # the prefill is the first
+
+
+def test_generate_without_eos_takes_all_it_may():
+    """A row that never ends has max_new_tokens tokens, and no EOS is put behind them."""
+    tokens, mask = generate(StopAt(99), [[1, 2], [3]], 7, EOS, temperature=0)
+    assert responses_of(tokens, mask) == [[1] * 7] * 2
+    assert tokens.tolist() == [[1, 2] + [1] * 7, [3] + [1] * 7 + [0]]
+
+
+def test_generate_refuses_what_does_not_fit():
+    """Prompt and response must fit the block: one token too many is an error that says so."""
+    model = tiny_gpt()
+    tokens, _ = generate(model, [[1] * 24], 8, 99, temperature=0)   # no token is 99: no end
+    assert tokens.shape == (1, 32)
+    with pytest.raises((AssertionError, ValueError), match='block_size=32'):
+        generate(model, [[1], [1] * 25], 8, EOS)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@torch.no_grad()
+def test_samples_follow_the_logprobs(temperature):
+    """I14: 20,000 samples of a distribution over 5 tokens against exp(token_logprobs) at the same
+    temperature, by chi-square. Catches a temperature in only one of the two."""
+    model = tiny_gpt(seed=1, vocab_size=5)
+    N = 20_000
+    tokens, mask = generate(model, [[3, 1]] * N, 1, 4, temperature,
+                            torch.Generator().manual_seed(0))
+    assert mask.tolist()[0] == [False, True]
+    counts = tokens[:, 2].bincount(minlength=5).double()
+    _, x, y, mask = make_batch([([3, 1], [v]) for v in range(5)])
+    expected = N * token_logprobs(model, x, y, mask, temperature).sum(1).exp().double()
+    assert expected.sum().item() == pytest.approx(N, rel=1e-5) and expected.min() > 50
+    # 23.5 is exceeded once in 10,000 by a chi-square of 4 degrees of freedom
+    assert ((counts - expected) ** 2 / expected).sum().item() < 23.5
