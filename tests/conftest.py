@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+import train_rm
 import train_sft
 from prefgpt import (GPT, GPTConfig, ScalarGPT, build_tokenizer, load_text, save_checkpoint)
 
@@ -143,6 +144,16 @@ def sft_run(shared_data, tmp_path_factory):
         data=str(shared_data), out=str(out), n_layer=2, n_head=2, n_embd=32, block_size=32,
         steps=150, warmup=10, lr=1e-2, eval_every=150, save_every=150, max_new_tokens=8,
         device='cpu'))
+    return out
+
+
+@pytest.fixture(scope='session')
+def rm_run(shared_data, sft_run, tmp_path_factory):
+    """A run folder with a reward model that has learned to like '!'; not to be changed."""
+    out = tmp_path_factory.mktemp('runs') / 'rm'
+    train_rm.main(train_rm.Config(
+        data=str(shared_data), init=str(sft_run), out=str(out), steps=40, warmup=5,
+        eval_every=20, save_every=40, device='cpu'))
     return out
 
 

@@ -1,0 +1,821 @@
+"""
+The losses, estimators and loops of the four stages against numbers by hand and plain loops.
+
+What is asked of a whole stage is asked of its main(): what a step's gradient is, however the batch
+is cut or padded, and what a run may not touch.
+"""
+import itertools
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prefgpt
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from conftest import EOS, read_log, tiny_gpt, tiny_scalar
+from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, encode_rows, learning_rate,
+                     load_checkpoint, load_model, load_split, load_text, optimizer_step, rng,
+                     token_logprobs)
+from train_dpo import all_logprobs, dpo_loss, ipo_loss, pair_logprobs
+from train_ppo import (gae, load_scorer, policy_loss, rollout, rollout_metrics, token_rewards,
+                       update_ema, value_loss, whiten)
+from train_rm import reward_loss, score_pairs
+
+LN2 = math.log(2)
+STAGES = ('sft', 'rm', 'dpo', 'ppo')
+
+
+def close(ours, expected, tolerance=1e-6):
+    """Asserts that a tensor is a (nested) list of numbers, to an absolute tolerance."""
+    expected = torch.tensor(expected, dtype=torch.double)
+    torch.testing.assert_close(ours.detach().double(), expected, rtol=0, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------- pair losses
+
+def test_reward_loss_by_hand():
+    """Bradley and Terry: ln 2 at equality, log(1 + e^-d) at difference d; the gradient is
+    -sigmoid(-d) for the chosen score and its negative for the rejected one."""
+    chosen = torch.tensor([3., 1., -2.], requires_grad=True)
+    rejected = torch.tensor([3., 2., -4.], requires_grad=True)
+    loss = reward_loss(chosen, rejected)
+    # d = 0, -1, 2
+    close(loss, [LN2, math.log(1 + math.e), math.log(1 + math.exp(-2))])
+    loss.sum().backward()
+    expected = [-1 / 2, -1 / (1 + math.exp(-1)), -1 / (1 + math.exp(2))]
+    close(chosen.grad, expected)
+    close(rejected.grad, [-g for g in expected])
+
+
+def test_dpo_loss_by_hand():
+    """I20: h = (-3 - -4) - (-6 - -5) = 2, times beta 0.5 is a margin of 1; swapping chosen and
+    rejected negates it. I13: policy == reference gives ln 2."""
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([z]) for z in (-3., -6., -4., -5.))
+    close(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5), [math.log(1 + 1 / math.e)])
+    close(dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.5), [math.log(1 + math.e)])
+    close(dpo_loss(chosen, rejected, chosen, rejected, 0.5), [LN2])
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_dpo_loss_and_gradient_in_closed_form(smoothing):
+    """I20: -(1-e) log s(m) - e log s(-m), whose slope in the chosen logprob is beta (s(m) - (1-e))
+    and in the rejected one the negative. Catches e and 1-e in each other's place."""
+    beta, numbers = 0.3, [[-3., -7.5, -2.], [-6., -2., -2.], [-4., -4., -9.], [-5., -3., -1.]]
+    c, r, ref_c, ref_r = (torch.tensor(z, dtype=torch.double, requires_grad=i < 2)
+                          for i, z in enumerate(numbers))
+    loss = dpo_loss(c, r, ref_c, ref_r, beta, smoothing)
+    loss.sum().backward()
+    for i, (a, b, ref_a, ref_b) in enumerate(zip(*numbers)):
+        m = beta * ((a - ref_a) - (b - ref_b))
+        s = 1 / (1 + math.exp(-m))
+        assert loss[i].item() == pytest.approx(
+            -(1 - smoothing) * math.log(s) - smoothing * math.log(1 - s), abs=1e-12)
+        assert c.grad[i].item() == pytest.approx(beta * (s - (1 - smoothing)), abs=1e-12)
+        assert r.grad[i].item() == pytest.approx(-beta * (s - (1 - smoothing)), abs=1e-12)
+
+
+def test_ipo_loss_by_hand():
+    """h = 2 as above, target 1 / (2 beta): beta 0.5 wants 1, so (2-1)^2; beta 0.25 wants 2. The
+    gradient is 2 (h - target), and swapped h is -2. At the reference the loss is 1 / (4 beta^2)."""
+    chosen = torch.tensor([-3.], requires_grad=True)
+    rejected, ref_chosen, ref_rejected = (torch.tensor([z]) for z in (-6., -4., -5.))
+    close(ipo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.25), [0.])
+    close(ipo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.5), [9.])
+    close(ipo_loss(chosen, rejected, chosen, rejected, 0.1), [25.])
+    loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5)
+    close(loss, [1.])
+    loss.sum().backward()
+    close(chosen.grad, [2.])
+
+
+class Table:
+    """A fake model whose logits are looked up: p(next | this) is a row of a table."""
+
+    def __init__(self, probabilities, scale=1.0):
+        self.table = scale * torch.tensor(probabilities, dtype=torch.double).log()
+        self.config = prefgpt.GPTConfig(vocab_size=len(probabilities))
+
+    def __call__(self, tokens):
+        return tokens[..., None]
+
+    def logits(self, hidden):
+        return self.table[hidden[..., 0]]
+
+
+def test_dpo_sums_logprobs_of_responses_alone():
+    """I20: seq_logprobs of a 3-token table, by hand: a sum and not a mean, EOS included, and what
+    the model says inside the prompt does not count."""
+    probabilities = [[.50, .25, .25], [.10, .20, .70], [.60, .30, .10]]     # p(column | row)
+    # After 1: 2, 0, 2 and after 1: 0. Then the prompt 2 alone: 0, and 1, 1
+    pairs = [([0, 1], [2, 0, 2], [0]), ([2], [0], [1, 1])]
+    chosen, rejected = pair_logprobs(Table(probabilities), pairs, 'cpu')
+    close(chosen, [math.log(.7 * .6 * .25), math.log(.6)], 1e-12)
+    close(rejected, [math.log(.1), math.log(.3 * .2)], 1e-12)
+    probabilities[0] = [.05, .05, .90]          # row 0 is met inside the first prompt...
+    pairs = [([0, 1], [2, 1], [1])]             # ... and never in these responses
+    chosen, rejected = pair_logprobs(Table(probabilities), pairs, 'cpu')
+    close(chosen, [math.log(.7 * .3)], 1e-12)
+    close(rejected, [math.log(.2)], 1e-12)
+
+
+def random_pairs(count):
+    """Pairs of ragged random ids below 16."""
+    dice = random.Random(0)
+    return [tuple([dice.randrange(16) for _ in range(dice.randint(1, most))] for most in (9, 7, 7))
+            for _ in range(count)]
+
+
+@torch.no_grad()
+def test_scores_and_logprobs_of_pairs_keep_their_order():
+    """Pairs go through in one forward pass, and all_logprobs sorts them by length: each number
+    still belongs to its own pair, the chosen side first. 70 pairs are three batches of 32."""
+    policy, model, pairs = tiny_gpt(), tiny_scalar(seed=1), random_pairs(70)
+    out = all_logprobs(policy, pairs, torch.device('cpu'), torch.autocast('cpu', enabled=False))
+    scores = torch.stack(score_pairs(model, pairs, 'cpu'))
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        for side, response in enumerate((chosen, rejected)):
+            row = torch.tensor([prompt + response])
+            logprobs = policy.logits(policy(row))[0].log_softmax(-1)
+            expected = sum(logprobs[len(prompt) + t - 1, token].item()
+                           for t, token in enumerate(response))
+            assert out[side, i].item() == pytest.approx(expected, abs=1e-4)
+            assert scores[side, i].item() == pytest.approx(model(row)[0, -1].item(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------- PPO's estimators
+
+# Prompts of 2, 1 and 3 tokens; responses of 3, 5 and 1
+MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]]).bool()
+
+
+def test_token_rewards_by_hand():
+    """-beta (logprob - ref_logprob) on every response token, EOS too, and the score on the last
+    response token: not one slot later, not in the last column, not on the prompt."""
+    logprobs = torch.tensor([[9., -1, -2, -3, 9, 9], [-1, -1, -1, -1, -1, 9], [9, 9, -2, 9, 9, 9]])
+    ref = torch.tensor([[7., -2, -2, -1, 7, 7], [-1, -1, -1, -1, -3, 7], [7, 7, -2, 7, 7, 7]])
+    rewards = token_rewards(torch.tensor([10., 20., -1.]), logprobs, ref, MASK, beta=0.5)
+    # -0.5 * (-1 - -2) = -0.5;   10 - 0.5 * (-3 - -1) = 11;   20 - 0.5 * (-1 - -3) = 19
+    close(rewards, [[0, -0.5, 0, 11, 0, 0], [0, 0, 0, 0, 19, 0], [0, 0, -1, 0, 0, 0]])
+
+
+def reference_gae(rewards, values, gamma, gae_lambda):
+    """A_t = sum over k of (gamma lambda)^k delta_t+k, of one response's lists of numbers."""
+    n, after = len(rewards), values[1:] + [0.0]
+    return [sum((gamma * gae_lambda) ** k
+                * (rewards[t + k] + gamma * after[t + k] - values[t + k]) for k in range(n - t))
+            for t in range(n)]
+
+
+@pytest.mark.parametrize('gamma, gae_lambda', [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize('outside', [0.0, 100.0, math.nan])
+def test_gae_against_a_double_loop(gamma, gae_lambda, outside):
+    """I16: responses of length 1, 2, 4 and the whole row; the value after the last token is 0.
+    I2, T19: whatever stands in prompts and padding, NaN even, changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(4, 7, dtype=torch.bool)
+    spans = [(3, 4), (0, 2), (2, 6), (0, 7)]
+    for b, (start, end) in enumerate(spans):
+        mask[b, start:end] = True
+    rewards, values = (torch.randn(4, 7, generator=generator, dtype=torch.double)
+                       .masked_fill(~mask, outside) for _ in range(2))
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
+    for b, (start, end) in enumerate(spans):
+        expected = reference_gae(rewards[b, start:end].tolist(), values[b, start:end].tolist(),
+                                 gamma, gae_lambda)
+        close(advantages[b, start:end], expected, 1e-12)
+        close(returns[b, start:end], [a + v for a, v in
+                                      zip(expected, values[b, start:end].tolist())], 1e-12)
+    assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+def test_gae_without_discounts_is_the_reward_to_go():
+    """I16: gamma = lambda = 1 makes the return the sum of the rewards to come, whatever V is."""
+    rewards = torch.tensor([[50., 1, 2, 3, 50, 50], [1, 1, 1, 1, -5, 50], [50, 50, 7, 50, 50, 50]])
+    advantages, returns = gae(rewards, torch.full((3, 6), 0.25), MASK, 1.0, 1.0)
+    expected = [[0, 6, 5, 3, 0, 0], [-1, -2, -3, -4, -5, 0], [0, 0, 7, 0, 0, 0]]
+    close(returns, expected)
+    close(advantages, [[z - 0.25 * m for z, m in zip(*rows)]
+                       for rows in zip(expected, MASK.int().tolist())])
+
+
+def test_gae_by_hand():
+    """Two tokens, gamma 1/2, lambda 1/2: delta_1 = 4 - 2 = 2, delta_0 = 1 + 1/2 * 2 - 1 = 1,
+    A_1 = 2, A_0 = 1 + 1/4 * 2 = 1.5, returns 1.5 + 1 and 2 + 2."""
+    advantages, returns = gae(torch.tensor([[1., 4.]]), torch.tensor([[1., 2.]]),
+                              torch.ones(1, 2, dtype=torch.bool), 0.5, 0.5)
+    close(advantages, [[1.5, 2.]])
+    close(returns, [[2.5, 4.]])
+
+
+def test_whiten():
+    """I17: mean 0 and biased deviation 1 over the mask alone, 0 outside, NaN there or not; a
+    single token is finite."""
+    x = torch.tensor([[math.nan, 1., 3.], [99., 99., 99.]])
+    mask = torch.tensor([[False, True, True], [False, False, False]])
+    close(whiten(x, mask), [[0, -1, 1], [0, 0, 0]])         # mean 2, variance (1 + 1) / 2 = 1
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)) * 5 + 3
+    white = whiten(x, MASK)[MASK]
+    assert white.mean().item() == pytest.approx(0, abs=1e-6)
+    assert (white ** 2).mean().item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(x[MASK].argsort(), white.argsort())
+    assert whiten(torch.tensor([[7.]]), torch.tensor([[True]])).tolist() == [[0.]]
+
+
+def test_policy_loss_in_every_clip_case():
+    """clip_eps 0.2: a good token's ratio counts up to 1.2, a bad one's down to 0.8, and past that
+    there is no gradient; the other way nothing is clipped. Catches min for max and a sign."""
+    #    ratio    A   loss                            d loss / d logprob = -A ratio, or 0
+    cases = [(1.0, 2.0, -2.0, -2.0),
+             (1.1, 2.0, -2.2, -2.2),
+             (1.5, 1.0, -1.2, 0.0),         # good and already likelier: enough
+             (0.5, 1.0, -0.5, -0.5),        # good but less likely: the full pull
+             (1.5, -1.0, 1.5, 1.5),         # bad but likelier: the full push
+             (0.5, -1.0, 0.8, 0.0)]         # bad and already less likely: enough
+    ratio, advantages, losses, slopes = torch.tensor(cases).T
+    old = torch.linspace(-3, -1, len(cases))
+    logprobs = (old + ratio.log()).requires_grad_()
+    loss, ratio_out = policy_loss(logprobs, old, advantages, 0.2)
+    loss.sum().backward()
+    close(loss, losses.tolist())
+    close(ratio_out, ratio.tolist())
+    close(logprobs.grad, slopes.tolist())
+
+
+def test_value_loss_in_every_clip_case():
+    """vf_clip 0.5 around the rollout's value of 1: the larger of plain and clipped error, halved;
+    no gradient where the clipped one is larger. vf_clip 0 is the plain half square."""
+    #    V    R     max of plain and clipped, halved               slope
+    cases = [(2., 0., max(4, 1.5 ** 2) / 2, 2.0),           # moved away from R: plain
+             (2., 3., max(1, 1.5 ** 2) / 2, 0.0),           # moved too fast towards R: clipped
+             (1.2, 3., 1.8 ** 2 / 2, -1.8),                 # within the clip: both are the same
+             (-1., -2., max(1, 2.5 ** 2) / 2, 0.0),         # too fast downwards: .5 - -2 = 2.5
+             (0., 2., max(4, 1.5 ** 2) / 2, -2.0)]          # away, downwards: plain
+    v, returns, losses, slopes = torch.tensor(cases).T
+    values = v.clone().requires_grad_()
+    loss = value_loss(values, torch.ones(5), returns, 0.5)
+    loss.sum().backward()
+    close(loss, losses.tolist())
+    close(values.grad, slopes.tolist())
+    close(value_loss(v, torch.ones(5), returns, 0.0), [2, .5, 1.62, .5, 2])
+
+
+def test_update_ema():
+    """The reference moves to the policy, by the rate, and the policy does not move; equal weights
+    stay equal bit for bit, and rate 1 copies."""
+    ref, policy = tiny_gpt(seed=0), tiny_gpt(seed=1)
+    before, kept = [p.clone() for p in ref.parameters()], [p.clone() for p in policy.parameters()]
+    update_ema(ref, policy, 0.25)
+    for r, b, p, k in zip(ref.parameters(), before, policy.parameters(), kept):
+        torch.testing.assert_close(r, 0.75 * b + 0.25 * p, rtol=0, atol=1e-6)
+        assert torch.equal(p, k)
+    same = tiny_gpt(seed=1)
+    update_ema(same, policy, 0.005)
+    update_ema(ref, policy, 1.0)
+    for s, r, p in zip(same.parameters(), ref.parameters(), policy.parameters()):
+        assert torch.equal(s, p) and torch.equal(r, p)
+
+
+# ----------------------------------------------------------------------------- the optimizer
+
+def test_learning_rate_by_hand():
+    """4 of 11 steps warm up, 1/4 to 4/4; then half a cosine from 1 over .55 to .1 at the last."""
+    rates = [learning_rate(step, 11, 1.0, 4) for step in range(11)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[7] == pytest.approx(0.55)                          # half way from 4 to 10
+    assert rates[6] == pytest.approx(0.1 + 0.45 * 1.5)              # a third: cos(pi/3) = 1/2
+    assert rates[10] == pytest.approx(0.1)
+    assert learning_rate(0, 1, 3.0, 0) == 3.0                       # a single step
+
+
+def test_adamw_groups():
+    """Every tensor is in one group, the tied embedding once; biases and LayerNorms do not decay."""
+    model = tiny_scalar()
+    decayed, plain = adamw(model, 0.1).param_groups
+    assert decayed['weight_decay'] == 0.1 and plain['weight_decay'] == 0.0
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group['params']] for group in (decayed, plain)]
+    assert sorted(groups[0] + groups[1]) == sorted(names.values())
+    assert groups[1] == [name for name in names.values()
+                         if name.endswith('bias') or 'ln_' in name]
+    assert decayed['eps'] == 1e-5 and decayed['betas'] == (0.9, 0.95)
+
+
+def test_optimizer_step_sets_every_group_and_clips():
+    """The learning rate reaches every group; the norm returned is the one before clipping, the
+    gradient used the clipped one; afterwards there is no gradient."""
+    model = torch.nn.Linear(2, 1, bias=True)
+    optimizer = adamw(model, 0.0)
+    optimizer.zero_grad()
+    (3 * model.weight.sum() + 1 * model.bias.sum()).backward()      # norm sqrt(9 + 9 + 1)
+    norm = optimizer_step(optimizer, model, 0.125, 1.0, 1, loss=0.5)
+    assert norm == pytest.approx(math.sqrt(19), rel=1e-6)
+    assert [group['lr'] for group in optimizer.param_groups] == [0.125, 0.125]
+    first_moment = optimizer.state[model.bias]['exp_avg'].item()    # 0.1 of the clipped gradient
+    assert first_moment == pytest.approx(0.1 / math.sqrt(19), rel=1e-4)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('where', ['loss', 'gradient'])
+def test_optimizer_step_refuses_what_is_not_finite(bad, where):
+    """A loss or a gradient of nan or inf is an error that names the step; no weight moves."""
+    model = torch.nn.Linear(2, 1)
+    optimizer, before = adamw(model, 0.1), [p.clone() for p in model.parameters()]
+    model(torch.ones(1, 2)).sum().backward()
+    if where == 'gradient':
+        model.weight.grad[0, 1] = bad
+    with pytest.raises(UserError, match='step 7'):
+        optimizer_step(optimizer, model, 0.1, 1.0, 7, loss=bad if where == 'loss' else 1.0)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
+# ----------------------------------------------------------------------------- whole stages
+
+def run_stage(stage, data, init, rm, out, **options):
+    """main() of a stage for two small steps; what options say goes first."""
+    module = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}[stage]
+    common = dict(data=str(data), init=str(init), out=str(out), steps=2, batch_size=8, warmup=0,
+                  device='cpu')
+    if stage == 'ppo':
+        common.update(reward=str(rm), rollout_size=24, max_new_tokens=5)
+    elif stage != 'rm':
+        common.update(max_new_tokens=5)
+    module.main(module.Config(**{**common, **options}))
+    return load_checkpoint(out, [stage])
+
+
+@pytest.fixture
+def stage(shared_data, sft_run, rm_run, tmp_path):
+    """run_stage on the shared data and runs, a fresh folder for each call."""
+    numbers = itertools.count()
+
+    def run(name, **options):
+        return run_stage(name, **{**dict(data=shared_data, init=sft_run, rm=rm_run,
+                                         out=tmp_path / f'{name}{next(numbers)}'), **options})
+    return run
+
+
+def record(monkeypatch, module, name):
+    """Lets a function of a module run as it is, and lists (arguments, result) of every call."""
+    calls, function = [], getattr(module, name)
+
+    def recording(*arguments, **options):
+        result = function(*arguments, **options)
+        calls.append((arguments, result))
+        return result
+    monkeypatch.setattr(module, name, recording)
+    return calls
+
+
+@pytest.fixture
+def float64():
+    """Runs in float64, where rounding is far below what a mistake does to a gradient."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_equal_gradients(runs, optimizer):
+    """
+    Adam's first moments agree to 1e-6 of each tensor's norm: a tenth of the first step's gradient.
+
+    A tensor whose gradient is 0 but for rounding is left out: a reward model's last LayerNorm bias,
+    which shifts both scores alike. Returns how many tensors were compared.
+    """
+    whole, *others = ([state['exp_avg'] for state in run['optimizers'][optimizer]['state'].values()]
+                      for run in runs)
+    floor = 1e-12 * max(moment.norm() for moment in whole)
+    compared = [i for i, moment in enumerate(whole) if moment.norm() > floor]
+    for other in others:
+        for i in compared:
+            assert (other[i] - whole[i]).norm() <= 1e-6 * whole[i].norm(), (optimizer, i)
+    return len(compared)
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_micro_batches_change_no_gradient(stage, name, float64):
+    """I12: one step with the batch in one piece, in rows, and in 3 + 3 + 2 has the same gradients.
+    Catches the mean of means and a divisor that is the micro-batch's. Reward and value model are
+    asked at the second step: at the first only their head has a gradient."""
+    options = dict(grad_clip=1e9, batch_size=8, **(dict(rollout_size=8, ppo_epochs=1)
+                                                   if name == 'ppo' else {}))
+    optimizers, tensors = set(), 28     # 2 embeddings, 2 blocks of 12, the last LayerNorm's two
+    for steps in (1, 2):
+        runs = [stage(name, steps=steps, micro_batch_size=size, **options) for size in (0, 1, 3)]
+        for optimizer in runs[0]['optimizers']:
+            compared = assert_equal_gradients(runs, optimizer)
+            if optimizer == 'policy':
+                assert compared == tensors
+            elif steps == 1:
+                assert compared == 1
+            else:                       # with the head, and without the RM's last bias
+                assert compared == tensors + (1 if optimizer == 'value_model' else 0)
+            optimizers.add(optimizer)
+    assert optimizers == {'sft': {'policy'}, 'rm': {'reward_model'}, 'dpo': {'policy'},
+                          'ppo': {'policy', 'value_model'}}[name]
+
+
+def comparable(log):
+    """Log rows without their clocks."""
+    return [{key: row[key] for key in row if key not in ('ms', 'tok_per_s')} for row in log]
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch):
+    """I2, I15: four more columns of padding, filled with random ids, in every batch of a run leave
+    every number of its log as it was: loss, margin, kl, entropy, ratio, clip_frac, norm, ..."""
+    stage(name, out=tmp_path / 'plain')
+    function = {'ppo': 'generate'}.get(name, 'make_batch')
+    module = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}[name]
+    original, widened = getattr(module, function), []
+
+    def wide(*arguments, **options):
+        out = original(*arguments, **options)
+        tokens, mask = out[0], F.pad(out[-1], (0, 4))
+        junk = torch.randint(256, (len(tokens), 4), generator=torch.Generator().manual_seed(0))
+        tokens = torch.cat([tokens, junk], dim=1)
+        widened.append(tokens.shape)
+        return ((tokens, mask) if len(out) == 2
+                else (tokens, tokens[:, :-1], tokens[:, 1:], mask))
+    monkeypatch.setattr(module, function, wide)
+    stage(name, out=tmp_path / 'wide')
+    assert widened
+    plain, padded = (comparable(read_log(tmp_path / out, 'step')) for out in ('plain', 'wide'))
+    assert len(plain) == len(padded) == 3               # two steps and an evaluation
+    for a, b in zip(plain, padded):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], abs=2e-5, rel=2e-5), key
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_no_learning_rate_no_change(stage, sft_run, name, monkeypatch):
+    """I21: with lr = 0 every weight is bit for bit what it was; PPO's ratio is 1 in all epochs, and
+    nothing is clipped. Catches weights touched elsewhere and dropout."""
+    ratios = record(monkeypatch, train_ppo, 'policy_loss')
+    zero = dict(lr=0.0, value_lr=0.0, weight_decay=0.1) if name == 'ppo' else dict(lr=0.0)
+    saved = stage(name, **zero)
+    start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
+    if name == 'rm':
+        model = saved['weights']['reward_model']
+        assert not model['score.weight'].any()
+        assert all(torch.equal(model[f'body.{key}'], start[key]) for key in start)
+        return
+    for weights in (saved['weights'][key] for key in ('policy', 'ref') if key in saved['weights']):
+        assert all(torch.equal(weights[key], start[key]) for key in start)
+    if name == 'ppo':
+        assert len(ratios) == 12                        # 2 steps, 2 epochs of 3 minibatches
+        assert all((ratio - 1).abs().max() <= 1e-5 for _, (_, ratio) in ratios)
+        assert not saved['weights']['value_model']['score.weight'].any()
+
+
+def test_sft_loss_is_the_mean_over_response_tokens(stage, shared_data, random_run, tmp_path):
+    """The first logged loss, by a double loop over rows and tokens: -log p summed over response
+    tokens (EOS included, prompts not) over their number. Catches mean of means and the mask."""
+    tokenizer, _ = load_text(shared_data)
+    policy = load_model(GPT, load_checkpoint(random_run, ['sft']), 'policy', 'cpu').double()
+    rows = encode_rows(load_split(shared_data, 'sft')[0], 'sft', tokenizer, 32)
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    total, count = 0.0, 0
+    for i in next(batches(lengths, 8, 0)):
+        prompt, response = rows[i]
+        assert response[-1] == EOS
+        logits = policy.logits(policy(torch.tensor([prompt + response])))[0]
+        for t, token in enumerate(response):
+            total -= logits[len(prompt) + t - 1].log_softmax(-1)[token].item()
+            count += 1
+    for size in (0, 3):
+        out = tmp_path / f'run{size}'
+        stage('sft', init=random_run, out=out, micro_batch_size=size)
+        assert read_log(out)[0]['loss'] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_sft_evaluation_is_the_mean_over_held_out_tokens():
+    """The held-out loss weighs tokens, not rows or batches of 64: 70 rows by a double loop."""
+    policy = tiny_gpt().double()
+    rows = [(prompt, chosen) for prompt, chosen, _ in random_pairs(70)]
+    total, count = 0.0, 0
+    for prompt, response in rows:
+        logits = policy.logits(policy(torch.tensor([prompt + response])))[0].log_softmax(-1)
+        total -= sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
+        count += len(response)
+    loss = train_sft.evaluate(policy, rows, 'cpu', torch.autocast('cpu', enabled=False))['loss']
+    assert loss == pytest.approx(total / count, rel=1e-9)
+
+
+def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_path):
+    """I19: DPO's reference logprobs are those of the policy before the first step, after training
+    too, and the second step's logged numbers are worked out from them. I13: the first loss is
+    ln 2, its margin 0."""
+    one = stage('dpo', lr=1e-3, steps=1)        # with no warm-up the first rate is lr in both
+    saved = stage('dpo', lr=1e-3, steps=2, out=tmp_path / 'two')
+    tokenizer, _ = load_text(shared_data)
+    pairs = encode_rows(load_split(shared_data, 'pairs')[0], 'pairs', tokenizer, 32)
+    start, moved = (load_model(GPT, contents, 'policy', 'cpu')
+                    for contents in (load_checkpoint(sft_run, ['sft']), one))
+    cpu = torch.device('cpu'), torch.autocast('cpu', enabled=False)
+    assert torch.equal(saved['ref_train'], all_logprobs(start, pairs, *cpu))
+
+    lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs]
+    second = [pairs[i] for i in next(itertools.islice(batches(lengths, 8, 0), 1, None))]
+    (chosen, rejected), (ref_chosen, ref_rejected) = (all_logprobs(model, second, *cpu).tolist()
+                                                      for model in (moved, start))
+    margins = [0.1 * ((c - ref_c) - (r - ref_r))
+               for c, r, ref_c, ref_r in zip(chosen, rejected, ref_chosen, ref_rejected)]
+    log = read_log(tmp_path / 'two')
+    assert log[0]['loss'] == pytest.approx(LN2, abs=1e-6) and abs(log[0]['margin']) < 1e-6
+    assert log[1]['margin'] == pytest.approx(sum(margins) / 8, abs=1e-5) != 0
+    assert log[1]['loss'] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 8,
+                                           abs=1e-5)
+    assert log[1]['accuracy'] == sum(m > 0 for m in margins) / 8
+    assert log[1]['chosen'] == pytest.approx(sum(chosen) / 8, abs=1e-4)
+    assert log[1]['rejected'] == pytest.approx(sum(rejected) / 8, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------- PPO's rollout
+
+@torch.no_grad()
+def test_rollout_against_loops(sft_run, byte_tokenizer):
+    """Logprobs and reference logprobs at the rollout's temperature, values of the states before
+    each token, with micro-batches of 3: by a loop over rows. Catches a temperature missing in one
+    of them, values one column off and models in each other's place."""
+    policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
+    shape = dict(vocab_size=257, n_embd=32)
+    ref, value_model = tiny_gpt(seed=1, **shape), tiny_scalar(seed=2, **shape)
+    prompts = [byte_tokenizer.encode_ordinary(f'{verb} {letter}:')
+               for verb in ('say', 'now say', 'do') for letter in 'abc']
+    cfg = train_ppo.Config(max_new_tokens=5, temperature=0.7, micro_batch_size=4)
+
+    def score(tokens, response_mask, prompt_texts, response_texts):
+        assert prompt_texts == [byte_tokenizer.decode(prompt) for prompt in prompts]
+        return torch.arange(len(tokens)).float()
+
+    batch = rollout(policy, ref, value_model, score, prompts, byte_tokenizer, cfg,
+                    torch.Generator().manual_seed(0))
+    again = rollout(policy, ref, value_model, score, prompts, byte_tokenizer, cfg,
+                    torch.Generator().manual_seed(0))
+    assert all(torch.equal(batch[key], again[key]) for key in batch)    # I13: bit-equal
+    for b, prompt in enumerate(prompts):
+        n = int(batch['response_mask'][b].sum())
+        row = batch['tokens'][b, :len(prompt) + n]
+        assert row[:len(prompt)].tolist() == prompt
+        assert batch['ended'][b].item() == (row[-1].item() == EOS)
+        for model, key in ((policy, 'logprobs'), (ref, 'ref_logprobs')):
+            logits = (model.logits(model(row[None]))[0] / 0.7).log_softmax(-1)
+            expected = [logits[t, row[t + 1]].item() for t in range(len(prompt) - 1, len(row) - 1)]
+            close(batch[key][b, len(prompt) - 1:len(row) - 1], expected, 1e-5)
+            assert batch[key][b].count_nonzero() <= n
+        close(batch['values'][b, :len(row) - 1], value_model(row[None])[0, :-1].tolist(), 1e-5)
+
+
+def test_responses_without_eos(sft_run, byte_tokenizer):
+    """T20: a response without EOS scores no_eos_score at most: a worse score stays, a better one
+    falls to it. One with EOS keeps its score, and an EOS in the prompt does not count."""
+    policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
+    prompts = [[EOS] * (i % 2) + byte_tokenizer.encode_ordinary('say c:') for i in range(24)]
+    raw = [2.0, -3.0, 0.5, -0.5] * 6
+    batch = rollout(policy, policy, tiny_scalar(vocab_size=257), lambda *_: torch.tensor(raw),
+                    prompts, byte_tokenizer,
+                    train_ppo.Config(max_new_tokens=4, no_eos_score=-1.0),
+                    torch.Generator().manual_seed(0))
+    responses = [row[mask].tolist() for row, mask in zip(batch['tokens'][:, 1:],
+                                                         batch['response_mask'])]
+    ended = [EOS in response for response in responses]
+    for odd in (0, 1):                  # both kinds happen, with EOS in the prompt and without
+        assert 0 < sum(ended[odd::2]) < 12
+    assert batch['ended'].tolist() == ended
+    close(batch['scores'], [z if end else min(z, -1.0) for z, end in zip(raw, ended)])
+    close(batch['raw_scores'], raw)
+
+
+@torch.no_grad()
+def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
+    """The reward model's scores for PPO: read at the last token, minus the shift of its checkpoint,
+    which makes them mean 0 over the held-out responses, chosen and rejected."""
+    saved = load_checkpoint(rm_run, ['rm'])
+    assert abs(saved['shift']) > 1e-3                   # or forgetting it would not be seen
+    model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
+    tokenizer, _ = load_text(shared_data)
+    pairs = encode_rows(load_split(shared_data, 'pairs')[1], 'pairs', tokenizer, 32)
+    rows = [(prompt, response) for prompt, *sides in pairs for response in sides]
+    raw = [model(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in rows]
+    assert saved['shift'] == pytest.approx(sum(raw) / len(raw), abs=1e-5)
+    for size in (0, 5):
+        cfg = train_ppo.Config(reward=str(rm_run), micro_batch_size=size)
+        score, weights, _ = load_scorer(cfg, torch.device('cpu'),
+                                        load_checkpoint(sft_run, ['sft']))
+        tokens, _, _, mask = prefgpt.make_batch(rows)
+        close(score(tokens, mask, [], []), [z - saved['shift'] for z in raw], 1e-5)
+    assert all(torch.equal(weights[key], saved['weights']['reward_model'][f'body.{key}'])
+               for key in weights)                      # where the value model starts
+
+
+def hand_made_batch(pad=0):
+    """A rollout batch of three rows: 3, 5 and 1 response tokens."""
+    zeros = torch.zeros(3, 6)
+    logprobs = zeros.masked_scatter(MASK, -torch.arange(1., 10.))   # -1 to -9
+    ref = zeros.masked_scatter(MASK, torch.full((9,), -6.))
+    batch = {'tokens': torch.ones(3, 7).long(), 'response_mask': MASK, 'logprobs': logprobs,
+             'ref_logprobs': ref}
+    batch = {key: F.pad(value, (0, pad)) for key, value in batch.items()}
+    return {**batch, 'raw_scores': torch.tensor([1., 2., 6.]), 'scores': torch.tensor([1., -1, 6]),
+            'ended': torch.tensor([True, False, True])}
+
+
+@pytest.mark.parametrize('pad', [0, 5])
+def test_rollout_metrics_by_hand(pad):
+    """I15: score before the rule for EOS; kl summed over a response, averaged over responses;
+    entropy per response token. Padding changes none of them."""
+    metrics = rollout_metrics(hand_made_batch(pad))
+    # Sum of logprobs -45, of the reference's -54, over 3 responses and 9 tokens
+    assert metrics == pytest.approx({'score': 3.0, 'kl': 3.0, 'entropy': 5.0, 'length': 3.0,
+                                     'eos': 2 / 3})
+
+
+# ----------------------------------------------------------------------------- PPO's loop
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@pytest.mark.parametrize('micro_batch_size', [0, 3])
+def test_first_ratio_is_one(stage, monkeypatch, tmp_path, temperature, micro_batch_size):
+    """I1: before the first optimizer step of a rollout batch the policy is the one that sampled:
+    |log ratio| <= 1e-5 on every token. I13: the first kl to the reference is 0, exactly."""
+    calls = record(monkeypatch, train_ppo, 'policy_loss')
+    stage('ppo', out=tmp_path / 'run', temperature=temperature, lr=1e-2,
+          micro_batch_size=micro_batch_size)
+    log = read_log(tmp_path / 'run', 'ratio')
+    first = calls[:1 if micro_batch_size == 0 else 3]               # 8 rows: 3 + 3 + 2
+    assert sum(len(arguments[0]) for arguments, _ in first) == 8
+    for (logprobs, old_logprobs, *_), (_, ratio) in first:
+        assert (logprobs - old_logprobs).abs().max() <= 1e-5
+        assert (old_logprobs < -1e-3).any()                         # not both zero
+    assert (calls[len(first)][1][1] - 1).abs().max() > 1e-3         # one step later it has moved
+    assert all(abs(math.log(row['ratio'])) <= 1e-5 for row in log)
+    assert log[0]['kl'] == 0.0 and log[1]['kl'] != 0.0
+
+
+def loop_advantages(batch, cfg):
+    """Advantages and returns of a rollout batch, a dict by (row, column): plain loops over it."""
+    advantages, returns = {}, {}
+    for b, mask in enumerate(batch['response_mask'].tolist()):
+        columns = [t for t, response in enumerate(mask) if response]
+        score = batch['raw_scores'][b].item()
+        if batch['tokens'][b, columns[-1] + 1] != EOS:
+            score = min(score, cfg['no_eos_score'])
+        rewards = [-cfg['beta'] * (batch['logprobs'][b, t] - batch['ref_logprobs'][b, t]).item()
+                   for t in columns]
+        rewards[-1] += score
+        values = [batch['values'][b, t].item() for t in columns]
+        for t, a, v in zip(columns, reference_gae(rewards, values, cfg['gamma'],
+                                                  cfg['gae_lambda']), values):
+            advantages[b, t], returns[b, t] = a, a + v
+    if cfg['whiten']:
+        mean = sum(advantages.values()) / len(advantages)
+        variance = sum((a - mean) ** 2 for a in advantages.values()) / len(advantages)
+        advantages = {key: (a - mean) / math.sqrt(variance) for key, a in advantages.items()}
+    return advantages, returns
+
+
+@pytest.mark.parametrize('whitened', [True, False])
+def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
+    """pg_loss and vf_loss of the log, by plain loops from the rollout on: score rule, KL in the
+    reward, GAE, whitening over the WHOLE rollout batch and not a minibatch, means over the
+    minibatch's tokens. The policy has left the reference, some responses have no EOS; the value
+    model knows something, and with lr = 0 from here on the ratio is 1."""
+    options = dict(beta=0.5, gamma=0.9, gae_lambda=0.8, no_eos_score=-2.0, max_new_tokens=4,
+                   rollout_size=24, batch_size=5, micro_batch_size=2, whiten=whitened, ref_ema=0.0)
+    # The first step moves the models, the second leaves them in place
+    monkeypatch.setattr(train_ppo, 'learning_rate', lambda step, *_: 5e-3 * (step == 0))
+    rollouts = record(monkeypatch, train_ppo, 'rollout')
+    whitenings = record(monkeypatch, train_ppo, 'whiten')
+    cfg = stage('ppo', out=tmp_path / 'run', eval_every=10, **options)['config']
+    (arguments, batch), row = rollouts[1], read_log(tmp_path / 'run', 'ratio')[1]
+    assert 0 < batch['ended'].sum() < 24 and row['kl'] != 0
+    assert batch['values'][batch['response_mask']].abs().min() > 0
+    # whiten is called once a rollout batch, with all 24 rows
+    assert [len(mask) for (_, mask), _ in whitenings] == ([24, 24] if whitened else [])
+
+    advantages, returns = loop_advantages(batch, cfg)
+    pg, vf = [], []
+    for epoch in range(2):
+        order = torch.randperm(24, generator=rng(0, 2 + epoch, 'shuffle')).tolist()
+        for i in range(0, 24, 5):
+            cells = [key for key in advantages if key[0] in order[i:i + 5]]
+            pg.append(-sum(advantages[key] for key in cells) / len(cells))
+            vf.append(sum(0.5 * (batch['values'][key].item() - returns[key]) ** 2
+                          for key in cells) / len(cells))
+    assert max(map(abs, pg)) > 0.01
+    assert row['pg_loss'] == pytest.approx(sum(pg) / len(pg), abs=1e-5)
+    assert row['vf_loss'] == pytest.approx(sum(vf) / len(vf), rel=1e-4)
+    assert row['clip_frac'] == 0.0
+
+
+def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
+    """The first step's gradient is that of -sum A_t log pi(y_t) / tokens, written as a loop over
+    rows (at ratio 1 that is the policy gradient), and the value head's that of the half squares.
+    Catches the sign of the advantage, a mask with the prompt in it and one without EOS."""
+    rollouts = record(monkeypatch, train_ppo, 'rollout')
+    saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
+                  temperature=0.7, eval_every=10)
+    batch, cfg = rollouts[0][1], saved['config']
+    advantages, returns = loop_advantages(batch, cfg)
+    start = load_checkpoint(sft_run, ['sft'])
+    policy = load_model(GPT, start, 'policy', 'cpu').double()
+    head = torch.zeros(32, dtype=torch.double)          # d loss / d head = (V - R) hidden, V = 0
+    value_body = load_model(ScalarGPT, load_checkpoint(cfg['reward'], ['rm']), 'reward_model',
+                            'cpu').body.double()
+    loss = 0.0
+    for b, mask in enumerate(batch['response_mask'].tolist()):
+        x = batch['tokens'][b:b + 1, :-1]
+        logprobs = (policy.logits(policy(x))[0] / 0.7).log_softmax(-1)
+        hidden = value_body(x)[0].detach()
+        for t, response in enumerate(mask):
+            if response:
+                loss -= advantages[b, t] * logprobs[t, batch['tokens'][b, t + 1]]
+                head += (0 - returns[b, t]) * hidden[t]
+    (loss / len(advantages)).backward()
+    state = saved['optimizers']['policy']['state']
+    optimizer = adamw(policy, 0.0)                      # the same order of tensors
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    assert len(parameters) == len(state)
+    for i, p in enumerate(parameters):
+        difference = (state[i]['exp_avg'].double() * 10 - p.grad).norm()
+        assert difference <= 1e-4 * p.grad.norm()
+    value_state = saved['optimizers']['value_model']['state']
+    ours, = [s['exp_avg'][0].double() * 10 for s in value_state.values()
+             if s['exp_avg'].shape == (1, 32)]
+    torch.testing.assert_close(ours, head / len(advantages), rtol=1e-4, atol=1e-6)
+
+
+def models_of_a_run(stage, monkeypatch, **options):
+    """A PPO run's saved contents, and all of its models while they are alive."""
+    made, saved = record(monkeypatch, train_ppo, 'load_model'), []
+    save = train_ppo.save_checkpoint
+
+    def keep(*arguments, **extra):
+        saved.append(arguments[7])                      # models, a dict by name
+        return save(*arguments, **extra)
+    monkeypatch.setattr(train_ppo, 'save_checkpoint', keep)
+    return stage('ppo', lr=5e-3, **options), [model for _, model in made], saved[-1]
+
+
+def same(weights, others):
+    return all(torch.equal(weights[key], others[key]) for key in others)
+
+
+def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run):
+    """I19: with ref_ema = 0 the reference, the starting policy and the reward model are bit for
+    bit what they were, the policy and the value model are not, and no two of the five models
+    share a tensor."""
+    contents, made, trained = models_of_a_run(stage, monkeypatch, ref_ema=0.0)
+    start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
+    reward = load_checkpoint(rm_run, ['rm'])['weights']['reward_model']
+    assert same(contents['weights']['ref'], start)
+    assert not same(contents['weights']['policy'], start)
+    # Two GPTs that never moved: the reference and the policy that kl_sft is measured against
+    assert sum(isinstance(model, GPT) and same(model.state_dict(), start) for model in made) == 2
+    assert [same(model.state_dict(), reward) for model in made
+            if isinstance(model, ScalarGPT)] == [True]
+    assert not same(contents['weights']['value_model'], reward)
+    models = {id(model): model for model in [*made, *trained.values()]}.values()
+    assert len(models) == 5
+    storages = [p.data_ptr() for model in models for p in model.parameters()]
+    assert len(storages) == len(set(storages))
+    for model in models:                                # what does not learn has no gradient
+        if model not in (trained['policy'], trained['value_model']):
+            assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('rate', [0.25, 1.0])
+def test_reference_follows_once_a_step(stage, monkeypatch, sft_run, rate):
+    """The reference moves by ref_ema once a rollout batch, after its epochs: one step from equal
+    weights leaves it at start + rate (policy - start)."""
+    saved = stage('ppo', steps=1, lr=5e-3, ref_ema=rate)['weights']
+    start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
+    for key, before in start.items():
+        expected = before + rate * (saved['policy'][key] - before)
+        torch.testing.assert_close(saved['ref'][key], expected, rtol=0, atol=1e-6)
+        assert not torch.equal(saved['ref'][key], before)
+
+
+def test_clip_frac_counts_response_tokens(stage, monkeypatch, tmp_path):
+    """I15: clip_frac is the share of RESPONSE tokens whose ratio left 1 +- clip_eps, averaged over
+    minibatches; by a loop over the recorded ratios, with a step large enough to clip."""
+    calls = record(monkeypatch, train_ppo, 'policy_loss')
+    rollouts = record(monkeypatch, train_ppo, 'rollout')
+    stage('ppo', out=tmp_path / 'run', steps=1, lr=2e-2, clip_eps=0.05, eval_every=10)
+    mask = rollouts[0][1]['response_mask']
+    shares = []
+    for i, (_, (_, ratio)) in enumerate(calls):
+        order = torch.randperm(24, generator=rng(0, i // 3, 'shuffle'))
+        rows = order.split(8)[i % 3].tolist()
+        inside = [ratio[k, t].item() for k, b in enumerate(rows) for t in range(ratio.size(1))
+                  if mask[b, t]]
+        shares.append(sum(abs(r - 1) > 0.05 for r in inside) / len(inside))
+    assert shares[0] == 0 and max(shares) > 0.05
+    log, = read_log(tmp_path / 'run', 'ratio')
+    assert log['clip_frac'] == pytest.approx(sum(shares) / len(shares), abs=1e-6)

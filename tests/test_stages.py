@@ -1,0 +1,263 @@
+"""
+Does each stage learn? One gate a stage, in process, on the toy task: say a letter, end in '!'.
+
+The bounds are far from what a stage reaches when it works, and far from what it reaches when a sign
+is wrong. That the numbers are right is asked elsewhere, in test_methods.py.
+"""
+import json
+import math
+
+import pytest
+import torch
+
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from conftest import EOS, read_log, write_jsonl
+from prefgpt import GPT, generate, load_checkpoint, load_model, load_rows
+
+LN2 = math.log(2)
+
+
+def run(module, out, data, **options):
+    """main() of a stage with few steps and no warm-up worth the name; returns its metrics."""
+    common = dict(data=str(data), out=str(out), warmup=5, device='cpu')
+    if module is not train_rm:
+        common['max_new_tokens'] = 8
+    steps = options['steps']
+    return module.main(module.Config(**{**common, 'eval_every': steps, 'save_every': steps,
+                                        **options}))
+
+
+def greedy(run_folder, prompts, tokenizer, kind, max_new_tokens=16):
+    """Greedy responses of a run's policy: text, and whether it ended by itself."""
+    policy = load_model(GPT, load_checkpoint(run_folder, [kind]), 'policy', 'cpu')
+    tokens, mask = generate(policy, [tokenizer.encode_ordinary(p) for p in prompts],
+                            max_new_tokens, EOS, temperature=0)
+    responses = [row[chosen].tolist() for row, chosen in zip(tokens[:, 1:], mask)]
+    assert all(EOS not in response[:-1] for response in responses)      # nothing after EOS
+    return [(tokenizer.decode([i for i in response if i != EOS]), response[-1] == EOS)
+            for response in responses]
+
+
+# ----------------------------------------------------------------------------- SFT
+
+def test_sft_overfits_four_rows(tiny_data, tmp_path, byte_tokenizer):
+    """I8: four rows learned by heart; greedy sampling says each response, EOS, and nothing more.
+    Catches EOS left out of the loss and every shift of the targets."""
+    rows = [('say a:', ' yes'), ('now say b:', ' no, never!'), ('say', 'x'), ('q', ' 12345')]
+    for split in ('train', 'val'):
+        write_jsonl(tiny_data / f'{split}.sft.jsonl',
+                    [{'prompt': prompt, 'completion': response} for prompt, response in rows])
+    run(train_sft, tmp_path / 'sft', tiny_data, steps=60, batch_size=4, lr=1e-2, block_size=32,
+        n_embd=32, n_head=2)
+    out = greedy(tmp_path / 'sft', [prompt for prompt, _ in rows], byte_tokenizer, 'sft')
+    assert out == [(response, True) for _, response in rows]
+
+
+def test_sft_loss_falls(shared_data, tmp_path):
+    """The held-out loss falls from about ln 257 to below 1 nat a token."""
+    metrics = run(train_sft, tmp_path / 'sft', shared_data, steps=80, lr=1e-2, n_embd=32,
+                  n_head=2, block_size=32, eval_every=1)
+    losses = [row['eval_loss'] for row in read_log(tmp_path / 'sft', 'eval_loss')]
+    assert losses[0] > 3 and losses[-1] < 1
+    assert metrics['loss'] == losses[-1]
+
+
+def test_sft_on_pairs_learns_the_chosen_side(shared_data, tmp_path, byte_tokenizer):
+    """--rows=pairs is Pref-FT: the policy says '!' and never '?'."""
+    run(train_sft, tmp_path / 'sft', shared_data, rows='pairs', steps=80, lr=1e-2, n_embd=32,
+        n_head=2, block_size=32)
+    prompts = [row['prompt'] for row in load_rows(shared_data / 'val.prompts.jsonl', 'prompts')]
+    out = greedy(tmp_path / 'sft', prompts, byte_tokenizer, 'sft')
+    assert all(text.endswith('!') and ended for text, ended in out)
+
+
+# ----------------------------------------------------------------------------- RM, DPO, IPO
+
+def test_reward_model_learns_the_rule(shared_data, sft_run, tmp_path):
+    """I23: held-out accuracy above 0.9, from a loss of ln 2 = 0.6931 and scores of 0. Catches
+    chosen and rejected in each other's place and a score read elsewhere."""
+    metrics = run(train_rm, tmp_path / 'rm', shared_data, init=str(sft_run), steps=40)
+    first = read_log(tmp_path / 'rm')[0]
+    assert first['loss'] == pytest.approx(LN2, abs=1e-6)
+    assert (first['margin'], first['chosen'], first['rejected']) == (0, 0, 0)
+    assert metrics['accuracy'] > 0.9 and metrics['loss'] < 0.3 and metrics['margin'] > 1
+
+
+def test_dpo_learns_the_rule(shared_data, sft_run, tmp_path, byte_tokenizer):
+    """I23: the held-out margin grows to accuracy above 0.9, from a first loss of ln 2; and the
+    policy then says what the pairs prefer."""
+    metrics = run(train_dpo, tmp_path / 'dpo', shared_data, init=str(sft_run), steps=60, lr=2e-3,
+                  eval_every=10)
+    first = read_log(tmp_path / 'dpo')[0]
+    assert first['loss'] == pytest.approx(LN2, abs=1e-6)
+    assert first['margin'] == pytest.approx(0, abs=1e-6)
+    margins = [row['eval_margin'] for row in read_log(tmp_path / 'dpo', 'eval_margin')]
+    assert 0 < margins[0] < margins[2] < margins[-1] == metrics['margin']
+    assert metrics['accuracy'] > 0.9 and metrics['loss'] < 0.6
+    prompts = [row['prompt'] for row in load_rows(shared_data / 'val.prompts.jsonl', 'prompts')]
+    out = greedy(tmp_path / 'dpo', prompts, byte_tokenizer, 'dpo')
+    assert '?' not in ''.join(text for text, _ in out)
+
+
+def test_ipo_stops_at_its_target(shared_data, sft_run, tmp_path):
+    """IPO pulls h to 1 / (2 beta), and no further: the margin beta h goes to 1/2, whatever beta
+    is. The first loss is (1 / (2 beta))^2. DPO with the same steps goes on past it."""
+    for beta in (0.25, 1.0):
+        metrics = run(train_dpo, tmp_path / f'ipo{beta}', shared_data, init=str(sft_run),
+                      ipo=True, beta=beta, steps=100, lr=3e-3)
+        assert read_log(tmp_path / f'ipo{beta}')[0]['loss'] == pytest.approx(
+            1 / (4 * beta ** 2), rel=1e-4)
+        assert metrics['margin'] == pytest.approx(0.5, abs=0.15)
+    metrics = run(train_dpo, tmp_path / 'dpo', shared_data, init=str(sft_run), beta=1.0,
+                  steps=100, lr=3e-3)
+    assert metrics['margin'] > 1.5
+
+
+# ----------------------------------------------------------------------------- PPO
+
+COUNT_B = '''
+def score(prompt, response):
+    """One point for every b, at most two, and one against every other letter."""
+    letters = response.strip(' !?')
+    return {'reward': min(letters.count('b'), 2) - sum(letter != 'b' for letter in letters)}
+'''
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A reward.py that counts b's."""
+    path = tmp_path / 'reward.py'
+    path.write_text(COUNT_B)
+    return str(path)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_ppo_learns_from_a_judge(shared_data, sft_run, judge, tmp_path, seed):
+    """I23: the score of a reward.py rises, on held-out prompts too; the first ratio of every step
+    is 1.000 and the first kl 0.000. Catches the sign of the advantage."""
+    metrics = run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), reward=judge,
+                  steps=30, rollout_size=36, batch_size=12, lr=2e-3, value_lr=5e-3, beta=0.02,
+                  seed=seed)
+    log = read_log(tmp_path / 'ppo', 'ratio')
+    assert log[0]['kl'] == 0
+    assert all(row['ratio'] == pytest.approx(1, abs=1e-5) for row in log)
+    assert all(row['ms'] > 0 and 0 <= row['entropy'] < math.log(257) for row in log)
+    before = sum(row['score'] for row in log[:3]) / 3
+    after = sum(row['score'] for row in log[-3:]) / 3
+    assert after > before + 1 and metrics['score'] > before + 1
+    assert 0 < metrics['kl_sft'] < 20
+
+
+def test_ppo_learns_from_a_reward_model(shared_data, sft_run, rm_run, tmp_path, byte_tokenizer):
+    """I23: the reward model's score rises until '?' is gone, with KL bounded by beta; a fixed
+    reference, and one that follows."""
+    for ref_ema in (0.0, 0.1):
+        out = tmp_path / f'ppo{ref_ema}'
+        metrics = run(train_ppo, out, shared_data, init=str(sft_run), reward=str(rm_run),
+                      steps=20, rollout_size=36, batch_size=12, lr=1e-3, ref_ema=ref_ema)
+        log = read_log(out, 'ratio')
+        assert metrics['score'] > log[0]['score'] + 0.5
+        assert 0 < metrics['kl_sft'] < 10
+        prompts = [row['prompt'] for row in load_rows(shared_data / 'val.prompts.jsonl', 'prompts')]
+        said = ''.join(text for text, _ in greedy(out, prompts[:6], byte_tokenizer, 'ppo'))
+        assert said.count('!') > said.count('?')
+
+
+def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):
+    """A large beta keeps the policy at the reference: far less KL and score than with beta 0.
+    Catches the sign of the KL in the reward, with which a large beta runs away."""
+    kl = {}
+    for beta in (0.0, 2.0):
+        metrics = run(train_ppo, tmp_path / f'ppo{beta}', shared_data, init=str(sft_run),
+                      reward=judge, steps=20, rollout_size=36, batch_size=12, lr=2e-3, beta=beta,
+                      ref_ema=0.0)
+        kl[beta] = metrics['kl_sft']
+    assert kl[2.0] < 0.5 < 1.5 < kl[0.0]
+
+
+def test_ppo_learns_to_stop(shared_data, sft_run, tmp_path):
+    """A response without EOS earns no_eos_score at most: with a judge that likes all alike, more
+    responses end. Catches a rule that is not applied, or to rows with EOS."""
+    (tmp_path / 'reward.py').write_text("def score(prompt, response):\n    return {'reward': 1}\n")
+    run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), steps=25, rollout_size=36,
+        reward=str(tmp_path / 'reward.py'), batch_size=12, lr=2e-3, beta=0.0, max_new_tokens=4)
+    ended = [row['eos'] for row in read_log(tmp_path / 'ppo', 'ratio')]
+    assert sum(ended[:3]) / 3 < 0.8 < 0.95 < sum(ended[-3:]) / 3
+
+
+@pytest.mark.parametrize('options', [
+    dict(whiten=False), dict(vf_clip=0.2), dict(ref_ema=1.0), dict(ref_ema=0.0),
+    dict(gamma=0.9, gae_lambda=1.0), dict(beta=0.0), dict(micro_batch_size=5),
+    dict(temperature=0.5), dict(rollout_size=5, batch_size=2)], ids=str)
+def test_ppo_runs_with_every_option(shared_data, sft_run, rm_run, tmp_path, options):
+    """The options of the studies: three steps each, every number finite."""
+    run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), reward=str(rm_run),
+        **{**dict(steps=3, rollout_size=16, batch_size=8), **options})
+    lines = (tmp_path / 'ppo' / 'log.jsonl').read_text().splitlines()
+    assert len(lines) == 4
+    assert all(math.isfinite(number) for line in lines for number in json.loads(line).values())
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_vf_clip_is_without_effect_at_first(shared_data, sft_run, rm_run, tmp_path, seed):
+    """T22: before the value model has moved, clipped and plain losses are the same."""
+    losses = []
+    for vf_clip in (0.0, 0.1):
+        out = tmp_path / f'clip{vf_clip}'
+        run(train_ppo, out, shared_data, init=str(sft_run), reward=str(rm_run), steps=1, seed=seed,
+            rollout_size=8, batch_size=8, ppo_epochs=1, vf_clip=vf_clip)
+        losses.append(read_log(out, 'vf_loss')[0]['vf_loss'])
+    assert losses[0] == losses[1] > 0
+
+
+# ----------------------------------------------------------------------------- compile
+
+@pytest.fixture
+def eager():
+    """--compile without a compiler: what would be compiled is run as it is, and still called."""
+    with torch.compiler.set_stance('force_eager'):
+        yield
+
+
+def stage_options(name, sft_run, rm_run):
+    return {'sft': dict(init=str(sft_run)), 'rm': dict(init=str(sft_run)),
+            'dpo': dict(init=str(sft_run)),
+            'ppo': dict(init=str(sft_run), reward=str(rm_run), rollout_size=8)}[name]
+
+
+MODULES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_compile_takes_the_same_steps(eager, shared_data, sft_run, rm_run, tmp_path, monkeypatch,
+                                      name):
+    """--compile=True compiles the bodies in place: the same steps and weights, and a checkpoint
+    whose names have no '_orig_mod.' in them. Sampling does not go through the compiled call."""
+    compiled, logs, calls = [], [], []
+    original = torch.nn.Module.compile
+
+    def note(model, *arguments, **options):
+        original(model, *arguments, **options)
+        inner = model._compiled_call_impl
+        model._compiled_call_impl = lambda *a, **k: calls.append(a) or inner(*a, **k)
+        compiled.append(type(model).__name__)
+    monkeypatch.setattr(torch.nn.Module, 'compile', note)
+    for flag in (False, True):
+        out = tmp_path / f'{name}{flag}'
+        run(MODULES[name], out, shared_data, steps=2, batch_size=8, compile=flag,
+            **stage_options(name, sft_run, rm_run))
+        logs.append([(row.get('loss'), row.get('pg_loss'), row['norm'])
+                     for row in read_log(out, 'norm')])
+    assert logs[0] == logs[1]
+    assert compiled == {'sft': ['GPT'], 'rm': ['ScalarGPT'], 'dpo': ['GPT'],
+                        'ppo': ['GPT', 'GPT', 'ScalarGPT']}[name]
+    # Every compiled call has the tokens alone, (B, T): no cache and no positions
+    assert calls and all(len(arguments) == 1 and arguments[0].dim() == 2 for arguments in calls)
+    before, after = (load_checkpoint(tmp_path / f'{name}{flag}', [name])['weights']
+                     for flag in (False, True))
+    for model in before:
+        assert before[model].keys() == after[model].keys()
+        assert all(torch.equal(before[model][key], after[model][key]) for key in before[model])
