@@ -377,6 +377,8 @@ def load_rows(path, kind, template=HH_TEMPLATE):
             rows.append(normalize(row, kind, template))
         except json.JSONDecodeError as error:
             raise DataError(f'{path}:{number}: {error.msg} at column {error.colno}') from None
+        except KeyError as error:
+            raise DataError(f'{path}:{number}: missing {error}') from None
         except ValueError as error:
             raise DataError(f'{path}:{number}: {error}') from None
     if not rows:
@@ -424,6 +426,7 @@ def from_messages(messages, template):
     try:
         turns = [(message['role'], message['content']) for message in messages]
         assert turns[-1][0] == 'assistant' and turns[-2][0] == 'user'
+        assert all(isinstance(content, str) for _, content in turns)
     except (TypeError, KeyError, IndexError, AssertionError):
         raise ValueError("'messages' must be turns {role, content}, the last two the user's "
                          "and the assistant's") from None
@@ -769,6 +772,9 @@ def run_cli(main, Config):
         main(parse_config(Config))
     except UserError as error:
         sys.exit(f'error: {printable(str(error))}')
+    except KeyboardInterrupt:
+        print('interrupted: --resume continues from the last checkpoint', file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit('error: out of memory: halve --micro_batch_size (results stay the same) '
                  f'or the model; peak {peak_memory()}')
@@ -789,7 +795,7 @@ MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_ev
 def open_run(cfg, kind):
     """The checkpoint to continue in cfg.out, or None for a fresh run; refuses to overwrite one."""
     out = Path(cfg.out)
-    if (out / 'log.jsonl').exists() and not cfg.resume:
+    if not cfg.resume and any((out / name).exists() for name in ('ckpt.pt', 'log.jsonl')):
         raise UserError(f'{out} holds a run: continue it with --resume, or name another --out')
     out.mkdir(parents=True, exist_ok=True)
     if not (out / 'ckpt.pt').exists():

@@ -138,22 +138,22 @@ def main(cfg):
     log = Log(cfg.out, start, cfg.steps)
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    for step, chosen_rows in zip(range(start, cfg.steps),
-                                 batches(lengths, cfg.batch_size, cfg.seed, start)):
+    for step, indices in zip(range(start, cfg.steps),
+                             batches(lengths, cfg.batch_size, cfg.seed, start)):
         began = time.time()
         parts = []
-        for i in range(0, len(chosen_rows), micro_batch_size):
-            rows = chosen_rows[i:i + micro_batch_size]
+        for i in range(0, len(indices), micro_batch_size):
+            rows = indices[i:i + micro_batch_size]
             with autocast:
                 chosen, rejected = pair_logprobs(policy, [train[j] for j in rows], device)
             losses, margin = losses_of(cfg, chosen, rejected, *ref_train[:, rows])
-            (losses.sum() / len(chosen_rows)).backward()    # the mean over the whole batch
+            (losses.sum() / len(indices)).backward()    # the mean over the whole batch
             parts.append(torch.stack([losses, margin, chosen, rejected]).detach())
         metrics_now = pair_metrics(*torch.cat(parts, dim=1))
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step + 1,
                               loss=metrics_now['loss'])
-        log.step(step + 1, began, sum(lengths[i] for i in chosen_rows),
+        log.step(step + 1, began, sum(lengths[i] for i in indices),
                  **metrics_now, norm=norm, lr=lr)
 
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-from prefgpt import (GPT, POLICIES, GPTConfig, Log, ScalarGPT, UserError, adamw, batches, decode_responses,
-                     encode_rows, generate, last_scores, learning_rate, load_checkpoint,
-                     load_judge, load_model, load_split, load_text, open_run, optimizer_step, rng,
-                     run_cli, save_checkpoint, set_up, show_samples, token_logprobs)
+from prefgpt import (GPT, POLICIES, GPTConfig, Log, ScalarGPT, UserError, adamw, batches,
+                     decode_responses, encode_rows, generate, last_scores, learning_rate,
+                     load_checkpoint, load_judge, load_model, load_split, load_text, open_run,
+                     optimizer_step, rng, run_cli, save_checkpoint, set_up, show_samples,
+                     token_logprobs)
 
 
 @dataclass
@@ -199,6 +200,13 @@ def rollout_metrics(batch):
             'length': (response_tokens / B).item(), 'eos': batch['ended'].float().mean().item()}
 
 
+def evaluate(policy, start_policy, value_model, score, prompts, tokenizer, cfg):
+    """The same numbers on held-out prompts; kl_sft is to the policy that PPO started from."""
+    metrics = rollout_metrics(rollout(policy, start_policy, value_model, score, prompts,
+                                      tokenizer, cfg, rng(cfg.seed, 0, 'eval')))
+    return {'kl_sft' if name == 'kl' else name: number for name, number in metrics.items()}
+
+
 def main(cfg):
     """Trains a policy against a reward and returns the last evaluation's numbers."""
     saved = open_run(cfg, 'ppo')
@@ -222,9 +230,8 @@ def main(cfg):
     else:
         value_model = ScalarGPT(GPTConfig(**value_shape)).to(device)
         value_model.body.load_state_dict(value_weights)
-    print(f'policy and reference: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M '
-          f'parameters each, value model: '
-          f'{sum(p.numel() for p in value_model.parameters()) / 1e6:.2f}M')
+    for name, model in (('policy and reference', policy), ('value model', value_model)):
+        print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
     train, val = ([row[0] for row in encode_rows(rows, 'prompts', tokenizer,
                                                  policy.config.block_size, cfg.max_new_tokens,
                                                  name=name)]
@@ -243,15 +250,16 @@ def main(cfg):
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    for step, chosen_rows in zip(range(start, cfg.steps),
-                                 batches([len(prompt) for prompt in train], cfg.rollout_size,
-                                         cfg.seed, start)):
+    # Equal lengths: a rollout batch sorted by length would be sorted by kind of prompt
+    for step, indices in zip(range(start, cfg.steps),
+                             batches([1] * len(train), cfg.rollout_size, cfg.seed, start)):
         began = time.time()
         # 1. Sample and score
         with autocast:
-            batch = rollout(policy, ref, value_model, score, [train[i] for i in chosen_rows],
+            batch = rollout(policy, ref, value_model, score, [train[i] for i in indices],
                             tokenizer, cfg, rng(cfg.seed, step, 'rollout'))
-        x, y, response_mask = batch['tokens'][:, :-1], batch['tokens'][:, 1:], batch['response_mask']
+        x, y = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
+        response_mask = batch['response_mask']
         # 2. Which tokens were better than expected
         rewards = token_rewards(batch['scores'], batch['logprobs'], batch['ref_logprobs'],
                                 response_mask, cfg.beta)                        # (B, T)
@@ -309,12 +317,9 @@ def main(cfg):
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if saving or (step + 1) % cfg.eval_every == 0:
             with autocast:
-                metrics = rollout_metrics(rollout(policy, start_policy, value_model, score,
-                                                  val[:128], tokenizer, cfg,
-                                                  rng(cfg.seed, 0, 'eval')))
+                metrics = evaluate(policy, start_policy, value_model, score, val[:128], tokenizer,
+                                   cfg)
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
-            metrics = {'kl_sft' if name == 'kl' else name: number
-                       for name, number in metrics.items()}
             log.eval(step + 1, metrics, samples)
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'ppo', step + 1, cfg, tokenizer, template,

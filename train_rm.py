@@ -108,10 +108,10 @@ def main(cfg):
     log = Log(cfg.out, start, cfg.steps)
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    for step, chosen_rows in zip(range(start, cfg.steps),
-                                 batches(lengths, cfg.batch_size, cfg.seed, start)):
+    for step, indices in zip(range(start, cfg.steps),
+                             batches(lengths, cfg.batch_size, cfg.seed, start)):
         began = time.time()
-        pairs = [train[i] for i in chosen_rows]
+        pairs = [train[i] for i in indices]
         parts = []
         for i in range(0, len(pairs), micro_batch_size):
             with autocast:
@@ -124,7 +124,7 @@ def main(cfg):
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step + 1,
                               loss=metrics_now['loss'])
-        log.step(step + 1, began, sum(lengths[i] for i in chosen_rows),
+        log.step(step + 1, began, sum(lengths[i] for i in indices),
                  **metrics_now, norm=norm, lr=lr)
 
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps

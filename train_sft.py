@@ -95,10 +95,10 @@ def main(cfg):
     log = Log(cfg.out, start, cfg.steps)
     lengths = [len(prompt) + len(response) for prompt, response in train]
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    for step, chosen_rows in zip(range(start, cfg.steps),
-                                 batches(lengths, cfg.batch_size, cfg.seed, start)):
+    for step, indices in zip(range(start, cfg.steps),
+                             batches(lengths, cfg.batch_size, cfg.seed, start)):
         began = time.time()
-        rows = [train[i] for i in chosen_rows]
+        rows = [train[i] for i in indices]
         # The whole batch's response tokens, so that micro-batches add up to the same mean
         response_tokens = sum(len(response) for _, response in rows)
         loss = 0.0
@@ -111,7 +111,7 @@ def main(cfg):
             loss += micro_loss.detach()
         loss, lr = loss.item(), learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step + 1, loss=loss)
-        log.step(step + 1, began, sum(lengths[i] for i in chosen_rows),
+        log.step(step + 1, began, sum(lengths[i] for i in indices),
                  loss=loss, norm=norm, lr=lr)
 
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps

@@ -78,16 +78,16 @@ def toy_rows(prompts):
     Rows of a toy task by kind: say a letter one to three times. What people like is the '!'.
 
     Demonstrations end in '!' or '?' alike; of a pair the chosen response ends in '!', the rejected
-    one in '?'. How often the letter is said differs within pairs, but says nothing.
+    one in '?'. How often the letter is said differs within a pair, but on average says nothing.
     """
     sft, pairs = [], []
     for number, prompt in enumerate(prompts):
         letter = prompt[-2]
-        for i in range(4):
-            times, other = 1 + (number + i) % 3, 1 + (number * i) % 3
-            sft.append({'prompt': prompt, 'completion': ' ' + letter * times + '!?'[i % 2]})
-            pairs.append({'prompt': prompt, 'chosen': ' ' + letter * times + '!',
-                          'rejected': ' ' + letter * other + '?'})
+        for i, (times, other) in enumerate([(1, 3), (3, 1), (2, 1), (1, 2)]):
+            said = letter * (1 + (number + i) % 3)
+            sft.append({'prompt': prompt, 'completion': f' {said}{"!?"[i % 2]}'})
+            pairs.append({'prompt': prompt, 'chosen': f' {letter * times}!',
+                          'rejected': f' {letter * other}?'})
     return {'sft': sft, 'pairs': pairs, 'prompts': [{'prompt': p} for p in prompts * 4]}
 
 
@@ -152,8 +152,8 @@ def rm_run(shared_data, sft_run, tmp_path_factory):
     """A run folder with a reward model that has learned to like '!'; not to be changed."""
     out = tmp_path_factory.mktemp('runs') / 'rm'
     train_rm.main(train_rm.Config(
-        data=str(shared_data), init=str(sft_run), out=str(out), steps=40, warmup=5,
-        eval_every=20, save_every=40, device='cpu'))
+        data=str(shared_data), init=str(sft_run), out=str(out), steps=60, warmup=5, lr=6e-3,
+        eval_every=60, save_every=60, device='cpu'))
     return out
 
 

@@ -380,7 +380,7 @@ def test_make_batch_refuses_an_empty_prompt_or_response():
 def test_decode_responses_by_hand(byte_tokenizer):
     """Text without EOS, and whether the RESPONSE ended: an EOS in the prompt does not count."""
     tokens, _, _, response_mask = make_batch([
-        ([112], ids('hi') + [EOS]), ([EOS], ids('yo')), ([112], [EOS]), ([112], [0xff, EOS])])
+        ([112], ids('hi') + [EOS]), ([112, EOS], ids('yo')), ([112], [EOS]), ([112], [0xff, EOS])])
     texts, ended = decode_responses(tokens, response_mask, byte_tokenizer)
     assert texts == ['hi', 'yo', '', '\ufffd']
     assert ended.tolist() == [True, False, True, True]
@@ -427,6 +427,8 @@ def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
         assert not prompts[0] & prompts[1]
         held_out.append(prompts[1])
     assert held_out[0] == held_out[1] == held_out[2]
+    # The smallest CRC-32s of the 40; hash() would hold out others in every process
+    assert held_out[0] == {'p25', 'p31', 'p35', 'p39'}
 
     # Neither the order of the rows nor how often a prompt comes may move the split
     random.Random(0).shuffle(rows)
