@@ -15,8 +15,8 @@ Letters: B rows, T positions, C channels, V vocabulary, H heads, S places of the
 What it does not do: dropout, several GPUs, fp16, top-k or top-p (the distribution that is
 sampled is the distribution that is scored).
 """
-import argparse, ast, base64, dataclasses, difflib, hashlib, importlib.util, inspect, io
-import itertools, json, math, os, resource, sys, time, tokenize, zipfile, zlib
+import argparse, base64, dataclasses, difflib, hashlib, importlib.util, inspect, itertools
+import json, math, os, pickle, re, resource, sys, time, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,6 +302,18 @@ HH_TEMPLATE = '\n\nHuman: {}\n\nAssistant:'
 RESPONSES = {'sft': ('response',), 'pairs': ('chosen', 'rejected'), 'prompts': ()}
 
 
+def read_text(path):
+    """The text of a file, or a DataError that names it."""
+    try:
+        return Path(path).read_bytes().decode('utf-8-sig')
+    except OSError as error:
+        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run, '
+                        'and is the path right?') from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b'\n') + 1
+        raise DataError(f'{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8') from None
+
+
 def build_tokenizer(text):
     """A tiktoken.Encoding from the text of a .tiktoken file; EOS is the last id."""
     ranks = {}
@@ -312,7 +324,7 @@ def build_tokenizer(text):
         except ValueError:
             raise DataError(f'tokenizer, line {number}: not "base64 rank": {line[:40]!r}') from None
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise DataError(f'tokenizer: the ranks of {len(ranks)} tokens are not 0 to {len(ranks) - 1}')
+        raise DataError(f'tokenizer: {len(ranks)} tokens, but their ranks are not 0, 1, 2, ...')
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise DataError('tokenizer: some of the 256 single bytes are missing')
     return tiktoken.Encoding('prefgpt', pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
@@ -328,7 +340,7 @@ def tokenizer_text(tokenizer):
 def load_tokenizer(where):
     """The tiktoken.Encoding 'gpt2', or the one in a .tiktoken file."""
     if where != 'gpt2':
-        return build_tokenizer(read_file(where).decode())
+        return build_tokenizer(read_text(where))
     try:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:      # tiktoken passes on whatever its download raised
@@ -336,20 +348,11 @@ def load_tokenizer(where):
                         'TIKTOKEN_CACHE_DIR to a folder that holds its two files') from None
 
 
-def read_file(path):
-    """The bytes of a file, or a DataError that names it."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run, '
-                        'and is the path right?') from None
-
-
 def unique_keys(pairs):
-    """json's object_pairs_hook: a key that comes twice is an error, not the last one's."""
-    counts = Counter(key for key, _ in pairs)
-    if repeated := [key for key in counts if counts[key] > 1]:
-        raise ValueError(f'the key {repeated[0]!r} comes twice')
+    """json's object_pairs_hook: a key that comes twice is an error, not the last one's value."""
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key {max(keys, key=keys.count)!r} comes twice')
     return dict(pairs)
 
 
@@ -365,25 +368,32 @@ def load_rows(path, kind, template=HH_TEMPLATE):
     Raises DataError('file.jsonl:143: ...') on the first line that cannot be used.
     """
     rows = []
-    # Lines end at b'\n' alone: str.splitlines would also break inside a string, at U+2028
-    for number, line in enumerate(read_file(path).removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
+    # Lines end at '\n' alone: str.splitlines would also break inside a string, at U+2028
+    for number, line in enumerate(read_text(path).split('\n'), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode(), object_pairs_hook=unique_keys,
-                             parse_constant=refuse_constant)
+            row = json.loads(line, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
             if not isinstance(row, dict):
                 raise ValueError(f'an object was expected, not {type(row).__name__}')
             rows.append(normalize(row, kind, template))
         except json.JSONDecodeError as error:
             raise DataError(f'{path}:{number}: {error.msg} at column {error.colno}') from None
-        except KeyError as error:
-            raise DataError(f'{path}:{number}: missing {error}') from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f'{path}:{number}: {error}') from None
     if not rows:
         raise DataError(f'{path}: no rows')
     return rows
+
+
+def string_of(row, key):
+    """row[key], which must be there and a string that can be encoded; else ValueError."""
+    if not isinstance(row, dict) or key not in row:
+        raise ValueError(f'missing {key!r} (keys: {", ".join(row)})')
+    if not isinstance(row[key], str):
+        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string')
+    row[key].encode()                           # a lone surrogate raises here, its line known
+    return row[key]
 
 
 def normalize(row, kind, template):
@@ -393,50 +403,45 @@ def normalize(row, kind, template):
     Raises ValueError that says what is missing. SFT reads pairs too: their chosen side, which is
     Pref-FT in Tajwar et al. 2024.
     """
-    keys = ', '.join(row)
+    row = dict(row)
     if 'messages' in row:
         row['prompt'], row['response'] = from_messages(row['messages'], template)
     elif 'response_0' in row:                   # Safe-RLHF: safety decides where it is at stake
-        safe = row['is_response_0_safe'] and row['is_response_1_safe']
-        better = int(row['better_response_id' if safe else 'safer_response_id'])
-        row['chosen'], row['rejected'] = row[f'response_{better}'], row[f'response_{1 - better}']
+        safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
+        key = 'better_response_id' if all(safe) else 'safer_response_id'
+        if row.get(key) not in (0, 1) or not all(isinstance(value, bool) for value in safe):
+            raise ValueError(f'{key!r} must be 0 or 1, and is_response_0_safe and '
+                             'is_response_1_safe true or false')
+        row['chosen'] = string_of(row, f'response_{row[key]:d}')
+        row['rejected'] = string_of(row, f'response_{1 - row[key]:d}')
     elif 'prompt' not in row and 'chosen' in row and 'rejected' in row:     # HH's transcripts
-        row['prompt'], row['chosen'], row['rejected'] = from_transcripts(row['chosen'],
-                                                                         row['rejected'])
-    if 'completion' in row:
-        row.setdefault('response', row['completion'])
-    if kind == 'sft' and 'chosen' in row:
-        row.setdefault('response', row['chosen'])
+        row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
+            string_of(row, 'chosen'), string_of(row, 'rejected'))
+    for other in ('completion', 'chosen'):
+        if kind == 'sft' and other in row:
+            row.setdefault('response', row[other])
 
-    out = {}
-    for key in ('prompt', *RESPONSES[kind]):
-        if key not in row:
-            raise ValueError(f'missing {key!r} (keys: {keys})')
-        if not isinstance(row[key], str):
-            raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string')
-        if key in ('response', 'chosen') and not row[key]:
+    out = {key: string_of(row, key) for key in ('prompt', *RESPONSES[kind])}
+    for key in ('response', 'chosen'):
+        if out.get(key) == '':
             raise ValueError(f'{key!r} is empty: there is nothing to learn to say')
-        row[key].encode()                       # a lone surrogate raises here, with the line known
-        out[key] = row[key]
     return out
 
 
 def from_messages(messages, template):
     """Chat turns as (prompt, response): the last turn is the response, an assistant's."""
-    try:
-        turns = [(message['role'], message['content']) for message in messages]
-        assert turns[-1][0] == 'assistant' and turns[-2][0] == 'user'
-        assert all(isinstance(content, str) for _, content in turns)
-    except (TypeError, KeyError, IndexError, AssertionError):
-        raise ValueError("'messages' must be turns {role, content}, the last two the user's "
-                         "and the assistant's") from None
     # A turn begins where the template begins: on a new line
-    separator = '' if template.startswith('\n') else '\n'
-    form = {'user': template, 'assistant': ' {}' + separator, 'system': '{}' + separator}
-    if unknown := {role for role, _ in turns} - set(form):
-        raise ValueError(f'the role {unknown.pop()!r} is not user, assistant or system')
-    texts = [form[role].replace('{}', content) for role, content in turns]
-    return ''.join(texts[:-1]), ' ' + turns[-1][1]
+    end = '' if template.startswith('\n') else '\n'
+    form = {'user': template, 'assistant': ' {}' + end, 'system': '{}' + end}
+    roles = ([string_of(turn, 'role') for turn in messages] if isinstance(messages, list) else [])
+    if roles[-2:] != ['user', 'assistant'] or not set(roles) <= set(form):
+        raise ValueError("'messages' must be turns {role, content} of user, assistant or system, "
+                         f'the last two of user and assistant, not of {roles}')
+    contents = [string_of(turn, 'content') for turn in messages]
+    if not contents[-1]:
+        raise ValueError("the last 'content' is empty: there is nothing to learn to say")
+    turns = [form[role].replace('{}', content) for role, content in zip(roles, contents)]
+    return ''.join(turns[:-1]), ' ' + contents[-1]
 
 
 def from_transcripts(chosen, rejected):
@@ -449,19 +454,17 @@ def from_transcripts(chosen, rejected):
     return chosen[:cuts[0]], chosen[cuts[0]:], rejected[cuts[1]:]
 
 
-def load_split(data, kind, rows=''):
+def load_split(data, kind, template, rows=''):
     """
     Training rows and held-out rows of a data folder, or of one JSON Lines file.
 
     Of a file, a tenth of the prompts is held out, by a hash: the same in every stage. rows names
     the folder's files where it is not the kind: 'pairs' for SFT on the chosen side of pairs.
     """
-    data = Path(data)
-    if data.is_dir():
-        template = load_template(data)
-        return tuple(load_rows(data / f'{split}.{rows or kind}.jsonl', kind, template)
+    if Path(data).is_dir():
+        return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
                      for split in ('train', 'val'))
-    rows = load_rows(data, kind)
+    rows = load_rows(data, kind, template)
     prompts = sorted({row['prompt'] for row in rows}, key=lambda p: (zlib.crc32(p.encode()), p))
     if len(prompts) < 2:
         raise DataError(f'{data}: one prompt only, so none can be held out; pass a folder with '
@@ -469,12 +472,6 @@ def load_split(data, kind, rows=''):
     held_out = set(prompts[:max(1, len(prompts) // 10)])
     return ([row for row in rows if row['prompt'] not in held_out],
             [row for row in rows if row['prompt'] in held_out])
-
-
-def load_template(data):
-    """The chat template of a data folder, 'user: {}\\nbot:' for one; HH's where there is none."""
-    path = Path(data) / 'template.txt'
-    return path.read_text() if path.is_file() else HH_TEMPLATE
 
 
 def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'):
@@ -486,15 +483,16 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     What is too long loses the left end of its prompt; where the response is longer than half the
     block, the prompt keeps the other half and the response loses its end, and so gets no EOS.
     """
-    if kind == 'prompts' and max_new_tokens >= block_size:
-        raise UserError(f'max_new_tokens={max_new_tokens} leaves no room for a prompt in '
-                        f'block_size={block_size}: lower --max_new_tokens')
+    if block_size < 2 or kind == 'prompts' and max_new_tokens >= block_size:
+        raise UserError(f'block_size={block_size} has no room for a prompt beside '
+                        f'max_new_tokens={max_new_tokens}: lower --max_new_tokens')
     eos, counts, examples = tokenizer.eot_token, Counter(), []
     for row in rows:
         prompt = tokenizer.encode_ordinary(row['prompt']) or [eos]
         responses = [tokenizer.encode_ordinary(row[key]) + [eos] for key in RESPONSES[kind]]
-        room = block_size - max(map(len, responses), default=max_new_tokens)
-        room = max(room, block_size // 2) if responses else room
+        room = block_size - max_new_tokens
+        if responses:
+            room = max(block_size - max(map(len, responses)), block_size // 2)
         counts['prompts cut on the left'] += len(prompt) > room
         prompt = prompt[-room:]
         room = block_size - len(prompt)
@@ -522,7 +520,7 @@ def decode_responses(tokens, response_mask, tokenizer):
 
 
 def show_samples(policy, prompts, tokenizer, max_new_tokens):
-    """Greedy answers to prompts (lists of ids), as printable text with the prompt before it."""
+    """Greedy answers to prompts (lists of ids), as text with the prompt before it."""
     max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
     prompts = [prompt[max_new_tokens - policy.config.block_size:] for prompt in prompts]
     out = generate(policy, prompts, max_new_tokens, tokenizer.eot_token, temperature=0)
@@ -589,6 +587,14 @@ def adamw(model, weight_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
+def check_finite(where, **numbers):
+    """Raises UserError that says which number is not finite, and where."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(f'{where}: the {name} is {number}; the last good checkpoint is kept: '
+                            'lower --lr or look at the data')
+
+
 def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     """
     Clips the gradient, steps and clears; returns the gradient's norm before clipping.
@@ -596,10 +602,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     Raises UserError, and leaves the weights alone, if a loss or the norm is not finite.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
-    for name, value in {**losses, 'norm': norm}.items():
-        if not math.isfinite(value):
-            raise UserError(f'step {step}: the {name} is {value} at lr={lr:.1e}; the last good '
-                            'checkpoint is kept: lower --lr or look at the data')
+    check_finite(f'step {step}, lr={lr:.1e}', **losses, norm=norm)
     for group in optimizer.param_groups:        # every group: weights that decay and the others
         group['lr'] = lr
     optimizer.step()
@@ -663,9 +666,12 @@ def load_checkpoint(path, kinds):
         if (damaged := zipfile.ZipFile(path).testzip()) is not None:
             raise zipfile.BadZipFile(f'checksum of {damaged}')
         saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({error}); '
-                        'restore it from ckpt.prev.pt beside it') from None
+        if not isinstance(saved, dict) or 'kind' not in saved:
+            raise ValueError('not written by prefgpt')
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({reason}); '
+                        'ckpt.prev.pt beside it is the one before') from None
     if saved['kind'] not in kinds:
         raise UserError(f"{path}: a checkpoint of kind {saved['kind']!r}, not "
                         + ' or '.join(map(repr, kinds)))
@@ -698,17 +704,18 @@ def load_text(data, saved=None):
         if not saved:
             raise DataError(f'{data} is a file and brings no tokenizer: pass --init')
         return build_tokenizer(saved['tokenizer']), saved['template']
-    where = read_file(folder / 'tokenizer').decode().strip()
+    where = read_text(folder / 'tokenizer').strip()
     tokenizer = load_tokenizer(where if where == 'gpt2' else folder / where)
+    template = folder / 'template.txt'
     if saved and fingerprint(tokenizer_text(tokenizer)) != saved['fingerprint']:
         raise UserError(f'{data} was prepared with another tokenizer than the checkpoint from '
                         f"{saved['config']['data']}: its stages must all be trained on it")
-    return tokenizer, load_template(folder)
+    return tokenizer, read_text(template) if template.is_file() else HH_TEMPLATE
 
 
 def load_judge(path):
     """score(prompt, response) -> dict of numbers, from a reward.py."""
-    read_file(path)                             # a clear error if it is not there
+    read_text(path)                             # a clear error if it is not there
     spec = importlib.util.spec_from_file_location('judge', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -719,15 +726,10 @@ def load_judge(path):
 
 def field_comments(Config):
     """The trailing comment of every field of a dataclass, by name: the --help."""
-    source = inspect.cleandoc('\n' + inspect.getsource(Config))
-    comments = {token.start[0]: token.string.lstrip('# ')
-                for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    fields = {node.target.id: node.end_lineno for node in ast.walk(ast.parse(source))
-              if isinstance(node, ast.AnnAssign)}
-    missing = [name for name, line in fields.items() if line not in comments]
+    comments = dict(re.findall(r'^ +(\w+): .*?  # (.*)$', inspect.getsource(Config), re.MULTILINE))
+    missing = [f.name for f in dataclasses.fields(Config) if f.name not in comments]
     assert not missing, f'{Config.__qualname__}: no comment after {missing}'
-    return {name: comments[line] for name, line in fields.items()}
+    return comments
 
 
 def parse_bool(text):
@@ -743,26 +745,27 @@ def parse_config(Config, argv=None):
     A Config from the command line: every field is a flag, --lr=0 or --lr 0, and its comment is its
     help. A tuple field takes what stands without a flag; from_ becomes --from (a Python keyword).
     """
-    about = (inspect.getmodule(Config).__doc__ or '').strip()
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=inspect.getmodule(Config).__doc__.strip(),
+                                     usage='%(prog)s [--flag=value ...]', allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'error: {message}\n')     # one line, no usage
     comments = field_comments(Config)
     for field in dataclasses.fields(Config):
         about = f'{comments[field.name]} [{field.default}]'.replace('%', '%%')
         kind = type(field.default)
         if kind is tuple:
             parser.add_argument(field.name, nargs='*', help=comments[field.name])
-            continue
-        bare = dict(nargs='?', const=True) if kind is bool else {}     # --resume is --resume=True
-        parser.add_argument('--' + field.name.rstrip('_'), dest=field.name, default=field.default,
-                            type=parse_bool if kind is bool else kind, metavar='', help=about,
-                            **bare)
+        else:
+            bare = dict(nargs='?', const=True) if kind is bool else {}      # --resume alone: True
+            parser.add_argument('--' + field.name.rstrip('_'), dest=field.name, help=about,
+                                default=field.default, metavar=kind.__name__,
+                                type=parse_bool if kind is bool else kind, **bare)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = ['--' + field.name.rstrip('_') for field in dataclasses.fields(Config)]
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, n=1)
-        parser.error(f'unknown argument {unknown[0]}' + (f', did you mean {near[0]}?' if near
-                                                         else ': see --help'))
+        parser.error(f'unknown argument {unknown[0]}'
+                     + (f', did you mean {near[0]}?' if near else ': see --help'))
     return Config(**vars(arguments))
 
 
@@ -770,7 +773,7 @@ def run_cli(main, Config):
     """main(Config from the command line); what a user can mend is told in one line."""
     try:
         main(parse_config(Config))
-    except UserError as error:
+    except (UserError, OSError) as error:       # OSError: a full disk, a folder not ours
         sys.exit(f'error: {printable(str(error))}')
     except KeyboardInterrupt:
         print('interrupted: --resume continues from the last checkpoint', file=sys.stderr)
@@ -833,22 +836,27 @@ class Log:
 
     def __init__(self, out, start, steps):
         """Cuts off what an interrupted run wrote after the checkpoint it resumes from."""
-        self.rows, self.samples_file = Path(out) / 'log.jsonl', Path(out) / 'samples.txt'
-        self.out, self.start, self.steps, self.began = out, start, steps, time.time()
-        rows = self.rows.read_text().splitlines(True) if self.rows.exists() else []
-        whole = [row for row in rows if row.endswith('\n') and json.loads(row)['step'] <= start]
-        self.rows.write_text(''.join(whole))
-        text = self.samples_file.read_text() if self.samples_file.exists() else ''
-        kept = [part for part in text.split('=== step ')[1:] if int(part.split()[0]) <= start]
-        self.samples_file.write_text(''.join('=== step ' + part for part in kept))
+        self.out, self.start, self.steps = Path(out), start, steps
+        self.began, self.lr = time.time(), 0.0
+        path = self.out / 'log.jsonl'
+        lines = path.read_text().splitlines(True) if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith('\n')]     # whole lines
+        for name in ('log.jsonl', 'samples.txt'):
+            (self.out / name).write_text('')
+        for row in rows:
+            if row['step'] <= start:
+                self.write(row)
 
     def write(self, row):
-        with open(self.rows, 'a') as file:
+        with open(self.out / 'log.jsonl', 'a') as file:
             file.write(json.dumps(row) + '\n')
+        if 'samples' in row:
+            with open(self.out / 'samples.txt', 'a') as file:
+                file.write(f"=== step {row['step']}\n" + '\n\n'.join(row['samples']) + '\n\n')
 
     def step(self, step, began, tokens, **metrics):
         """One optimizer step, counted from 1: began is its time.time(), tokens its real tokens."""
-        seconds = time.time() - began
+        seconds, self.lr = time.time() - began, metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
         if step not in (1, self.steps) and step % max(1, self.steps // 50):
             return
@@ -860,12 +868,13 @@ class Log:
 
     def eval(self, step, metrics, samples):
         """An evaluation on held-out rows, and what two of them look like."""
-        self.write({'step': step, **{f'eval_{name}': value for name, value in metrics.items()}})
         self.show(f'eval  {step:>5}/{self.steps}', metrics)
-        with open(self.samples_file, 'a') as file:
-            file.write(f'=== step {step}\n' + ''.join(f'{sample}\n\n' for sample in samples))
         for sample in samples:
             print('      | ' + printable(sample).strip().replace('\n', '\n      | '))
+        # Weights that blew up in this step's update must not replace the last good checkpoint
+        check_finite(f'evaluation at step {step}, lr={self.lr:.1e}', **metrics)
+        self.write({'step': step, **{f'eval_{name}': value for name, value in metrics.items()},
+                    'samples': samples})
 
     def show(self, head, metrics, *tail):
         numbers = [f"{name} {value:{FORMATS.get(name, '7.3f')}}"

@@ -120,7 +120,7 @@ def main(cfg):
     policy = load_model(GPT, init, 'policy', device)
     print(f'policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
     train, val = (encode_rows(rows, 'pairs', tokenizer, policy.config.block_size, name=name)
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'pairs')))
+                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'pairs', template)))
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile()

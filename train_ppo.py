@@ -235,7 +235,7 @@ def main(cfg):
     train, val = ([row[0] for row in encode_rows(rows, 'prompts', tokenizer,
                                                  policy.config.block_size, cfg.max_new_tokens,
                                                  name=name)]
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'prompts')))
+                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'prompts', template)))
     policy_optimizer = adamw(policy, cfg.weight_decay)
     value_optimizer = adamw(value_model, cfg.weight_decay)
     if cfg.compile:

@@ -95,7 +95,7 @@ def main(cfg):
         model.body.load_state_dict(init['weights']['policy'])
     print(f'reward model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
     train, val = (encode_rows(rows, 'pairs', tokenizer, init['model']['block_size'], name=name)
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'pairs')))
+                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'pairs', template)))
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
         model.compile()

@@ -82,7 +82,8 @@ def main(cfg):
                                cfg.n_embd, cfg.init_std)).to(device)
     print(f'policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
     train, val = (encode_rows(rows, 'sft', tokenizer, policy.config.block_size, name=name)
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'sft', cfg.rows)))
+                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'sft', template,
+                                                              cfg.rows)))
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile()

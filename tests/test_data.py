@@ -159,7 +159,7 @@ MALFORMED = [
     ('messages ends with the user', 'sft', with_messages(USER, ASSISTANT, USER), ["'messages'"]),
     ('messages without a question', 'sft', with_messages(ASSISTANT), ["'messages'"]),
     ('messages without content', 'sft', with_messages({'role': 'user'}, ASSISTANT),
-     ["'messages'"]),
+     ["'content'"]),
     ('messages with null content', 'sft',
      with_messages({'role': 'user', 'content': None}, ASSISTANT), []),
     ('messages with a null answer', 'sft',
@@ -399,17 +399,17 @@ def test_printable_strips_control_characters():
 # ----------------------------------------------------------------------------- splits
 
 def test_load_split_of_a_folder(tmp_path):
-    """A folder's own files are read, with its template; rows='pairs' gives SFT the chosen side."""
+    """A folder's files are read, messages by the template; rows='pairs' gives SFT the chosen side."""
     write_jsonl(tmp_path / 'train.sft.jsonl', [{'messages': turns('hi', 'yes')}])
     write_jsonl(tmp_path / 'val.sft.jsonl', [sft_row('P', 'v')])
     write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
     write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
-    (tmp_path / 'template.txt').write_text(BOT)
-    assert load_split(tmp_path, 'sft') == ([sft_row('user: hi\nbot:', ' yes')],
-                                           [sft_row('P', 'v')])
-    assert load_split(tmp_path, 'sft', 'pairs') == ([sft_row('P', 'c')], [sft_row('Q', 'd')])
+    assert load_split(tmp_path, 'sft', BOT) == ([sft_row('user: hi\nbot:', ' yes')],
+                                                [sft_row('P', 'v')])
+    assert load_split(tmp_path, 'sft', BOT, 'pairs') == ([sft_row('P', 'c')],
+                                                         [sft_row('Q', 'd')])
     with pytest.raises(DataError, match='train.prompts.jsonl'):
-        load_split(tmp_path, 'prompts')
+        load_split(tmp_path, 'prompts', BOT)
 
 
 def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
@@ -420,7 +420,7 @@ def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
     path = write_jsonl(tmp_path / 'all.jsonl', rows)
     held_out = []
     for kind in ('sft', 'pairs', 'prompts'):
-        train, val = load_split(path, kind)
+        train, val = load_split(path, kind, HH_TEMPLATE)
         assert len(train) == 72 and len(val) == 8
         prompts = [{row['prompt'] for row in side} for side in (train, val)]
         assert len(prompts[0]) == 36 and len(prompts[1]) == 4
@@ -433,17 +433,17 @@ def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
     # Neither the order of the rows nor how often a prompt comes may move the split
     random.Random(0).shuffle(rows)
     path = write_jsonl(tmp_path / 'shuffled.jsonl', rows[:60] + rows)
-    assert {row['prompt'] for row in load_split(path, 'sft')[1]} == held_out[0]
+    assert {row['prompt'] for row in load_split(path, 'sft', HH_TEMPLATE)[1]} == held_out[0]
 
 
 def test_load_split_of_a_file_with_few_prompts(tmp_path):
     """Two prompts: one is held out. One prompt only: an error, not an empty side."""
     two = write_jsonl(tmp_path / 'two.jsonl', [sft_row('a', 'x'), sft_row('b', 'y')])
-    train, val = load_split(two, 'sft')
+    train, val = load_split(two, 'sft', HH_TEMPLATE)
     assert len(train) == len(val) == 1
     one = write_jsonl(tmp_path / 'one.jsonl', [sft_row('a', 'x'), sft_row('a', 'y')])
     with pytest.raises(DataError, match='one prompt only'):
-        load_split(one, 'sft')
+        load_split(one, 'sft', HH_TEMPLATE)
 
 
 # ----------------------------------------------------------------------------- tokenizers

@@ -139,7 +139,8 @@ def test_help_lists_every_field_with_its_comment(script, capsys):
     assert {line[0] for line in lines} == {f.name for f in dataclasses.fields(module.Config)}
     for name, kind, _, comment in lines:
         flag = name if kind == 'tuple' else '--' + name.rstrip('_')
-        usage = re.escape(flag) + r'(\[\])?' + re.escape(''.join(comment.split()))
+        usage = re.escape(flag) + r'(\[?(str|int|float|bool)\]?)?' + re.escape(
+            ''.join(comment.split()))
         assert re.search(usage, shown), name
         if kind in ('int', 'bool'):
             assert ''.join(comment.split()) + f'[{getattr(module.Config, name)}]' in shown, name
@@ -420,7 +421,8 @@ def test_log_is_cut_where_the_run_resumes(tmp_path):
     """Rows and samples past the checkpoint go, and so does a last line that was half written; the
     rest stays as it was, and new rows follow."""
     rows = ['{"step": 1, "loss": 3.0}\n', '{"step": 2, "loss": 2.5}\n',
-            '{"step": 2, "eval_loss": 2.6}\n', '{"step": 3, "loss": 2.0}\n', '{"step": 4, "lo']
+            '{"step": 2, "eval_loss": 2.6, "samples": ["hi", "yo"]}\n',
+            '{"step": 3, "loss": 2.0, "samples": ["hi there"]}\n', '{"step": 4, "lo']
     (tmp_path / 'log.jsonl').write_text(''.join(rows))
     (tmp_path / 'samples.txt').write_text('=== step 2\nhi\n\nyo\n\n=== step 3\nhi there\n\n')
     log = Log(str(tmp_path), 2, 10)
@@ -429,7 +431,8 @@ def test_log_is_cut_where_the_run_resumes(tmp_path):
     log.write({'step': 3, 'loss': 1.5})
     log.eval(3, {'loss': 1.25}, ['one', 'two'])
     assert (tmp_path / 'log.jsonl').read_text() == ''.join(
-        [*rows[:3], '{"step": 3, "loss": 1.5}\n', '{"step": 3, "eval_loss": 1.25}\n'])
+        [*rows[:3], '{"step": 3, "loss": 1.5}\n',
+         '{"step": 3, "eval_loss": 1.25, "samples": ["one", "two"]}\n'])
     assert (tmp_path / 'samples.txt').read_text().endswith('=== step 3\none\n\ntwo\n\n')
 
 
@@ -515,7 +518,7 @@ def die_after_logging(monkeypatch, last_step):
     def step_and_die(self, number, *arguments, **metrics):
         step(self, number, *arguments, **metrics)
         if number == last_step:
-            with open(self.rows, 'a') as file:
+            with open(self.out / 'log.jsonl', 'a') as file:
                 file.write('{"step": 6, "los')          # and was about to log another one
             raise KeyboardInterrupt
     monkeypatch.setattr(Log, 'step', step_and_die)
@@ -613,7 +616,7 @@ def test_a_non_finite_loss_stops_the_run(stage, config, monkeypatch):
         return 1e38 if step == 2 else schedule(step, *arguments)
     monkeypatch.setattr(module, 'learning_rate', blow_up)
     cfg = config(stage, 'run')
-    with pytest.raises(UserError, match=r'step [34]: .*(nan|inf).*lr=\d.*checkpoint'):
+    with pytest.raises(UserError, match=r'step [34], lr=\d.*(nan|inf).*checkpoint'):
         module.main(cfg)
     saved = load_checkpoint(cfg.out, [stage])
     assert saved['step'] == 2

@@ -97,9 +97,9 @@ def main(cfg):
     path = cfg.reward or str(Path(data) / 'reward.py')
     judge = load_judge(path) if cfg.reward or Path(path).exists() else None
     rows = load_rows(Path(data) / 'val.prompts.jsonl', 'prompts', template)[:cfg.prompts]
-    prompts = [row[0] for row in encode_rows(rows, 'prompts', tokenizer,
-                                             saved[0]['model']['block_size'], cfg.max_new_tokens,
-                                             name='val')]
+    block_size = min(each['model']['block_size'] for each in saved)
+    prompts = [row[0] for row in encode_rows(rows, 'prompts', tokenizer, block_size,
+                                             cfg.max_new_tokens, name='val')]
     policies = [load_model(GPT, each, 'policy', device) for each in saved]
 
     tables = {}

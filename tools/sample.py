@@ -34,7 +34,7 @@ def find_prompts(cfg, saved):
     if cfg.prompt:
         text = saved['template'].replace('{}', cfg.prompt)
         return [text] * (cfg.n if cfg.temperature else 1)       # greedy samples are all the same
-    _, rows = load_split(saved['config']['data'], 'prompts')
+    _, rows = load_split(saved['config']['data'], 'prompts', saved['template'])
     return [row['prompt'] for row in rows[:cfg.n]]
 
 
