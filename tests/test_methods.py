@@ -19,8 +19,7 @@ import train_rm
 import train_sft
 from conftest import EOS, read_log, tiny_gpt, tiny_scalar
 from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, encode_rows, learning_rate,
-                     load_checkpoint, load_model, load_split, load_text, optimizer_step, rng,
-                     token_logprobs)
+                     load_checkpoint, load_model, load_split, load_text, optimizer_step, rng)
 from train_dpo import all_logprobs, dpo_loss, ipo_loss, pair_logprobs
 from train_ppo import (gae, load_scorer, policy_loss, rollout, rollout_metrics, token_rewards,
                        update_ema, value_loss, whiten)
@@ -835,16 +834,17 @@ def test_every_pass_is_measured_against_the_rollout(stage, monkeypatch, tmp_path
     policy_calls = record(monkeypatch, train_ppo, 'policy_loss')
     value_calls = record(monkeypatch, train_ppo, 'value_loss')
     rollouts = record(monkeypatch, train_ppo, 'rollout')
-    cfg = stage('ppo', steps=1, clip_eps=0.3, vf_clip=0.15, lr=5e-3, eval_every=10)['config']
-    batch = rollouts[0][1]
+    cfg = stage('ppo', clip_eps=0.3, vf_clip=0.15, lr=5e-3, eval_every=10)['config']
+    batch = rollouts[1][1]      # of the second step: in the first all values are 0
     advantages, returns = loop_advantages(batch, cfg)
     mask = batch['response_mask']
-    assert len(policy_calls) == len(value_calls) == 6               # 2 epochs of 3 minibatches
-    for i, (policy_call, value_call) in enumerate(zip(policy_calls, value_calls)):
+    assert batch['values'][mask].unique().numel() > 3
+    assert len(policy_calls) == len(value_calls) == 12      # 2 steps, 2 epochs of 3 minibatches
+    for i, (policy_call, value_call) in enumerate(zip(policy_calls[6:], value_calls[6:])):
         (_, old_logprobs, ours, clip_eps), _ = policy_call
         (values, old_values, our_returns, vf_clip), _ = value_call
         assert (clip_eps, vf_clip) == (0.3, 0.15)
-        order = torch.randperm(24, generator=rng(0, i // 3, 'shuffle'))
+        order = torch.randperm(24, generator=rng(0, 2 + i // 3, 'shuffle'))
         for k, b in enumerate(order.split(8)[i % 3].tolist()):
             for t in mask[b].nonzero().flatten().tolist():
                 assert old_logprobs[k, t] == batch['logprobs'][b, t]

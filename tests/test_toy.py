@@ -239,7 +239,7 @@ def rows():
 
 def test_rows_have_the_promised_form(rows):
     sizes = {name: len(listed) for name, listed in rows.items()}
-    assert sizes == {'train.sft': 5000, 'train.pairs': 8000, 'train.prompts': 8000,
+    assert sizes == {'train.sft': 5000, 'train.pairs': 16000, 'train.prompts': 8000,
                      'val.sft': 400, 'val.pairs': 800, 'val.prompts': 400}
     for name, listed in rows.items():
         for row in listed:
@@ -285,8 +285,8 @@ def test_labels_follow_the_judge_most_of_the_time(rows):
 
 def test_pairs_are_mixed_as_stated(rows):
     edits = Counter(row['edit'] for row in rows['train.pairs'])
-    for way in ('junk', 'needless', 'independent'):
-        assert edits.pop(way) / 8000 == pytest.approx(prepare.PAIRS[way], abs=0.02)
+    for way in ('junk', 'needless', 'off-topic', 'independent'):
+        assert edits.pop(way) / 16000 == pytest.approx(prepare.PAIRS[way], abs=0.02)
     assert edits.keys() == {name for weights in prepare.EDITS.values() for name in weights}
     for row in rows['train.pairs']:
         if row['edit'] == 'needless':
