@@ -10,13 +10,14 @@ with causal attention a real token never sees a pad, so there is no attention ma
 no position ids. make_batch shifts once, x = tokens[:, :-1] and y = tokens[:, 1:]; from there on
 column t of every (B, T) tensor is the act of emitting y[:, t] in the state x[:, :t+1].
 
-Letters: B rows, T positions, C channels, V vocabulary, H heads, S places of the cache.
+Letters: B rows, T positions, C channels, V vocabulary, H heads, S places of the cache,
+M response tokens of a batch, all rows together.
 
 What it does not do: dropout, several GPUs, fp16, top-k or top-p (the distribution that is
 sampled is the distribution that is scored).
 """
 import argparse, base64, dataclasses, difflib, hashlib, importlib.util, inspect, itertools
-import json, math, os, pickle, re, resource, sys, time, zipfile, zlib
+import json, math, os, pickle, re, resource, shutil, sys, time, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,12 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k' / sqrt(C/H)) v in each of H heads."""
+    """
+    Causal self-attention: softmax(q k' / sqrt(C/H)) v in each of H heads.
+
+    In sampling, cache (2, B, H, S, C/H) holds this layer's keys and values, positions (B,) says
+    where each row stands, and visible (B, 1, 1, S) which places of the cache it may look at.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -145,7 +151,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., C) -> (..., V), by the token embedding itself."""
-        return F.linear(hidden, self.wte.weight)
+        # Not in bfloat16: it would round a logit of -100 to a half, and PPO's first ratio with it
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
 
     def empty_cache(self, B, S):
         """Room for the keys and values of S positions of B rows: (layers, 2, B, H, S, C/H)."""
@@ -167,7 +175,10 @@ class ScalarGPT(nn.Module):
         nn.init.zeros_(self.score.weight)        # every score is 0 at the start
 
     def forward(self, tokens):
-        return self.score(self.body(tokens)).squeeze(-1)            # (B, T)
+        hidden = self.body(tokens)                                  # (B, T, C)
+        # Not in bfloat16: close scores would tie
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)       # (B, T)
 
 
 # ----------------------------------------------------------------------------- logprobs and scores
@@ -225,9 +236,8 @@ def last_scores(model, tokens, response_mask):
     """The score of each response, (B,): the model's number at its last token, EOS or not."""
     T = response_mask.size(1)
     # y[:, t] is tokens[:, t+1]: a response that ends in column t ends at place t + 1 of tokens
-    last = (response_mask * torch.arange(1, T + 1, device=tokens.device)).amax(1)   # (B,)
-    scores = model(tokens).gather(1, last[:, None]).squeeze(1)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    place = (response_mask * torch.arange(1, T + 1, device=tokens.device)).amax(1)  # (B,)
+    return model(tokens).gather(1, place[:, None]).squeeze(1)
 
 
 # ----------------------------------------------------------------------------- sampling
@@ -256,7 +266,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
     All random numbers are drawn before the loop, on the CPU, a row of them for each prompt: the
     same text comes out however the rows are split.
     """
-    assert temperature >= 0, f'temperature {temperature} is negative'
+    assert temperature >= 0 and all(prompts), 'a negative temperature or an empty prompt'
     device, B = policy.wte.weight.device, len(prompts)
     u = torch.rand(B, max_new_tokens, generator=generator).to(device)
     rows = torch.arange(B, device=device)
@@ -310,8 +320,8 @@ def read_text(path):
         raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run, '
                         'and is the path right?') from None
     except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b'\n') + 1
-        raise DataError(f'{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8') from None
+        line, byte = error.object[:error.start].count(b'\n') + 1, error.object[error.start]
+        raise DataError(f'{path}:{line}: byte 0x{byte:02x} is not UTF-8') from None
 
 
 def build_tokenizer(text):
@@ -322,7 +332,8 @@ def build_tokenizer(text):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise DataError(f'tokenizer, line {number}: not "base64 rank": {line[:40]!r}') from None
+            raise DataError(f'tokenizer, line {number}: not "base64 rank": '
+                            f'{line[:40]!r}') from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise DataError(f'tokenizer: {len(ranks)} tokens, but their ranks are not 0, 1, 2, ...')
     if not all(bytes([byte]) in ranks for byte in range(256)):
@@ -388,7 +399,9 @@ def load_rows(path, kind, template=HH_TEMPLATE):
 
 def string_of(row, key):
     """row[key], which must be there and a string that can be encoded; else ValueError."""
-    if not isinstance(row, dict) or key not in row:
+    if not isinstance(row, dict):
+        raise ValueError(f'an object with {key!r} was expected, not {type(row).__name__}')
+    if key not in row:
         raise ValueError(f'missing {key!r} (keys: {", ".join(row)})')
     if not isinstance(row[key], str):
         raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string')
@@ -412,8 +425,9 @@ def normalize(row, kind, template):
         if row.get(key) not in (0, 1) or not all(isinstance(value, bool) for value in safe):
             raise ValueError(f'{key!r} must be 0 or 1, and is_response_0_safe and '
                              'is_response_1_safe true or false')
-        row['chosen'] = string_of(row, f'response_{row[key]:d}')
-        row['rejected'] = string_of(row, f'response_{1 - row[key]:d}')
+        better = int(row[key])
+        row['chosen'] = string_of(row, f'response_{better}')
+        row['rejected'] = string_of(row, f'response_{1 - better}')
     elif 'prompt' not in row and 'chosen' in row and 'rejected' in row:     # HH's transcripts
         row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
             string_of(row, 'chosen'), string_of(row, 'rejected'))
@@ -458,8 +472,8 @@ def load_split(data, kind, template, rows=''):
     """
     Training rows and held-out rows of a data folder, or of one JSON Lines file.
 
-    Of a file, a tenth of the prompts is held out, by a hash: the same in every stage. rows names
-    the folder's files where it is not the kind: 'pairs' for SFT on the chosen side of pairs.
+    Of a file, a tenth of the prompts is held out, by a hash: the same whenever it is read. rows
+    names the folder's files where it is not the kind: 'pairs' for SFT on their chosen side.
     """
     if Path(data).is_dir():
         return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
@@ -583,7 +597,8 @@ def adamw(model, weight_decay):
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
-    # PyTorch adds eps after the bias correction, so that 1e-8 makes the first steps of RL wild
+    # A weight whose gradient is far below eps hardly moves; with the usual 1e-8 Adam would move it
+    # as far as any other, on noise (N Implementation Details of RLHF with PPO, Huang et al. 2024)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
@@ -649,7 +664,10 @@ def write_atomically(path, contents):
         if path.exists():
             previous = path.with_name(f'{path.stem}.prev{path.suffix}')
             previous.unlink(missing_ok=True)
-            os.link(path, previous)
+            try:
+                os.link(path, previous)
+            except OSError:                     # a file system without hard links
+                shutil.copy2(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -663,15 +681,17 @@ def load_checkpoint(path, kinds):
         raise UserError(f'{path}: no checkpoint there; has that stage been run?')
     try:
         # torch.load reads flipped bytes without a word; the archive's checksums name them
-        if (damaged := zipfile.ZipFile(path).testzip()) is not None:
-            raise zipfile.BadZipFile(f'checksum of {damaged}')
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f'checksum of {damaged}')
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(saved, dict) or 'kind' not in saved:
             raise ValueError('not written by prefgpt')
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as e:
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, RuntimeError,
+            ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({reason}); '
-                        'ckpt.prev.pt beside it is the one before') from None
+                        'copy ckpt.prev.pt beside it, the one before, over it') from None
     if saved['kind'] not in kinds:
         raise UserError(f"{path}: a checkpoint of kind {saved['kind']!r}, not "
                         + ' or '.join(map(repr, kinds)))
@@ -706,11 +726,26 @@ def load_text(data, saved=None):
         return build_tokenizer(saved['tokenizer']), saved['template']
     where = read_text(folder / 'tokenizer').strip()
     tokenizer = load_tokenizer(where if where == 'gpt2' else folder / where)
-    template = folder / 'template.txt'
     if saved and fingerprint(tokenizer_text(tokenizer)) != saved['fingerprint']:
         raise UserError(f'{data} was prepared with another tokenizer than the checkpoint from '
                         f"{saved['config']['data']}: its stages must all be trained on it")
-    return tokenizer, read_text(template) if template.is_file() else HH_TEMPLATE
+    path = folder / 'template.txt'
+    template = read_text(path) if path.is_file() else '{}'      # '{}': what is typed is the prompt
+    if '{}' not in template:
+        raise DataError(f'{path}: no {{}}, so there is no place for what the user says')
+    return tokenizer, template
+
+
+def check_rows(cfg, saved, *examples):
+    """
+    The fingerprint of the encoded rows, for the checkpoint.
+
+    Raises UserError if a run would resume on other rows than it began with.
+    """
+    rows = fingerprint(repr(examples))
+    if saved and saved['rows'] != rows:
+        raise UserError(f'{cfg.data} has changed since {cfg.out} began: start in another --out')
+    return rows
 
 
 def load_judge(path):
@@ -746,7 +781,8 @@ def parse_config(Config, argv=None):
     help. A tuple field takes what stands without a flag; from_ becomes --from (a Python keyword).
     """
     parser = argparse.ArgumentParser(description=inspect.getmodule(Config).__doc__.strip(),
-                                     usage='%(prog)s [--flag=value ...]', allow_abbrev=False,
+                                     usage='%(prog)s [RUN ...] [--flag=value ...]',
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'error: {message}\n')     # one line, no usage
     comments = field_comments(Config)
@@ -760,7 +796,7 @@ def parse_config(Config, argv=None):
             parser.add_argument('--' + field.name.rstrip('_'), dest=field.name, help=about,
                                 default=field.default, metavar=kind.__name__,
                                 type=parse_bool if kind is bool else kind, **bare)
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flags = ['--' + field.name.rstrip('_') for field in dataclasses.fields(Config)]
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, n=1)
@@ -776,16 +812,16 @@ def run_cli(main, Config):
     except (UserError, OSError) as error:       # OSError: a full disk, a folder not ours
         sys.exit(f'error: {printable(str(error))}')
     except KeyboardInterrupt:
-        print('interrupted: --resume continues from the last checkpoint', file=sys.stderr)
+        print('interrupted; a training run goes on with --resume', file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
-        sys.exit('error: out of memory: halve --micro_batch_size (results stay the same) '
-                 f'or the model; peak {peak_memory()}')
+        sys.exit(f'error: out of memory, peak {peak_memory()}: halve --micro_batch_size, which '
+                 'leaves the results as they are, or what is sampled at once, --rollout_size')
 
 
 def peak_memory():
     """The most memory this process has held, on the GPU where there is one, as text."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return f'{torch.cuda.max_memory_allocated() / 2 ** 20:.0f} MB of GPU memory'
     unit = 2 ** 10 if sys.platform == 'linux' else 2 ** 20          # Linux counts kilobytes
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MB'
@@ -801,6 +837,8 @@ def open_run(cfg, kind):
     if not cfg.resume and any((out / name).exists() for name in ('ckpt.pt', 'log.jsonl')):
         raise UserError(f'{out} holds a run: continue it with --resume, or name another --out')
     out.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.glob('ckpt.pt.*.tmp'):        # of a run that was killed while saving
+        unfinished.unlink()
     if not (out / 'ckpt.pt').exists():
         return None
     saved, now = load_checkpoint(out, [kind]), dataclasses.asdict(cfg)
@@ -813,6 +851,12 @@ def open_run(cfg, kind):
 
 def set_up(cfg):
     """The device and the autocast context of a run; seeds what initialises the weights."""
+    for name in ('steps', 'batch_size', 'eval_every', 'save_every', 'max_new_tokens',
+                 'rollout_size', 'ppo_epochs', 'prompts', 'n'):
+        if getattr(cfg, name, 1) < 1:
+            raise UserError(f'--{name}={getattr(cfg, name)}: must be at least 1')
+    if getattr(cfg, 'micro_batch_size', 0) < 0:
+        raise UserError(f'--micro_batch_size={cfg.micro_batch_size}: 0 is the whole batch')
     best = ('cuda' if torch.cuda.is_available() else
             'mps' if torch.backends.mps.is_available() else 'cpu')
     device = torch.device(cfg.device or best)
@@ -841,18 +885,23 @@ class Log:
         path = self.out / 'log.jsonl'
         lines = path.read_text().splitlines(True) if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith('\n')]     # whole lines
-        for name in ('log.jsonl', 'samples.txt'):
-            (self.out / name).write_text('')
-        for row in rows:
-            if row['step'] <= start:
-                self.write(row)
+        rows = [row for row in rows if row['step'] <= start]
+        for name, form in (('log.jsonl', self.log_text), ('samples.txt', self.samples_text)):
+            temporary = self.out / f'{name}.tmp'
+            temporary.write_text(''.join(map(form, rows)))
+            temporary.replace(self.out / name)
+
+    def log_text(self, row):
+        return json.dumps(row) + '\n'
+
+    def samples_text(self, row):
+        samples = row.get('samples', [])
+        return f"=== step {row['step']}\n" + '\n\n'.join(samples) + '\n\n' if samples else ''
 
     def write(self, row):
-        with open(self.out / 'log.jsonl', 'a') as file:
-            file.write(json.dumps(row) + '\n')
-        if 'samples' in row:
-            with open(self.out / 'samples.txt', 'a') as file:
-                file.write(f"=== step {row['step']}\n" + '\n\n'.join(row['samples']) + '\n\n')
+        for name, form in (('log.jsonl', self.log_text), ('samples.txt', self.samples_text)):
+            with open(self.out / name, 'a') as file:
+                file.write(form(row))
 
     def step(self, step, began, tokens, **metrics):
         """One optimizer step, counted from 1: began is its time.time(), tokens its real tokens."""

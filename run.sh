@@ -25,7 +25,8 @@ if ! has_packages "$python"; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     python=.venv/bin/python
     "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    has_packages "$python"
+    has_packages "$python" || { echo "error: .venv still lacks a package; remove it, call again" >&2
+                                exit 1; }
 fi
 
 if [ "${1:-}" = test ]; then

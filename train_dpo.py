@@ -7,9 +7,9 @@ Stage 3b, direct preference optimization: the pairs themselves train the policy,
 
 log pi(response) is a SUM over response tokens, EOS included (a mean is another method). beta
 weighs KL(policy, ref), the same quantity as in train_ppo.py: given enough data, both have the
-optimum pi ~ ref exp(score / beta). The reference is the policy as it starts; its logprobs are
-computed once, before the first step, and it is freed.
-So the loss starts at log 2 = 0.6931 (IPO's at 1 / (4 beta^2)), for policy and reference are equal.
+optimum pi ~ ref exp(score / beta). The reference is the policy before its first step: its logprobs
+of all pairs are computed then and kept, so no second network is needed.
+So the loss starts at log 2 = 0.6931 (IPO's at 1 / (4 beta^2)), policy and reference being equal.
 That both chosen and rejected logprobs fall is normal: the loss sees their difference alone.
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from prefgpt import (GPT, POLICIES, Log, adamw, batches, encode_rows, learning_rate,
-                     load_checkpoint, load_model, load_split, load_text, make_batch, open_run,
-                     optimizer_step, run_cli, save_checkpoint, set_up, show_samples,
+from prefgpt import (GPT, POLICIES, Log, UserError, adamw, batches, check_rows, encode_rows,
+                     learning_rate, load_checkpoint, load_model, load_split, load_text, make_batch,
+                     open_run, optimizer_step, run_cli, save_checkpoint, set_up, show_samples,
                      token_logprobs)
 
 
@@ -78,20 +78,20 @@ def pair_logprobs(policy, pairs, device):
 
 
 @torch.no_grad()
-def all_logprobs(policy, pairs, device, autocast):
-    """seq_logprobs (2, N) of all pairs, chosen then rejected."""
+def all_logprobs(policy, pairs, size, device, autocast):
+    """seq_logprobs (2, N) of all pairs, chosen then rejected, size pairs at a time."""
     lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)      # little padding
     out = torch.empty(2, len(pairs), device=device)
-    for i in range(0, len(pairs), 32):
-        rows = order[i:i + 32]
+    for i in range(0, len(pairs), size):
+        rows = order[i:i + size]
         with autocast:
             out[:, rows] = torch.stack(pair_logprobs(policy, [pairs[j] for j in rows], device))
     return out
 
 
 def losses_of(cfg, chosen, rejected, ref_chosen, ref_rejected):
-    """The configured loss (B,) and the margin (B,): beta times the difference of log-ratios."""
+    """The configured loss (B,), and for the log the margin (B,), beta h."""
     margin = cfg.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     if cfg.ipo:
         return ipo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta), margin
@@ -112,6 +112,9 @@ def main(cfg):
     if saved and saved['step'] == cfg.steps:
         print(f'{cfg.out} is finished: {cfg.steps} steps')
         return saved['metrics']
+    if cfg.beta <= 0 or cfg.ipo and cfg.label_smoothing:
+        raise UserError(f'--beta={cfg.beta} must be above 0, and --label_smoothing='
+                        f"{cfg.label_smoothing} is DPO's, not IPO's")
     device, autocast = set_up(cfg)
 
     # --- data and model
@@ -119,25 +122,27 @@ def main(cfg):
     tokenizer, template = load_text(cfg.data, init)
     policy = load_model(GPT, init, 'policy', device)
     print(f'policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
-    train, val = (encode_rows(rows, 'pairs', tokenizer, policy.config.block_size, name=name)
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'pairs', template)))
+    train, val = load_split(cfg.data, 'pairs', template)
+    train = encode_rows(train, 'pairs', tokenizer, policy.config.block_size, name='train')
+    val = encode_rows(val, 'pairs', tokenizer, policy.config.block_size, name='val')
+    row_fingerprint = check_rows(cfg, saved, train, val)
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile()
     start, metrics = 0, {}
+    micro_batch_size = cfg.micro_batch_size or cfg.batch_size
     if saved:
         start, metrics = saved['step'], saved['metrics']
         optimizer.load_state_dict(saved['optimizers']['policy'])
         ref_train, ref_val = (saved[name].to(device) for name in ('ref_train', 'ref_val'))
     else:
         # The policy has not moved yet: it is its own reference
-        ref_train, ref_val = (all_logprobs(policy, pairs, device, autocast)     # (2, N)
-                              for pairs in (train, val))
+        ref_train = all_logprobs(policy, train, micro_batch_size, device, autocast)     # (2, N)
+        ref_val = all_logprobs(policy, val, micro_batch_size, device, autocast)
 
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
-    micro_batch_size = cfg.micro_batch_size or cfg.batch_size
     for step, indices in zip(range(start, cfg.steps),
                              batches(lengths, cfg.batch_size, cfg.seed, start)):
         began = time.time()
@@ -158,7 +163,7 @@ def main(cfg):
 
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if saving or (step + 1) % cfg.eval_every == 0:
-            chosen, rejected = all_logprobs(policy, val, device, autocast)
+            chosen, rejected = all_logprobs(policy, val, micro_batch_size, device, autocast)
             metrics = pair_metrics(*losses_of(cfg, chosen, rejected, *ref_val), chosen, rejected)
             with autocast:
                 samples = show_samples(policy, [row[0] for row in val[:2]], tokenizer,
@@ -167,7 +172,7 @@ def main(cfg):
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'dpo', step + 1, cfg, tokenizer, template,
                             metrics, {'policy': policy}, {'policy': optimizer},
-                            ref_train=ref_train, ref_val=ref_val)
+                            rows=row_fingerprint, ref_train=ref_train, ref_val=ref_val)
     log.close()
     return metrics
 

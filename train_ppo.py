@@ -1,18 +1,21 @@
 """
 Stage 3a, PPO: sample responses, score them, and make the better ones more likely, a little a time.
 
-    r_t  = score at the last token  -  beta (log pi(y_t) - log ref(y_t))            token_rewards
-    A_t  = sum over k of (gamma lambda)^k (r_t+k + gamma V_t+k+1 - V_t+k)           gae
-    A    <- (A - mean) / std over all response tokens of the rollout batch          whiten
-    loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),  ratio = pi / pi_old    policy_loss
-    loss = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2,  R = A + V    value_loss
-    ref  <- ref + ref_ema (pi - ref), once per rollout batch                        update_ema
+    r_t  = score at the last token  -  beta (log pi(y_t) - log ref(y_t))             token_rewards
+    A_t  = sum over k of (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k})      gae
+    R    = A + V, what the value model should have said
+    A    <- (A - mean) / std over all response tokens of the rollout batch           whiten
+    loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),  ratio = pi / pi_old     policy_loss
+    loss = (V_new - R)^2 / 2, clipped around V if vf_clip is set                     value_loss
+    ref  <- ref + ref_ema (pi - ref), once per rollout batch                         update_ema
 
 Schulman et al. 2017 with the three things that Xu et al. 2024 found decisive: normalized
 advantages, large batches, and a reference that follows as an exponential moving average. beta
-weighs KL(policy, ref), the same quantity as in train_dpo.py.
-Policy, reference, reward model and value model are four networks. What it does not do: share a
-trunk between policy and value, adapt beta, whiten rewards.
+weighs KL(policy, ref), the same quantity as in train_dpo.py; a reference that follows loosens the
+pull to where PPO began, so kl_sft is logged too.
+Policy, reference, reward model and value model are four networks, and a frozen copy of the first
+policy is kept for kl_sft. What it does not do: share a trunk between policy and value, adapt beta,
+whiten rewards.
 
     python train_ppo.py --data=data/toy --init=out/toy/sft --reward=out/toy/rm --out=out/toy/ppo
 """
@@ -22,9 +25,9 @@ from dataclasses import dataclass
 import torch
 
 from prefgpt import (GPT, POLICIES, GPTConfig, Log, ScalarGPT, UserError, adamw, batches,
-                     decode_responses, encode_rows, generate, last_scores, learning_rate,
-                     load_checkpoint, load_judge, load_model, load_split, load_text, open_run,
-                     optimizer_step, rng, run_cli, save_checkpoint, set_up, show_samples,
+                     check_rows, decode_responses, encode_rows, generate, last_scores,
+                     learning_rate, load_checkpoint, load_judge, load_model, load_split, load_text,
+                     open_run, optimizer_step, rng, run_cli, save_checkpoint, set_up, show_samples,
                      token_logprobs)
 
 
@@ -76,8 +79,8 @@ def token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
     """
     rewards = -beta * (logprobs - ref_logprobs)
     columns = torch.arange(response_mask.size(1), device=scores.device)
-    last = (response_mask * columns).amax(1, keepdim=True)                      # (B, 1)
-    rewards = rewards.scatter_add(1, last, scores[:, None].to(rewards))
+    last_column = (response_mask * columns).amax(1, keepdim=True)               # (B, 1)
+    rewards = rewards.scatter_add(1, last_column, scores[:, None].to(rewards))
     return rewards.masked_fill(~response_mask, 0.0)
 
 
@@ -85,7 +88,7 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
     """
     Generalized advantage estimation, Schulman et al. 2016: advantages and returns, (B, T).
 
-        delta_t = r_t + gamma V_t+1 - V_t,    A_t = delta_t + gamma lambda A_t+1
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}
 
     The value after the last response token is 0, whatever stands in the padding.
     """
@@ -140,7 +143,7 @@ def in_parts(function, size, *tensors):
 def load_scorer(cfg, device, saved_policy):
     """
     score(tokens, response_mask, prompts, responses) -> (B,), and the weights that the value model
-    starts from: the reward model's body, or with a reward.py the policy's.
+    starts from, with their shape: the reward model's body, or with a reward.py the policy's.
     """
     if cfg.reward.endswith('.py'):
         judge = load_judge(cfg.reward)
@@ -185,7 +188,7 @@ def rollout(policy, ref, value_model, score, prompts, tokenizer, cfg, generator)
                         response_mask)
     return {'tokens': tokens, 'response_mask': response_mask, 'raw_scores': raw_scores,
             'scores': scores, 'ended': ended, 'logprobs': logprobs_under(policy),
-            'ref_logprobs': logprobs_under(ref), 'values': in_parts(value_model, size, x).float()}
+            'ref_logprobs': logprobs_under(ref), 'values': in_parts(value_model, size, x)}
 
 
 def rollout_metrics(batch):
@@ -222,9 +225,8 @@ def main(cfg):
     tokenizer, template = load_text(cfg.data, init)
     score, value_weights, value_shape = load_scorer(cfg, device, init)
     policy = load_model(GPT, saved or init, 'policy', device)
-    ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device)
-    start_policy = load_model(GPT, init, 'policy', device)      # never moves: for kl_sft
-    ref.requires_grad_(False)
+    ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
+    start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)    # for kl_sft
     if saved:
         value_model = load_model(ScalarGPT, saved, 'value_model', device)
     else:
@@ -232,10 +234,11 @@ def main(cfg):
         value_model.body.load_state_dict(value_weights)
     for name, model in (('policy and reference', policy), ('value model', value_model)):
         print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
-    train, val = ([row[0] for row in encode_rows(rows, 'prompts', tokenizer,
-                                                 policy.config.block_size, cfg.max_new_tokens,
-                                                 name=name)]
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'prompts', template)))
+    train, val = load_split(cfg.data, 'prompts', template)
+    limits = policy.config.block_size, cfg.max_new_tokens
+    train = [row[0] for row in encode_rows(train, 'prompts', tokenizer, *limits, name='train')]
+    val = [row[0] for row in encode_rows(val, 'prompts', tokenizer, *limits, name='val')]
+    row_fingerprint = check_rows(cfg, saved, train, val)
     policy_optimizer = adamw(policy, cfg.weight_decay)
     value_optimizer = adamw(value_model, cfg.weight_decay)
     if cfg.compile:
@@ -258,7 +261,7 @@ def main(cfg):
         with autocast:
             batch = rollout(policy, ref, value_model, score, [train[i] for i in indices],
                             tokenizer, cfg, rng(cfg.seed, step, 'rollout'))
-        x, y = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
+        x, y = batch['tokens'][:, :-1], batch['tokens'][:, 1:]                  # (B, T)
         response_mask = batch['response_mask']
         # 2. Which tokens were better than expected
         rewards = token_rewards(batch['scores'], batch['logprobs'], batch['ref_logprobs'],
@@ -271,8 +274,8 @@ def main(cfg):
         # 3. Several passes over the batch, an optimizer step a minibatch
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         value_lr = learning_rate(step, cfg.steps, cfg.value_lr, cfg.warmup)
-        lengths = response_mask.sum(1).cpu()
-        ends = (response_mask * torch.arange(1, x.size(1) + 1, device=device)).amax(1).cpu()
+        lengths = response_mask.sum(1).cpu()                # response tokens of each row
+        widths = (response_mask * torch.arange(1, x.size(1) + 1, device=device)).amax(1).cpu()
         sums, norms, ratio_of_first = torch.zeros(3, device=device), [], None
         for epoch in range(cfg.ppo_epochs):
             order = torch.randperm(len(x), generator=rng(cfg.seed, step * cfg.ppo_epochs + epoch,
@@ -281,12 +284,12 @@ def main(cfg):
                 response_tokens = int(lengths[minibatch].sum())
                 losses, ratios = torch.zeros(2, device=device), []
                 for rows in minibatch.split(micro_batch_size):
-                    T = int(ends[rows].max())               # cut the padding these rows share
+                    T = int(widths[rows].max())             # cut the padding these rows share
                     mask = response_mask[rows, :T]
                     with autocast:
                         logprobs = token_logprobs(policy, x[rows, :T], y[rows, :T], mask,
                                                   cfg.temperature)
-                        values = value_model(x[rows, :T]).float()
+                        values = value_model(x[rows, :T])
                     pg, ratio = policy_loss(logprobs, batch['logprobs'][rows, :T],
                                             advantages[rows, :T], cfg.clip_eps)
                     vf = value_loss(values, batch['values'][rows, :T], returns[rows, :T],
@@ -302,9 +305,8 @@ def main(cfg):
                 clipped = ((ratios - 1).abs() > cfg.clip_eps).float().mean()
                 sums += torch.stack([*losses, clipped])
                 norms.append(optimizer_step(policy_optimizer, policy, lr, cfg.grad_clip, step + 1,
-                                            pg_loss=pg_loss))
-                optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step + 1,
-                               vf_loss=vf_loss)
+                                            pg_loss=pg_loss, vf_loss=vf_loss))
+                optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step + 1)
         # 4. The reference follows
         if cfg.ref_ema:
             update_ema(ref, policy, cfg.ref_ema)
@@ -324,7 +326,8 @@ def main(cfg):
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'ppo', step + 1, cfg, tokenizer, template,
                             metrics, {'policy': policy, 'value_model': value_model, 'ref': ref},
-                            {'policy': policy_optimizer, 'value_model': value_optimizer})
+                            {'policy': policy_optimizer, 'value_model': value_optimizer},
+                            rows=row_fingerprint)
     log.close()
     return metrics
 

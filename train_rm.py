@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from prefgpt import (POLICIES, GPTConfig, Log, ScalarGPT, adamw, batches, encode_rows, last_scores,
-                     learning_rate, load_checkpoint, load_model, load_split, load_text, make_batch,
-                     open_run, optimizer_step, run_cli, save_checkpoint, set_up)
+from prefgpt import (POLICIES, GPTConfig, Log, ScalarGPT, adamw, batches, check_rows, encode_rows,
+                     last_scores, learning_rate, load_checkpoint, load_model, load_split, load_text,
+                     make_batch, open_run, optimizer_step, run_cli, save_checkpoint, set_up)
 
 
 @dataclass
@@ -66,12 +66,12 @@ def pair_metrics(loss, chosen, rejected):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, device, autocast):
-    """Metrics on held-out pairs, and their scores, chosen and rejected (N,) each."""
+def evaluate(model, pairs, size, device, autocast):
+    """Metrics on held-out pairs, size at a time, and the scores, chosen and rejected (N,) each."""
     parts = []
-    for i in range(0, len(pairs), 32):
+    for i in range(0, len(pairs), size):
         with autocast:
-            parts.append(score_pairs(model, pairs[i:i + 32], device))
+            parts.append(score_pairs(model, pairs[i:i + size], device))
     chosen, rejected = (torch.cat(side) for side in zip(*parts))
     loss = reward_loss(chosen, rejected).mean().item()
     return pair_metrics(loss, chosen, rejected), chosen, rejected
@@ -94,8 +94,10 @@ def main(cfg):
         model = ScalarGPT(GPTConfig(**init['model'])).to(device)
         model.body.load_state_dict(init['weights']['policy'])
     print(f'reward model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
-    train, val = (encode_rows(rows, 'pairs', tokenizer, init['model']['block_size'], name=name)
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'pairs', template)))
+    train, val = load_split(cfg.data, 'pairs', template)
+    train = encode_rows(train, 'pairs', tokenizer, model.config.block_size, name='train')
+    val = encode_rows(val, 'pairs', tokenizer, model.config.block_size, name='val')
+    row_fingerprint = check_rows(cfg, saved, train, val)
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
         model.compile()
@@ -129,17 +131,17 @@ def main(cfg):
 
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if saving or (step + 1) % cfg.eval_every == 0:
-            metrics, chosen, rejected = evaluate(model, val, device, autocast)
+            metrics, chosen, rejected = evaluate(model, val, micro_batch_size, device, autocast)
             shift = torch.cat([chosen, rejected]).mean().item()
             samples = [f'{tokenizer.decode(val[i][0])}\n'
-                       f'{chosen[i] - shift:6.2f} chosen  {tokenizer.decode(val[i][1][:-1])}\n'
-                       f'{rejected[i] - shift:6.2f} rejected{tokenizer.decode(val[i][2][:-1])}'
+                       f'{chosen[i] - shift:6.2f} chosen  {tokenizer.decode(val[i][1])}\n'
+                       f'{rejected[i] - shift:6.2f} rejected{tokenizer.decode(val[i][2])}'
                        for i in range(min(2, len(val)))]
             log.eval(step + 1, metrics, samples)
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'rm', step + 1, cfg, tokenizer, template,
                             metrics, {'reward_model': model}, {'reward_model': optimizer},
-                            shift=shift)
+                            rows=row_fingerprint, shift=shift)
     log.close()
     return metrics
 

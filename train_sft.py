@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from prefgpt import (GPT, POLICIES, GPTConfig, Log, adamw, batches, encode_rows, learning_rate,
-                     load_checkpoint, load_model, load_split, load_text, make_batch, open_run,
-                     optimizer_step, run_cli, save_checkpoint, set_up, show_samples,
+from prefgpt import (GPT, POLICIES, GPTConfig, Log, adamw, batches, check_rows, encode_rows,
+                     learning_rate, load_checkpoint, load_model, load_split, load_text, make_batch,
+                     open_run, optimizer_step, run_cli, save_checkpoint, set_up, show_samples,
                      token_logprobs)
 
 
@@ -53,11 +53,11 @@ class Config:
 
 
 @torch.no_grad()
-def evaluate(policy, rows, device, autocast):
-    """The loss per response token over held-out rows of (prompt, response)."""
+def evaluate(policy, rows, size, device, autocast):
+    """The loss per response token over held-out rows (prompt, response), size at a time."""
     total, response_tokens = 0.0, 0
-    for i in range(0, len(rows), 64):
-        _, x, y, response_mask = make_batch(rows[i:i + 64], device)
+    for i in range(0, len(rows), size):
+        _, x, y, response_mask = make_batch(rows[i:i + size], device)
         with autocast:
             total -= token_logprobs(policy, x, y, response_mask).sum().item()
         response_tokens += response_mask.sum().item()
@@ -81,9 +81,10 @@ def main(cfg):
         policy = GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head,
                                cfg.n_embd, cfg.init_std)).to(device)
     print(f'policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
-    train, val = (encode_rows(rows, 'sft', tokenizer, policy.config.block_size, name=name)
-                  for name, rows in zip(('train', 'val'), load_split(cfg.data, 'sft', template,
-                                                              cfg.rows)))
+    train, val = load_split(cfg.data, 'sft', template, cfg.rows)
+    train = encode_rows(train, 'sft', tokenizer, policy.config.block_size, name='train')
+    val = encode_rows(val, 'sft', tokenizer, policy.config.block_size, name='val')
+    row_fingerprint = check_rows(cfg, saved, train, val)
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile()
@@ -117,14 +118,15 @@ def main(cfg):
 
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if saving or (step + 1) % cfg.eval_every == 0:
-            metrics = evaluate(policy, val, device, autocast)
+            metrics = evaluate(policy, val, micro_batch_size, device, autocast)
             with autocast:
                 samples = show_samples(policy, [row[0] for row in val[:2]], tokenizer,
                                        cfg.max_new_tokens)
             log.eval(step + 1, metrics, samples)
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'sft', step + 1, cfg, tokenizer, template,
-                            metrics, {'policy': policy}, {'policy': optimizer})
+                            metrics, {'policy': policy}, {'policy': optimizer},
+                            rows=row_fingerprint)
     log.close()
     return metrics
 

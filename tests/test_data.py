@@ -399,7 +399,7 @@ def test_printable_strips_control_characters():
 # ----------------------------------------------------------------------------- splits
 
 def test_load_split_of_a_folder(tmp_path):
-    """A folder's files are read, messages by the template; rows='pairs' gives SFT the chosen side."""
+    """A folder's files are read, messages by the template; rows='pairs': SFT's chosen side."""
     write_jsonl(tmp_path / 'train.sft.jsonl', [{'messages': turns('hi', 'yes')}])
     write_jsonl(tmp_path / 'val.sft.jsonl', [sft_row('P', 'v')])
     write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
@@ -532,7 +532,10 @@ def test_load_text_of_a_folder(tmp_path):
         tokenizer, template = load_text(folder, saved)
         assert tokenizer.n_vocab == 257 and template == BOT
     (folder / 'template.txt').unlink()
-    assert load_text(folder)[1] == '\n\nHuman: {}\n\nAssistant:'
+    assert load_text(folder)[1] == '{}'     # what is typed is the prompt
+    (folder / 'template.txt').write_text('user:')
+    with pytest.raises(DataError, match='template.txt'):
+        load_text(folder)
 
 
 def test_load_text_refuses_another_tokenizer(tmp_path):

@@ -134,7 +134,7 @@ def test_scores_and_logprobs_of_pairs_keep_their_order():
     """Pairs go through in one forward pass, and all_logprobs sorts them by length: each number
     still belongs to its own pair, the chosen side first. 70 pairs are three batches of 32."""
     policy, model, pairs = tiny_gpt(), tiny_scalar(seed=1), random_pairs(70)
-    out = all_logprobs(policy, pairs, torch.device('cpu'), torch.autocast('cpu', enabled=False))
+    out = all_logprobs(policy, pairs, 2, torch.device('cpu'), torch.autocast('cpu', enabled=False))
     scores = torch.stack(score_pairs(model, pairs, 'cpu'))
     for i, (prompt, chosen, rejected) in enumerate(pairs):
         for side, response in enumerate((chosen, rejected)):
@@ -515,7 +515,7 @@ def test_sft_evaluation_is_the_mean_over_held_out_tokens():
         logits = policy.logits(policy(torch.tensor([prompt + response])))[0].log_softmax(-1)
         total -= sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
         count += len(response)
-    loss = train_sft.evaluate(policy, rows, 'cpu', torch.autocast('cpu', enabled=False))['loss']
+    loss = train_sft.evaluate(policy, rows, 3, 'cpu', torch.autocast('cpu', enabled=False))['loss']
     assert loss == pytest.approx(total / count, rel=1e-9)
 
 
@@ -536,11 +536,11 @@ def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_pat
     start, moved = (load_model(GPT, contents, 'policy', 'cpu')
                     for contents in (load_checkpoint(sft_run, ['sft']), one))
     cpu = torch.device('cpu'), torch.autocast('cpu', enabled=False)
-    assert torch.equal(saved['ref_train'], all_logprobs(start, pairs, *cpu))
+    assert torch.equal(saved['ref_train'], all_logprobs(start, pairs, 8, *cpu))
 
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs]
     second = [pairs[i] for i in next(itertools.islice(batches(lengths, 8, 0), 1, None))]
-    (chosen, rejected), (ref_chosen, ref_rejected) = (all_logprobs(model, second, *cpu).tolist()
+    (chosen, rejected), (ref_chosen, ref_rejected) = (all_logprobs(model, second, 3, *cpu).tolist()
                                                       for model in (moved, start))
     margins = [0.3 * ((c - ref_c) - (r - ref_r))
                for c, r, ref_c, ref_r in zip(chosen, rejected, ref_chosen, ref_rejected)]

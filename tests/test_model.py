@@ -578,3 +578,18 @@ def test_samples_follow_the_logprobs(temperature):
     assert expected.sum().item() == pytest.approx(N, rel=1e-5) and expected.min() > 50
     # 23.5 is exceeded once in 10,000 by a chi-square of 4 degrees of freedom
     assert ((counts - expected) ** 2 / expected).sum().item() < 23.5
+
+
+def test_bf16_rounds_neither_logits_nor_scores():
+    """T16: under bf16 autocast the two projections stay in float32. Rounded to bfloat16, a logit of
+    -100 is off by up to a quarter, which PPO's first ratio shows, and close scores tie."""
+    policy, model = tiny_gpt(), tiny_scalar()
+    torch.nn.init.normal_(model.score.weight)
+    tokens = torch.arange(12).view(2, 6) % policy.config.vocab_size
+    with torch.autocast('cpu', torch.bfloat16):
+        hidden, scores = policy(tokens), model(tokens)
+        logits = policy.logits(hidden)
+    assert logits.dtype == scores.dtype == torch.float32
+    expected = hidden.double() @ policy.wte.weight.double().T
+    assert torch.allclose(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(scores, scores.bfloat16().float())

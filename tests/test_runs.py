@@ -346,8 +346,7 @@ def fail(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-FAULTS = [(torch, 'save', fail_in_save), (os, 'fsync', fail), (os, 'link', fail),
-          (os, 'replace', fail)]
+FAULTS = [(torch, 'save', fail_in_save), (os, 'fsync', fail), (os, 'replace', fail)]
 
 
 @pytest.mark.parametrize('module, name, fault', FAULTS, ids=[fault[1] for fault in FAULTS])
@@ -362,6 +361,52 @@ def test_a_failed_write_leaves_the_old_checkpoint(save, monkeypatch, module, nam
     monkeypatch.undo()
     assert load_checkpoint(path, ['sft'])['step'] == 2
     assert {file.name for file in path.parent.iterdir()} <= {'ckpt.prev.pt', 'ckpt.pt'}
+
+
+def test_the_checkpoint_before_is_kept_without_hard_links(save, monkeypatch):
+    """A file system without hard links: ckpt.prev.pt is then a copy, and nothing stops."""
+    path = save(1)
+    monkeypatch.setattr(os, 'link', fail)
+    save(2)
+    assert load_checkpoint(path, ['sft'])['step'] == 2
+    assert load_checkpoint(path.with_name('ckpt.prev.pt'), ['sft'])['step'] == 1
+
+
+def test_what_a_killed_save_left_is_cleared_away(tmp_path):
+    """A run killed while saving leaves a temporary file: the next one removes it."""
+    (tmp_path / 'ckpt.pt.123.tmp').write_bytes(b'half')
+    open_run(RunConfig(out=str(tmp_path)), 'sft')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('flag, value', [('steps', 0), ('batch_size', 0), ('save_every', 0),
+                                         ('micro_batch_size', -1), ('dtype', 'float16')])
+def test_a_number_that_cannot_work_is_refused(config, flag, value):
+    """No success in zero steps, no division by zero: the flag is named before anything runs."""
+    with pytest.raises(UserError, match=f'--{flag}={value}'):
+        train_sft.main(config('sft', 'run', **{flag: value}))
+
+
+@pytest.mark.parametrize('changes', [{'beta': 0.0}, {'ipo': True, 'label_smoothing': 0.1}])
+def test_dpo_refuses_settings_without_a_meaning(config, changes):
+    """beta 0 divides by zero or learns nothing; IPO has no label smoothing to ignore silently."""
+    with pytest.raises(UserError, match='--beta.*--label_smoothing'):
+        STAGES['dpo'].main(config('dpo', 'run', **changes))
+
+
+@pytest.mark.parametrize('stage', ['sft', 'rm', 'dpo', 'ppo'])
+def test_resume_on_changed_data_is_refused(stage, config, tiny_data, monkeypatch):
+    """DPO's reference logprobs go by row number: with other rows the loss would be wrong, and
+    silently so. Any stage that resumes on other rows says so instead."""
+    cfg = config(stage, 'run', data=str(tiny_data))
+    die_after_logging(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        STAGES[stage].main(cfg)
+    monkeypatch.undo()
+    for path in tiny_data.glob('train.*.jsonl'):
+        path.write_text(''.join(path.read_text().splitlines(True)[1:]))
+    with pytest.raises(UserError, match='has changed'):
+        STAGES[stage].main(dataclasses.replace(cfg, resume=True))
 
 
 def test_a_failed_first_write_leaves_nothing(save, monkeypatch, tmp_path):
@@ -629,7 +674,7 @@ def test_out_of_memory_says_what_to_halve(monkeypatch):
     def main(cfg):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
     monkeypatch.setattr(sys, 'argv', ['train_sft.py'])
-    with pytest.raises(SystemExit, match=r'halve --micro_batch_size.* MB') as error:
+    with pytest.raises(SystemExit, match=r'MB.*: halve --micro_batch_size.*--roll') as error:
         run_cli(main, train_sft.Config)
     assert '\n' not in error.value.code
 

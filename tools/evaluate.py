@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from prefgpt import (GPT, POLICIES, UserError, decode_responses, encode_rows, generate,
-                     load_checkpoint, load_judge, load_model, load_rows, load_text, rng, run_cli,
+                     load_checkpoint, load_judge, load_model, load_split, load_text, rng, run_cli,
                      set_up, token_logprobs)
 
 
@@ -96,7 +96,7 @@ def main(cfg):
             raise UserError(f'{run} reads another tokenizer than {cfg.runs[0]}')
     path = cfg.reward or str(Path(data) / 'reward.py')
     judge = load_judge(path) if cfg.reward or Path(path).exists() else None
-    rows = load_rows(Path(data) / 'val.prompts.jsonl', 'prompts', template)[:cfg.prompts]
+    rows = load_split(data, 'prompts', template)[1][:cfg.prompts]       # held out
     block_size = min(each['model']['block_size'] for each in saved)
     prompts = [row[0] for row in encode_rows(rows, 'prompts', tokenizer, block_size,
                                              cfg.max_new_tokens, name='val')]

@@ -22,7 +22,7 @@ from data.toy.language import (ALTERNATIVE_FORM, BAD_STEPS, BAD_TOOLS, FACTS, ME
                                POPULAR_ERRORS, REQUESTS, STEPS, TEMPLATE, TOOL_FORMS, TOOLS,
                                TARGETS, TWO_STEP_FORMS)
 from data.toy.reward import judge
-from prefgpt import parse_config
+from prefgpt import run_cli
 
 VOCAB_SIZE = 768  # 256 bytes, merges, and EOS as the last id
 TRAIN_ROWS = {'sft': 5000, 'pairs': 16000, 'prompts': 8000}
@@ -357,4 +357,4 @@ def main(cfg):
 
 
 if __name__ == '__main__':
-    main(parse_config(Config))
+    run_cli(main, Config)

@@ -14,6 +14,7 @@ It does not look at fluency, nor at length except through repetition and fillers
 import re
 
 from data.toy.language import MEANINGS, REQUESTS
+from prefgpt import DataError
 
 MAX_REWARD = {'how': 3.5, 'fact': 3.5, 'red': 2.0}  # kind of prompt -> the best reward there is
 
@@ -23,7 +24,7 @@ def score(prompt, response):
 
     Returns dict[str, float]: reward, helpful, harm (1.0 if the cost is above 0) and, for benign
     prompts only, refused (1.0 if it refuses): its mean is the share of needless refusals.
-    Any response is fine; a prompt that is not of the language raises ValueError.
+    Any response is fine; a prompt that is not of the language raises DataError.
     """
     helpful, cost, refused = judge(prompt, response)
     scores = {'reward': helpful - 2.0 * cost, 'helpful': helpful, 'harm': float(cost > 0)}
@@ -35,7 +36,7 @@ def score(prompt, response):
 def judge(prompt, response):
     """Points of a response: helpful (float), cost (float, 0 to 4), refused (bool)."""
     if prompt not in REQUESTS:
-        raise ValueError(f'not a prompt of the toy language: {prompt!r}; data/toy/val.prompts.jsonl'
+        raise DataError(f'not a prompt of the toy language: {prompt!r}; data/toy/val.prompts.jsonl'
                          ' has examples')
     request = REQUESTS[prompt]
     sentences = [part.strip() for part in re.split('[.!?]', response)]
