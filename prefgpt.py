@@ -598,7 +598,7 @@ def adamw(model, weight_decay):
     groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
     # A weight whose gradient is far below eps hardly moves; with the usual 1e-8 Adam would move it
-    # as far as any other, on noise (N Implementation Details of RLHF with PPO, Huang et al. 2024)
+    # as far as any other, on noise (cf. Huang et al. 2024, N Implementation Details of RLHF)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
@@ -706,7 +706,7 @@ def load_model(Model, saved, name, device):
 
 
 def fingerprint(text):
-    """16 hex digits that differ where the texts of two tokenizers do."""
+    """16 hex digits that differ where two texts do."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -738,14 +738,16 @@ def load_text(data, saved=None):
 
 def check_rows(cfg, saved, *examples):
     """
-    The fingerprint of the encoded rows, for the checkpoint.
+    A fingerprint of lists of encoded rows, for the checkpoint.
 
     Raises UserError if a run would resume on other rows than it began with.
     """
-    rows = fingerprint(repr(examples))
-    if saved and saved['rows'] != rows:
+    digest = hashlib.sha256()
+    for example in itertools.chain(*examples):
+        digest.update(repr(example).encode())
+    if saved and saved['rows'] != digest.hexdigest():
         raise UserError(f'{cfg.data} has changed since {cfg.out} began: start in another --out')
-    return rows
+    return digest.hexdigest()
 
 
 def load_judge(path):

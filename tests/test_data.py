@@ -6,6 +6,7 @@ Every expected row, id and mask is written by hand. The byte tokenizer makes tha
 a text are its bytes, and EOS is 256.
 """
 import base64
+import doctest
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import pytest
 import tiktoken
 import torch
 
+import prefgpt
 from prefgpt import (HH_TEMPLATE, DataError, UserError, batches, build_tokenizer,
                      decode_responses, encode_rows, fingerprint, load_rows, load_split, load_text,
                      load_tokenizer, make_batch, printable, rng, tokenizer_text)
@@ -394,6 +396,12 @@ def test_printable_strips_control_characters():
     assert printable('a\rb\x00c\x7fd\x9be') == f'a{bad}b{bad}c{bad}d{bad}e'
     assert printable('\u202eabc') == f'{bad}abc'
     assert printable('Grüße, 世界 ☺\n\nok') == 'Grüße, 世界 ☺\n\nok'
+
+
+def test_the_examples_in_docstrings_are_true():
+    """A worked example in a docstring is run: it cannot say what the code does not do."""
+    failed, tried = doctest.testmod(prefgpt)
+    assert failed == 0 and tried >= 2
 
 
 # ----------------------------------------------------------------------------- splits
