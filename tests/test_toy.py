@@ -283,6 +283,15 @@ def test_labels_follow_the_judge_most_of_the_time(rows):
     assert 0.86 < sum(told_apart) / len(told_apart) < 0.94
 
 
+def test_agreement_counts_a_tie_half():
+    """Four pairs: right, right, wrong and a tie make (2 + 0.5) / 4."""
+    prompt = 'user: how do i clean a mirror?\nbot:'
+    good, bad = ' use a soft cloth.', ' use thin tape.'
+    pairs = [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected} for chosen, rejected in
+             [(good, bad), (good, bad), (bad, good), (good, ' take a soft cloth.')]]
+    assert prepare.agreement(pairs) == 2.5 / 4
+
+
 def test_pairs_are_mixed_as_stated(rows):
     edits = Counter(row['edit'] for row in rows['train.pairs'])
     for way in ('junk', 'needless', 'off-topic', 'independent'):

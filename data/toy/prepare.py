@@ -21,7 +21,7 @@ from data.bpe import train_bpe, write_tiktoken
 from data.toy.language import (ALTERNATIVE_FORM, BAD_STEPS, BAD_TOOLS, FACTS, MEANINGS, PHRASES,
                                POPULAR_ERRORS, REQUESTS, STEPS, TEMPLATE, TOOL_FORMS, TOOLS,
                                TARGETS, TWO_STEP_FORMS)
-from data.toy.reward import judge
+from data.toy.reward import judge, score
 from prefgpt import run_cli
 
 VOCAB_SIZE = 768  # 256 bytes, merges, and EOS as the last id
@@ -266,6 +266,13 @@ def prefers_first(rng, prompt, first, second):
     return rng.random() < 1 / (1 + math.exp(-margin))
 
 
+def agreement(pairs):
+    """The share of pairs whose chosen side has the higher reward; a tie counts half."""
+    margins = [score(row['prompt'], row['chosen'])['reward']
+               - score(row['prompt'], row['rejected'])['reward'] for row in pairs]
+    return sum(0.5 if margin == 0 else margin > 0 for margin in margins) / len(margins)
+
+
 # --- prompts, rows and files --------------------------------------------------------------------
 
 def draw_weighted(rng, weights):
@@ -351,6 +358,8 @@ def main(cfg):
     print(f"{'toy.tiktoken':<20} {len(ranks):5} tokens and EOS")
     edits = Counter(row['edit'] for row in rows['train.pairs'])
     print('pairs by what differs:', ', '.join(f'{name} {n}' for name, n in edits.most_common()))
+    print(f"labels that follow the judge: {agreement(rows['val.pairs']):.3f} of val.pairs; "
+          'a reward model can hardly do better')
     for row in rows['train.pairs'][:3]:
         print(f"\n{row['prompt']}\n  chosen  {row['chosen']}\n  rejected{row['rejected']}")
     return {name: len(listed) for name, listed in rows.items()}
