@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, positions=None, visible=None):
-        B, T, C = x.shape
+        B, T, C = x.shape                                           # x (B, T, C)
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for z in (q, k, v))                              # (B, H, T, C/H)
@@ -75,7 +75,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:                                                       # decode: T is 1
             rows = torch.arange(B, device=x.device)
-            cache[0, rows, :, positions] = k[:, :, 0]               # each row at its own place
+            # Each row at its own place; two indices around a ':' bring B to the front: (B, H, C/H)
+            cache[0, rows, :, positions] = k[:, :, 0]
             cache[1, rows, :, positions] = v[:, :, 0]
             out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=visible)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
@@ -142,21 +143,21 @@ class GPT(nn.Module):
             visible = None
         else:
             x = self.wte(tokens) + self.wpe(positions)[:, None]     # (B, 1, C)
-            # A cell past the row's own position holds a pad's key or nothing: never look there
-            key_positions = torch.arange(cache.size(-2), device=tokens.device)
-            visible = (key_positions <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
+            # A place past the row's own position holds a pad's key or nothing: never look there
+            places = torch.arange(cache.size(-2), device=tokens.device)     # (S,)
+            visible = (places <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
         for layer, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[layer], positions, visible)
         return self.ln_f(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., V), by the token embedding itself."""
-        # Not in bfloat16: it would round a logit of -100 to a half, and PPO's first ratio with it
+        # Not in bfloat16: near -100 its numbers are 0.5 apart, and PPO's first ratio would show it
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
 
     def empty_cache(self, B, S):
-        """Room for the keys and values of S positions of B rows: (layers, 2, B, H, S, C/H)."""
+        """Room for the keys and values of S places of B rows: (layers, 2, B, H, S, C/H)."""
         c, weight = self.config, self.wte.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
@@ -268,15 +269,15 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
     """
     assert temperature >= 0 and all(prompts), 'a negative temperature or an empty prompt'
     device, B = policy.wte.weight.device, len(prompts)
-    u = torch.rand(B, max_new_tokens, generator=generator).to(device)
-    rows = torch.arange(B, device=device)
+    u = torch.rand(B, max_new_tokens, generator=generator).to(device)               # (B, new)
+    rows = torch.arange(B, device=device)                                           # (B,)
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)       # (B,)
     longest = max(len(prompt) for prompt in prompts)
     assert longest + max_new_tokens <= policy.config.block_size, (
         f'{longest} prompt tokens and {max_new_tokens} new ones exceed block_size='
         f'{policy.config.block_size}: shorten the prompt or lower max_new_tokens')
 
-    tokens = torch.zeros(B, longest + max_new_tokens, dtype=torch.long)
+    tokens = torch.zeros(B, longest + max_new_tokens, dtype=torch.long)             # (B, S)
     for b, prompt in enumerate(prompts):
         tokens[b, :len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(device)
@@ -293,6 +294,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
         # Asking the device costs a wait: only now and then
         if t + 1 == max_new_tokens or (t % 16 == 15 and not running.any()):
             break
+        # The token just drawn stands at place starts + t of its row.
         # forward and not __call__: the shapes change at every step, --compile would recompile
         seen = cache[..., :longest + t + 1, :]
         hidden = policy.forward(token[:, None], seen, starts + t)[:, 0]             # (B, C)
@@ -687,8 +689,8 @@ def load_checkpoint(path, kinds):
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(saved, dict) or 'kind' not in saved:
             raise ValueError('not written by prefgpt')
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, RuntimeError,
-            ValueError) as e:
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError,
+            RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({reason}); '
                         'copy ckpt.prev.pt beside it, the one before, over it') from None
@@ -736,17 +738,19 @@ def load_text(data, saved=None):
     return tokenizer, template
 
 
-def check_rows(cfg, saved, *examples):
+def check_inputs(cfg, saved, *lists):
     """
-    A fingerprint of lists of encoded rows, for the checkpoint.
+    A fingerprint of what a run learns from, lists of encoded rows, for its checkpoint.
 
-    Raises UserError if a run would resume on other rows than it began with.
+    Raises UserError if the run would resume on something else than it began with.
     """
     digest = hashlib.sha256()
-    for example in itertools.chain(*examples):
-        digest.update(repr(example).encode())
-    if saved and saved['rows'] != digest.hexdigest():
-        raise UserError(f'{cfg.data} has changed since {cfg.out} began: start in another --out')
+    for rows in lists:
+        for row in (*rows, 'end'):              # where train ends and val begins counts too
+            digest.update(repr(row).encode())
+    if saved and saved['inputs'] != digest.hexdigest():
+        raise UserError(f'{cfg.data}, or a checkpoint that {cfg.out} was made from, has changed '
+                        'since it began: start in another --out')
     return digest.hexdigest()
 
 
@@ -842,6 +846,8 @@ def open_run(cfg, kind):
     for unfinished in out.glob('ckpt.pt.*.tmp'):        # of a run that was killed while saving
         unfinished.unlink()
     if not (out / 'ckpt.pt').exists():
+        if (out / 'ckpt.prev.pt').exists():
+            raise UserError(f'{out} has lost its ckpt.pt: copy ckpt.prev.pt, the one before, to it')
         return None
     saved, now = load_checkpoint(out, [kind]), dataclasses.asdict(cfg)
     changed = [f"--{key} was {saved['config'].get(key)!r} and is {now[key]!r}" for key in now
@@ -857,11 +863,18 @@ def set_up(cfg):
                  'rollout_size', 'ppo_epochs', 'prompts', 'n'):
         if getattr(cfg, name, 1) < 1:
             raise UserError(f'--{name}={getattr(cfg, name)}: must be at least 1')
-    if getattr(cfg, 'micro_batch_size', 0) < 0:
-        raise UserError(f'--micro_batch_size={cfg.micro_batch_size}: 0 is the whole batch')
+    for name in ('micro_batch_size', 'temperature'):
+        if getattr(cfg, name, 0) < 0:
+            raise UserError(f'--{name}={getattr(cfg, name)}: must not be below 0')
+    if getattr(cfg, 'grad_clip', 1) <= 0:
+        raise UserError(f'--grad_clip={cfg.grad_clip}: must be above 0; a large one never clips')
     best = ('cuda' if torch.cuda.is_available() else
             'mps' if torch.backends.mps.is_available() else 'cpu')
-    device = torch.device(cfg.device or best)
+    try:
+        device = torch.device(cfg.device or best)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:     # not there, or torch built without it
+        raise UserError(f'--device={cfg.device}: {str(error).splitlines()[0]}') from None
     dtype = cfg.dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f'--dtype={dtype}: float32 or bfloat16 (fp16 would need loss scaling)')

@@ -6,11 +6,12 @@ Stage 3b, direct preference optimization: the pairs themselves train the policy,
     loss = (h - 1 / (2 beta))^2             IPO, Azar et al. 2024, with --ipo
 
 log pi(response) is a SUM over response tokens, EOS included (a mean is another method). beta
-weighs KL(policy, ref), the same quantity as in train_ppo.py: given enough data, both have the
-optimum pi ~ ref exp(score / beta). The reference is the policy before its first step: its logprobs
-of all pairs are computed then and kept, so no second network is needed.
+weighs KL(policy, ref), the same quantity as in train_ppo.py: given enough data, and PPO's reference
+fixed, both have the optimum pi ~ ref exp(score / beta). The reference is the policy before its
+first step: its logprobs of all pairs are computed then and kept, so no second network is needed.
 So the loss starts at log 2 = 0.6931 (IPO's at 1 / (4 beta^2)), policy and reference being equal.
 That both chosen and rejected logprobs fall is normal: the loss sees their difference alone.
+What it does not do: sample, move the reference, or divide by the length.
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from prefgpt import (GPT, POLICIES, Log, UserError, adamw, batches, check_rows, encode_rows,
+from prefgpt import (GPT, POLICIES, Log, UserError, adamw, batches, check_inputs, encode_rows,
                      learning_rate, load_checkpoint, load_model, load_split, load_text, make_batch,
                      open_run, optimizer_step, run_cli, save_checkpoint, set_up, show_samples,
                      token_logprobs)
@@ -125,7 +126,7 @@ def main(cfg):
     train, val = load_split(cfg.data, 'pairs', template)
     train = encode_rows(train, 'pairs', tokenizer, policy.config.block_size, name='train')
     val = encode_rows(val, 'pairs', tokenizer, policy.config.block_size, name='val')
-    row_fingerprint = check_rows(cfg, saved, train, val)
+    inputs = check_inputs(cfg, saved, train, val)
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile()
@@ -172,7 +173,7 @@ def main(cfg):
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'dpo', step + 1, cfg, tokenizer, template,
                             metrics, {'policy': policy}, {'policy': optimizer},
-                            rows=row_fingerprint, ref_train=ref_train, ref_val=ref_val)
+                            inputs=inputs, ref_train=ref_train, ref_val=ref_val)
     log.close()
     return metrics
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from prefgpt import (GPT, POLICIES, GPTConfig, Log, ScalarGPT, UserError, adamw, batches,
-                     check_rows, decode_responses, encode_rows, generate, last_scores,
+                     check_inputs, decode_responses, encode_rows, generate, last_scores,
                      learning_rate, load_checkpoint, load_judge, load_model, load_split, load_text,
                      open_run, optimizer_step, rng, run_cli, save_checkpoint, set_up, show_samples,
                      token_logprobs)
@@ -98,7 +98,7 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
     advantage = next_value = torch.zeros_like(values[:, 0])                     # (B,)
     for t in reversed(range(values.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # Past the end nothing may be carried into the response: the mask restarts the sum
+        # Nothing flows past the response, neither in from the padding nor on into the prompt
         advantage = (delta + gamma * gae_lambda * advantage) * response_mask[:, t]
         advantages[:, t] = advantage
         next_value = values[:, t]
@@ -142,8 +142,8 @@ def in_parts(function, size, *tensors):
 
 def load_scorer(cfg, device, saved_policy):
     """
-    score(tokens, response_mask, prompts, responses) -> (B,), and the weights that the value model
-    starts from, with their shape: the reward model's body, or with a reward.py the policy's.
+    score(tokens, response_mask, prompts, responses) -> (B,); then the weights that the value model
+    starts from, and their checkpoint: the reward model's body, or with a reward.py the policy.
     """
     if cfg.reward.endswith('.py'):
         judge = load_judge(cfg.reward)
@@ -151,7 +151,7 @@ def load_scorer(cfg, device, saved_policy):
         def score(tokens, response_mask, prompts, responses):
             rewards = [judge(p, r)['reward'] for p, r in zip(prompts, responses)]
             return torch.tensor(rewards, dtype=torch.float32, device=device)
-        return score, saved_policy['weights']['policy'], saved_policy['model']
+        return score, saved_policy['weights']['policy'], saved_policy
 
     saved = load_checkpoint(cfg.reward, ['rm'])
     if saved['fingerprint'] != saved_policy['fingerprint']:
@@ -162,7 +162,7 @@ def load_scorer(cfg, device, saved_policy):
         size = cfg.micro_batch_size or len(tokens)
         return in_parts(lambda *part: last_scores(model, *part), size, tokens,
                         response_mask) - saved['shift']
-    return score, model.body.state_dict(), saved['model']
+    return score, model.body.state_dict(), saved
 
 
 @torch.no_grad()
@@ -223,22 +223,22 @@ def main(cfg):
     # --- data and models
     init = load_checkpoint(cfg.init, POLICIES)
     tokenizer, template = load_text(cfg.data, init)
-    score, value_weights, value_shape = load_scorer(cfg, device, init)
+    score, value_weights, source = load_scorer(cfg, device, init)
     policy = load_model(GPT, saved or init, 'policy', device)
     ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
     start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)    # for kl_sft
     if saved:
         value_model = load_model(ScalarGPT, saved, 'value_model', device)
     else:
-        value_model = ScalarGPT(GPTConfig(**value_shape)).to(device)
+        value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)
         value_model.body.load_state_dict(value_weights)
     for name, model in (('policy and reference', policy), ('value model', value_model)):
         print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
     train, val = load_split(cfg.data, 'prompts', template)
     limits = policy.config.block_size, cfg.max_new_tokens
     train = [row[0] for row in encode_rows(train, 'prompts', tokenizer, *limits, name='train')]
-    val = [row[0] for row in encode_rows(val, 'prompts', tokenizer, *limits, name='val')]
-    row_fingerprint = check_rows(cfg, saved, train, val)
+    val = [row[0] for row in encode_rows(val[:128], 'prompts', tokenizer, *limits, name='val')]
+    inputs = check_inputs(cfg, saved, train, val, [init['metrics'], source['metrics']])
     policy_optimizer = adamw(policy, cfg.weight_decay)
     value_optimizer = adamw(value_model, cfg.weight_decay)
     if cfg.compile:
@@ -268,21 +268,22 @@ def main(cfg):
                                 response_mask, cfg.beta)                        # (B, T)
         advantages, returns = gae(rewards, batch['values'], response_mask, cfg.gamma,
                                   cfg.gae_lambda)
-        if cfg.whiten:      # over the whole rollout batch, after the returns: they stay in units
-            advantages = whiten(advantages, response_mask)
+        if cfg.whiten:      # after the returns, which must stay in units of the score
+            advantages = whiten(advantages, response_mask)      # over the whole rollout batch
 
         # 3. Several passes over the batch, an optimizer step a minibatch
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         value_lr = learning_rate(step, cfg.steps, cfg.value_lr, cfg.warmup)
-        lengths = response_mask.sum(1).cpu()                # response tokens of each row
-        widths = (response_mask * torch.arange(1, x.size(1) + 1, device=device)).amax(1).cpu()
-        sums, norms, ratio_of_first = torch.zeros(3, device=device), [], None
+        lengths = response_mask.sum(1).cpu()                # (B,) response tokens of each row
+        widths = (response_mask * torch.arange(1, x.size(1) + 1, device=device)
+                  ).amax(1).cpu()                           # (B,) columns up to its last one
+        sums, norms, ratio_of_first = torch.zeros(3, device=device), [], None   # pg, vf, clipped
         for epoch in range(cfg.ppo_epochs):
             order = torch.randperm(len(x), generator=rng(cfg.seed, step * cfg.ppo_epochs + epoch,
                                                          'shuffle'))
             for minibatch in order.split(cfg.batch_size):
                 response_tokens = int(lengths[minibatch].sum())
-                losses, ratios = torch.zeros(2, device=device), []
+                losses, ratios = torch.zeros(2, device=device), []      # pg_loss and vf_loss
                 for rows in minibatch.split(micro_batch_size):
                     T = int(widths[rows].max())             # cut the padding these rows share
                     mask = response_mask[rows, :T]
@@ -319,15 +320,14 @@ def main(cfg):
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if saving or (step + 1) % cfg.eval_every == 0:
             with autocast:
-                metrics = evaluate(policy, start_policy, value_model, score, val[:128], tokenizer,
-                                   cfg)
+                metrics = evaluate(policy, start_policy, value_model, score, val, tokenizer, cfg)
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
             log.eval(step + 1, metrics, samples)
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'ppo', step + 1, cfg, tokenizer, template,
                             metrics, {'policy': policy, 'value_model': value_model, 'ref': ref},
                             {'policy': policy_optimizer, 'value_model': value_optimizer},
-                            rows=row_fingerprint)
+                            inputs=inputs)
     log.close()
     return metrics
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from prefgpt import (POLICIES, GPTConfig, Log, ScalarGPT, adamw, batches, check_rows, encode_rows,
+from prefgpt import (POLICIES, GPTConfig, Log, ScalarGPT, adamw, batches, check_inputs, encode_rows,
                      last_scores, learning_rate, load_checkpoint, load_model, load_split, load_text,
                      make_batch, open_run, optimizer_step, run_cli, save_checkpoint, set_up)
 
@@ -58,9 +58,9 @@ def score_pairs(model, pairs, device):
     return last_scores(model, tokens, response_mask).chunk(2)
 
 
-def pair_metrics(loss, chosen, rejected):
+def pair_metrics(losses, chosen, rejected):
     """What is logged of a batch of pairs; accuracy is the share of margins above 0."""
-    return {'loss': loss, 'accuracy': (chosen > rejected).float().mean().item(),
+    return {'loss': losses.mean().item(), 'accuracy': (chosen > rejected).float().mean().item(),
             'margin': (chosen - rejected).mean().item(), 'chosen': chosen.mean().item(),
             'rejected': rejected.mean().item()}
 
@@ -73,8 +73,7 @@ def evaluate(model, pairs, size, device, autocast):
         with autocast:
             parts.append(score_pairs(model, pairs[i:i + size], device))
     chosen, rejected = (torch.cat(side) for side in zip(*parts))
-    loss = reward_loss(chosen, rejected).mean().item()
-    return pair_metrics(loss, chosen, rejected), chosen, rejected
+    return pair_metrics(reward_loss(chosen, rejected), chosen, rejected), chosen, rejected
 
 
 def main(cfg):
@@ -97,7 +96,7 @@ def main(cfg):
     train, val = load_split(cfg.data, 'pairs', template)
     train = encode_rows(train, 'pairs', tokenizer, model.config.block_size, name='train')
     val = encode_rows(val, 'pairs', tokenizer, model.config.block_size, name='val')
-    row_fingerprint = check_rows(cfg, saved, train, val)
+    inputs = check_inputs(cfg, saved, train, val)
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
         model.compile()
@@ -119,10 +118,9 @@ def main(cfg):
             with autocast:
                 chosen, rejected = score_pairs(model, pairs[i:i + micro_batch_size], device)
             losses = reward_loss(chosen, rejected)                              # (B,)
-            (losses.sum() / len(pairs)).backward()      # the mean over the whole batch of pairs
+            (losses.sum() / len(pairs)).backward()      # the mean over the whole batch
             parts.append(torch.stack([losses, chosen, rejected]).detach())
-        losses, chosen, rejected = torch.cat(parts, dim=1)
-        metrics_now = pair_metrics(losses.mean().item(), chosen, rejected)
+        metrics_now = pair_metrics(*torch.cat(parts, dim=1))
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step + 1,
                               loss=metrics_now['loss'])
@@ -141,7 +139,7 @@ def main(cfg):
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'rm', step + 1, cfg, tokenizer, template,
                             metrics, {'reward_model': model}, {'reward_model': optimizer},
-                            rows=row_fingerprint, shift=shift)
+                            inputs=inputs, shift=shift)
     log.close()
     return metrics
 

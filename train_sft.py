@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from prefgpt import (GPT, POLICIES, GPTConfig, Log, adamw, batches, check_rows, encode_rows,
-                     learning_rate, load_checkpoint, load_model, load_split, load_text, make_batch,
-                     open_run, optimizer_step, run_cli, save_checkpoint, set_up, show_samples,
-                     token_logprobs)
+from prefgpt import (GPT, POLICIES, GPTConfig, Log, UserError, adamw, batches, check_inputs,
+                     encode_rows, learning_rate, load_checkpoint, load_model, load_split, load_text,
+                     make_batch, open_run, optimizer_step, run_cli, save_checkpoint, set_up,
+                     show_samples, token_logprobs)
 
 
 @dataclass
@@ -78,13 +78,15 @@ def main(cfg):
     if init:
         policy = load_model(GPT, init, 'policy', device)
     else:
+        if cfg.n_embd % cfg.n_head:
+            raise UserError(f'--n_head={cfg.n_head} does not divide --n_embd={cfg.n_embd}')
         policy = GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head,
                                cfg.n_embd, cfg.init_std)).to(device)
     print(f'policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
     train, val = load_split(cfg.data, 'sft', template, cfg.rows)
     train = encode_rows(train, 'sft', tokenizer, policy.config.block_size, name='train')
     val = encode_rows(val, 'sft', tokenizer, policy.config.block_size, name='val')
-    row_fingerprint = check_rows(cfg, saved, train, val)
+    inputs = check_inputs(cfg, saved, train, val)
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile()
@@ -126,7 +128,7 @@ def main(cfg):
         if saving:
             save_checkpoint(f'{cfg.out}/ckpt.pt', 'sft', step + 1, cfg, tokenizer, template,
                             metrics, {'policy': policy}, {'policy': optimizer},
-                            rows=row_fingerprint)
+                            inputs=inputs)
     log.close()
     return metrics
 

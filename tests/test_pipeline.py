@@ -94,3 +94,9 @@ def test_sample_without_a_run():
     """No run named is an error that says so."""
     with pytest.raises(UserError, match='run folder'):
         sample.main(sample.Config())
+
+
+def test_sample_refuses_a_negative_temperature(sft_run):
+    """A temperature below 0 would prefer the worst tokens: the flag is named instead."""
+    with pytest.raises(UserError, match='--temperature=-1'):
+        sample.main(sample.Config(runs=(str(sft_run),), temperature=-1.0))

@@ -380,7 +380,8 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path):
 
 
 @pytest.mark.parametrize('flag, value', [('steps', 0), ('batch_size', 0), ('save_every', 0),
-                                         ('micro_batch_size', -1), ('dtype', 'float16')])
+                                         ('micro_batch_size', -1), ('dtype', 'float16'),
+                                         ('grad_clip', 0.0), ('device', 'nowhere'), ('n_head', 3)])
 def test_a_number_that_cannot_work_is_refused(config, flag, value):
     """No success in zero steps, no division by zero: the flag is named before anything runs."""
     with pytest.raises(UserError, match=f'--{flag}={value}'):
@@ -407,6 +408,31 @@ def test_resume_on_changed_data_is_refused(stage, config, tiny_data, monkeypatch
         path.write_text(''.join(path.read_text().splitlines(True)[1:]))
     with pytest.raises(UserError, match='has changed'):
         STAGES[stage].main(dataclasses.replace(cfg, resume=True))
+
+
+def test_a_lost_checkpoint_does_not_start_the_run_anew(tmp_path):
+    """With ckpt.pt gone but ckpt.prev.pt there, --resume must not begin at 0 and wipe the log."""
+    (tmp_path / 'ckpt.prev.pt').write_bytes(b'')
+    with pytest.raises(UserError, match='copy ckpt.prev.pt'):
+        open_run(RunConfig(out=str(tmp_path), resume=True), 'sft')
+
+
+def test_ppo_does_not_resume_on_another_reward_model(config, monkeypatch):
+    """A reward model trained anew between the interruption and --resume would mix two rewards."""
+    cfg = config('ppo', 'run')
+    die_after_logging(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        STAGES['ppo'].main(cfg)
+    monkeypatch.undo()
+    path, saved = Path(cfg.reward) / 'ckpt.pt', load(f'{cfg.reward}/ckpt.pt')
+    before = path.read_bytes()
+    try:
+        saved['metrics'] = {'loss': 0.123}
+        torch.save(saved, path)
+        with pytest.raises(UserError, match='has changed'):
+            STAGES['ppo'].main(dataclasses.replace(cfg, resume=True))
+    finally:
+        path.write_bytes(before)
 
 
 def test_a_failed_first_write_leaves_nothing(save, monkeypatch, tmp_path):
