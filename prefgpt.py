@@ -858,7 +858,11 @@ def open_run(cfg, kind):
 
 
 def set_up(cfg):
-    """The device and the autocast context of a run; seeds what initialises the weights."""
+    """
+    The device and the autocast context of a run; seeds what initialises the weights.
+
+    Raises UserError for a flag that cannot work, before any data is read: no success in no steps.
+    """
     for name in ('steps', 'batch_size', 'eval_every', 'save_every', 'max_new_tokens',
                  'rollout_size', 'ppo_epochs', 'prompts', 'n'):
         if getattr(cfg, name, 1) < 1:
@@ -901,22 +905,23 @@ class Log:
         lines = path.read_text().splitlines(True) if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith('\n')]     # whole lines
         rows = [row for row in rows if row['step'] <= start]
-        for name, form in (('log.jsonl', self.log_text), ('samples.txt', self.samples_text)):
+        for name, text in (('log.jsonl', ''.join(json.dumps(row) + '\n' for row in rows)),
+                           ('samples.txt', ''.join(map(self.samples_text, rows)))):
             temporary = self.out / f'{name}.tmp'
-            temporary.write_text(''.join(map(form, rows)))
+            temporary.write_text(text)
             temporary.replace(self.out / name)
 
-    def log_text(self, row):
-        return json.dumps(row) + '\n'
-
     def samples_text(self, row):
-        samples = row.get('samples', [])
-        return f"=== step {row['step']}\n" + '\n\n'.join(samples) + '\n\n' if samples else ''
+        if 'samples' not in row:
+            return ''
+        return f"=== step {row['step']}\n" + '\n\n'.join(row['samples']) + '\n\n'
 
     def write(self, row):
-        for name, form in (('log.jsonl', self.log_text), ('samples.txt', self.samples_text)):
-            with open(self.out / name, 'a') as file:
-                file.write(form(row))
+        with open(self.out / 'log.jsonl', 'a') as file:
+            file.write(json.dumps(row) + '\n')
+        if 'samples' in row:                    # evaluations only: steps are many
+            with open(self.out / 'samples.txt', 'a') as file:
+                file.write(self.samples_text(row))
 
     def step(self, step, began, tokens, **metrics):
         """One optimizer step, counted from 1: began is its time.time(), tokens its real tokens."""
