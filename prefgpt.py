@@ -415,8 +415,9 @@ def normalize(row, kind, template):
     """
     A row in any accepted shape as {prompt} and, by kind, {response} or {chosen, rejected}.
 
-    Raises ValueError that says what is missing. SFT reads pairs too: their chosen side, which is
-    Pref-FT in Tajwar et al. 2024.
+    A response whose end was cut off beforehand is marked in the row, 'chosen_cut': true, and the
+    mark is kept: no EOS will follow it. Raises ValueError that says what is missing. SFT reads
+    pairs too: their chosen side, which is Pref-FT in Tajwar et al. 2024.
     """
     row = dict(row)
     if 'messages' in row:
@@ -434,13 +435,19 @@ def normalize(row, kind, template):
         row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
             string_of(row, 'chosen'), string_of(row, 'rejected'))
     for other in ('completion', 'chosen'):
-        if kind == 'sft' and other in row:
-            row.setdefault('response', row[other])
+        if kind == 'sft' and other in row and 'response' not in row:
+            row['response'], row['response_cut'] = row[other], row.get(f'{other}_cut', False)
 
     out = {key: string_of(row, key) for key in ('prompt', *RESPONSES[kind])}
-    for key in ('response', 'chosen'):
-        if out.get(key) == '':
+    for key in RESPONSES[kind]:
+        cut = row.get(f'{key}_cut', False)
+        if not isinstance(cut, bool):
+            raise ValueError(f"'{key}_cut' is {cut!r}: true, if the end of {key!r} is missing")
+        # A rejected response may be EOS alone; without EOS there must be text
+        if out[key] == '' and (cut or key != 'rejected'):
             raise ValueError(f'{key!r} is empty: there is nothing to learn to say')
+        if cut:
+            out[f'{key}_cut'] = True
     return out
 
 
@@ -498,6 +505,7 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     Prompt and response are encoded apart, so that a prompt's ids never depend on its response.
     What is too long loses the left end of its prompt; where the response is longer than half the
     block, the prompt keeps the other half and the response loses its end, and so gets no EOS.
+    Nor does a response that the row marks as cut.
     """
     if block_size < 2 or kind == 'prompts' and max_new_tokens >= block_size:
         raise UserError(f'block_size={block_size} has no room for a prompt beside '
@@ -505,7 +513,10 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     eos, counts, examples = tokenizer.eot_token, Counter(), []
     for row in rows:
         prompt = tokenizer.encode_ordinary(row['prompt']) or [eos]
-        responses = [tokenizer.encode_ordinary(row[key]) + [eos] for key in RESPONSES[kind]]
+        responses = [tokenizer.encode_ordinary(row[key])
+                     + ([] if row.get(f'{key}_cut') else [eos]) for key in RESPONSES[kind]]
+        counts['responses marked as cut'] += sum(row.get(f'{key}_cut', False)
+                                                 for key in RESPONSES[kind])
         room = block_size - max_new_tokens
         if responses:
             room = max(block_size - max(map(len, responses)), block_size // 2)
@@ -889,7 +900,7 @@ def set_up(cfg):
 
 
 FORMATS = dict(loss='6.4f', accuracy='4.2f', margin='6.3f', chosen='7.2f', rejected='7.2f',
-               score='6.3f', kl='6.3f', kl_sft='6.3f', ratio='5.3f', clip_frac='5.3f',
+               score='6.3f', gold='6.3f', kl='6.3f', kl_sft='6.3f', ratio='5.3f', clip_frac='5.3f',
                pg_loss='7.4f', vf_loss='6.4f', entropy='5.3f', length='5.1f', eos='5.3f',
                norm='6.2f', lr='7.1e')
 

@@ -38,6 +38,7 @@ class Config:
     out: str = 'out/toy/ppo'        # the run folder to write: ckpt.pt, log.jsonl, samples.txt
     init: str = 'out/toy/sft'       # the run folder whose policy to start from, and to refer to
     reward: str = 'out/toy/rm'      # the run folder of a reward model, or a reward.py
+    judge: str = ''                 # a reward.py that only evaluations ask, logged as gold; '': none
     resume: bool = False            # continue the run in --out, or start it if there is none
     # rollouts
     rollout_size: int = 128         # responses sampled in a step
@@ -140,27 +141,27 @@ def in_parts(function, size, *tensors):
     return torch.cat([function(*part) for part in zip(*(t.split(size) for t in tensors))])
 
 
-def load_scorer(cfg, device, saved_policy):
+def load_scorer(reward, saved_policy, device, size=0):
     """
-    score(tokens, response_mask, prompts, responses) -> (B,); then the weights that the value model
-    starts from, and their checkpoint: the reward model's body, or with a reward.py the policy.
+    score(tokens, response_mask, prompts, responses) -> (B,), by a reward.py or by the run folder of
+    a reward model, size rows at a time (0: all); then the weights that the value model starts
+    from, and their checkpoint: the reward model's body, or with a reward.py the policy.
     """
-    if cfg.reward.endswith('.py'):
-        judge = load_judge(cfg.reward)
+    if reward.endswith('.py'):
+        judge = load_judge(reward)
 
         def score(tokens, response_mask, prompts, responses):
             rewards = [judge(p, r)['reward'] for p, r in zip(prompts, responses)]
             return torch.tensor(rewards, dtype=torch.float32, device=device)
         return score, saved_policy['weights']['policy'], saved_policy
 
-    saved = load_checkpoint(cfg.reward, ['rm'])
+    saved = load_checkpoint(reward, ['rm'])
     if saved['fingerprint'] != saved_policy['fingerprint']:
-        raise UserError(f'{cfg.reward} reads another tokenizer than {cfg.init}')
+        raise UserError(f"{reward} reads another tokenizer than {saved_policy['config']['out']}")
     model = load_model(ScalarGPT, saved, 'reward_model', device).requires_grad_(False)
 
     def score(tokens, response_mask, prompts, responses):
-        size = cfg.micro_batch_size or len(tokens)
-        return in_parts(lambda *part: last_scores(model, *part), size, tokens,
+        return in_parts(lambda *part: last_scores(model, *part), size or len(tokens), tokens,
                         response_mask) - saved['shift']
     return score, model.body.state_dict(), saved
 
@@ -204,10 +205,20 @@ def rollout_metrics(batch):
 
 
 def evaluate(policy, start_policy, value_model, score, prompts, tokenizer, cfg):
-    """The same numbers on held-out prompts; kl_sft is to the policy that PPO started from."""
-    metrics = rollout_metrics(rollout(policy, start_policy, value_model, score, prompts,
-                                      tokenizer, cfg, rng(cfg.seed, 0, 'eval')))
-    return {'kl_sft' if name == 'kl' else name: number for name, number in metrics.items()}
+    """
+    The same numbers on held-out prompts; kl_sft is to the policy that PPO started from. With a
+    judge also gold, its mean reward: what the score is a stand-in for, and training never sees.
+    """
+    batch = rollout(policy, start_policy, value_model, score, prompts, tokenizer, cfg,
+                    rng(cfg.seed, 0, 'eval'))
+    metrics = {'kl_sft' if name == 'kl' else name: number
+               for name, number in rollout_metrics(batch).items()}
+    if cfg.judge:
+        judge = load_judge(cfg.judge)
+        texts, _ = decode_responses(batch['tokens'], batch['response_mask'], tokenizer)
+        golds = [judge(tokenizer.decode(p), text)['reward'] for p, text in zip(prompts, texts)]
+        metrics = {'score': metrics['score'], 'gold': sum(golds) / len(golds), **metrics}
+    return metrics
 
 
 def main(cfg):
@@ -223,7 +234,7 @@ def main(cfg):
     # --- data and models
     init = load_checkpoint(cfg.init, POLICIES)
     tokenizer, template = load_text(cfg.data, init)
-    score, value_weights, source = load_scorer(cfg, device, init)
+    score, value_weights, source = load_scorer(cfg.reward, init, device, cfg.micro_batch_size)
     policy = load_model(GPT, saved or init, 'policy', device)
     ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
     start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)    # for kl_sft

@@ -98,6 +98,18 @@ SHAPES = [
      {'prompt': DIALOGUE, 'response': ' so'}),
     ('two axes as sft', 'sft', HH_TEMPLATE, safe_rlhf(1, 1, True, True),
      {'prompt': 'P', 'response': 'one'}),
+    ('a completion marked as cut', 'sft', HH_TEMPLATE,
+     {'prompt': 'P', 'completion': ' c', 'completion_cut': True},
+     {'prompt': 'P', 'response': ' c', 'response_cut': True}),
+    ('one side marked as cut', 'pairs', HH_TEMPLATE,
+     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'chosen_cut': False, 'rejected_cut': True},
+     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'rejected_cut': True}),
+    ('pairs as sft, the rejected side cut', 'sft', HH_TEMPLATE,
+     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'rejected_cut': True},
+     {'prompt': 'P', 'response': ' c'}),
+    ('pairs as sft, the chosen side cut', 'sft', HH_TEMPLATE,
+     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'chosen_cut': True},
+     {'prompt': 'P', 'response': ' c', 'response_cut': True}),
     ('prompts', 'prompts', HH_TEMPLATE, {'prompt': 'P'}, {'prompt': 'P'}),
     ('sft as prompts', 'prompts', HH_TEMPLATE, {'prompt': 'P', 'completion': ' c'},
      {'prompt': 'P'}),
@@ -152,6 +164,11 @@ MALFORMED = [
     ('completion is empty', 'sft', '{"prompt": "P", "completion": ""}', ['empty']),
     ('chosen is empty', 'pairs', '{"prompt": "P", "chosen": "", "rejected": "r"}',
      ["'chosen'", 'empty']),
+    ('rejected is empty and cut', 'pairs',
+     '{"prompt": "P", "chosen": "c", "rejected": "", "rejected_cut": true}',
+     ["'rejected'", 'empty']),
+    ('cut is a word', 'pairs',
+     '{"prompt": "P", "chosen": "c", "rejected": "r", "chosen_cut": "yes"}', ["'chosen_cut'"]),
     ('no prompt', 'prompts', '{"question": "P"}', ["'prompt'", 'question']),
     ('no response', 'sft', '{"prompt": "P", "answer": "r"}', ["'response'", 'prompt, answer']),
     ('no rejected', 'pairs', '{"prompt": "P", "chosen": "c"}', ["'rejected'", 'prompt, chosen']),
@@ -288,6 +305,17 @@ def test_cuts_at_the_edge_of_the_block(byte_tokenizer, prompt, response, kept_pr
     a cut response has no EOS (a fake one would teach to stop in mid-sentence)."""
     [row] = encode_rows([sft_row(prompt, response)], 'sft', byte_tokenizer, 8)
     assert row == (ids(kept_prompt), kept_response)
+
+
+def test_a_response_marked_as_cut_gets_no_eos(byte_tokenizer, capsys):
+    """What was cut before it came here ends without EOS: a fake one would teach to stop in
+    mid-sentence. The two sides of a pair are marked apart, and equal text may differ by EOS."""
+    rows = [{'prompt': 'p', 'chosen': 'ab', 'rejected': 'ab', 'rejected_cut': True}]
+    assert encode_rows(rows, 'pairs', byte_tokenizer, 8) == [
+        (ids('p'), ids('ab') + [EOS], ids('ab'))]
+    assert '1 responses marked as cut' in capsys.readouterr().out
+    rows = [{'prompt': 'p', 'response': 'ab', 'response_cut': True}]
+    assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
 
 
 def test_a_pair_shares_one_prompt_after_cutting(byte_tokenizer):

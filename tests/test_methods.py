@@ -622,9 +622,8 @@ def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
     raw = [model(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in rows]
     assert saved['shift'] == pytest.approx(sum(raw) / len(raw), abs=1e-5)
     for size in (0, 5):
-        cfg = train_ppo.Config(reward=str(rm_run), micro_batch_size=size)
-        score, weights, _ = load_scorer(cfg, torch.device('cpu'),
-                                        load_checkpoint(sft_run, ['sft']))
+        score, weights, _ = load_scorer(str(rm_run), load_checkpoint(sft_run, ['sft']),
+                                        torch.device('cpu'), size)
         tokens, _, _, mask = prefgpt.make_batch(rows)
         close(score(tokens, mask, [], []), [z - saved['shift'] for z in raw], 1e-5)
     assert all(torch.equal(weights[key], saved['weights']['reward_model'][f'body.{key}'])

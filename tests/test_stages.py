@@ -166,6 +166,19 @@ def test_ppo_learns_from_a_reward_model(shared_data, sft_run, rm_run, tmp_path, 
         assert said.count('!') > said.count('?')
 
 
+def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
+        shared_data, sft_run, rm_run, judge, tmp_path):
+    """--judge is asked in evaluations alone: gold stands in their rows, and every step, the
+    weights' last evaluation included, is the one of a run without it."""
+    options = dict(init=str(sft_run), reward=str(rm_run), steps=2, rollout_size=12, batch_size=6,
+                   eval_every=1)
+    plain = run(train_ppo, tmp_path / 'plain', shared_data, **options)
+    judged = run(train_ppo, tmp_path / 'judged', shared_data, judge=judge, **options)
+    golds = [row['eval_gold'] for row in read_log(tmp_path / 'judged', 'eval_gold')]
+    assert len(golds) == 2 and golds[-1] == judged.pop('gold')
+    assert judged == plain and not read_log(tmp_path / 'plain', 'eval_gold')
+
+
 def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):
     """A large beta keeps the policy at the reference: far less KL and score than with beta 0.
     Catches the sign of the KL in the reward, with which a large beta runs away."""
