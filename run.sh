@@ -48,7 +48,9 @@ echo "== 1. supervised fine-tuning"
 echo "== 2. reward model"
 "$python" train_rm.py $common --init="$out/sft" --out="$out/rm" ${FLAGS_RM:-}
 echo "== 3a. PPO"
-"$python" train_ppo.py $common --init="$out/sft" --reward="$out/rm" --out="$out/ppo" ${FLAGS_PPO:-}
+# The judge is asked in evaluations alone: gold, beside the reward model's score
+"$python" train_ppo.py $common --init="$out/sft" --reward="$out/rm" --judge=data/toy/reward.py \
+    --out="$out/ppo" ${FLAGS_PPO:-}
 echo "== 3b. DPO"
 "$python" train_dpo.py $common --init="$out/sft" --out="$out/dpo" ${FLAGS_DPO:-}
 echo "== Before and after"

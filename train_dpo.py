@@ -35,7 +35,7 @@ class Config:
     init: str = 'out/toy/sft'       # the run folder whose policy to start from, and to refer to
     resume: bool = False            # continue the run in --out, or start it if there is none
     # the method
-    beta: float = 0.1               # weight of KL(policy, ref); smaller moves further from ref
+    beta: float = 0.2               # weight of KL(policy, ref); smaller moves further from ref
     label_smoothing: float = 0.0    # share of labels taken to be wrong (conservative DPO)
     ipo: bool = False               # IPO's squared loss instead of DPO's
     # training

@@ -46,7 +46,7 @@ class Config:
     temperature: float = 1.0        # of sampling, and of every logprob
     no_eos_score: float = -1.0      # a response without EOS scores this at most
     # the method
-    beta: float = 0.1               # weight of KL(policy, ref) in the reward; 0: off
+    beta: float = 0.2               # weight of KL(policy, ref) in the reward; 0: off
     gamma: float = 1.0              # discount per token
     gae_lambda: float = 0.95        # 0: one-step advantages; 1: whole-response advantages
     whiten: bool = True             # normalize advantages over the rollout batch

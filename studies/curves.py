@@ -1,0 +1,231 @@
+"""
+Draw runs: what their log.jsonl files hold, as one picture.
+
+Small multiples: a panel for a metric, or for two that are read together, and a block of panels for
+each stage. Runs of one stage share its panels, each in its own colour. A run in progress is drawn
+as far as it has come.
+
+The y axis is made for most steps and all evaluations: a spike, or the steep fall of the first
+steps, may leave the panel, so that the rest can be read.
+What it does not do: draw clocks, the learning rate, which keeps to its schedule whatever happens,
+or any metric that STAGES does not name; tell IPO, whose loss is not in nats, from DPO.
+
+    python -m studies.curves out/toy/sft out/toy/rm out/toy/dpo out/toy/ppo
+    wrote out/curves.png
+"""
+import importlib.util
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prefgpt import DataError, UserError, run_cli
+
+
+@dataclass
+class Config:
+    runs: tuple = ()                # run folders, of any stages
+    out: str = 'out/curves.png'     # the PNG file to write
+    smooth: int = 0                 # steps in the running mean; 0: a twentieth of the run
+
+
+# The panels of a stage, in reading order: the metrics in it (the second one is dashed), their unit
+NORM = (('norm',), 'of the gradient, unclipped')
+PAIRS = [(('loss',), 'nats per pair'), (('accuracy',), 'share of pairs')]
+STAGES = {
+    'SFT': [(('loss',), 'nats per token'), NORM],
+    'reward model': [*PAIRS, (('margin',), 'difference of scores'),
+                     (('chosen', 'rejected'), 'mean score'), NORM],
+    'DPO': [*PAIRS, (('margin',), 'beta × log-ratios'),
+            (('chosen', 'rejected'), 'nats per response'), NORM],
+    'PPO': [(('score', 'gold'), 'mean per response'), (('kl', 'kl_sft'), 'nats per response'),
+            (('entropy',), 'nats per token'), (('length',), 'tokens per response'),
+            (('eos',), 'share of responses'), (('ratio',), 'in the first minibatch'),
+            (('clip_frac',), 'share of ratios'), (('pg_loss',), 'per token'),
+            (('vf_loss',), 'per token'), NORM]}
+COLUMNS = 5                             # panels in a row
+WIDTH, PANEL, LINE = 12, 2.0, 0.35      # inches: the picture, a row of panels, a line of names
+# Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is lost on white
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
+GREY = '#606060'
+KEY = '        '.join(['steps', 'faint: every step', 'line: running mean',
+                       'points: held-out evaluations'])
+
+
+def read_curves(path):
+    """
+    {metric: (steps, values)} of a log.jsonl; evaluations are metrics of their own, 'eval_...'.
+
+    A last line that is not whole, which a run in progress may leave, and values that are not
+    finite are left out. Raises DataError for any other line that cannot be read.
+    """
+    curves = {}
+    for number, line in enumerate(Path(path).read_text('utf-8', 'replace').splitlines(True), 1):
+        if not line.endswith('\n'):
+            break
+        try:
+            row = json.loads(line)
+            step = row['step']
+        except (ValueError, KeyError, TypeError):       # not JSON; no step; not even a dict
+            raise DataError(f'{path}:{number}: not a row of a log: {line[:40]!r}') from None
+        for name, value in row.items():
+            if name != 'step' and isinstance(value, (int, float)) and math.isfinite(value):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return curves
+
+
+def stage_of(curves):
+    """The key of STAGES that leaves such curves: a log does not say, but its metrics do."""
+    if 'score' in curves:
+        return 'PPO'
+    if 'margin' not in curves:
+        return 'SFT'
+    # A reward model's margin is chosen - rejected; DPO's is measured from the reference
+    names = ('margin', 'chosen', 'rejected')
+    margin, chosen, rejected = (dict(zip(*curves.get(name, ((), ())))) for name in names)
+    same = all(abs(chosen[step] - rejected[step] - margin[step]) < 1e-3
+               for step in margin.keys() & chosen.keys() & rejected.keys())
+    return 'reward model' if same else 'DPO'
+
+
+def read_runs(runs):
+    """{stage: {run: curves}}, the stages in the order of STAGES, the runs in the order given."""
+    stages = {stage: {} for stage in STAGES}
+    for run in runs:
+        path = Path(run) / 'log.jsonl'
+        if not path.is_file():
+            raise UserError(f'{run}: no log.jsonl there; name the --out of a training run')
+        curves = read_curves(path)
+        if not curves.keys() & {'loss', 'score'}:
+            raise UserError(f'{path}: no step in it yet; draw it when the run has made one')
+        stages[stage_of(curves)][run] = curves
+    for stage, members in stages.items():
+        if len(members) > len(COLORS):
+            raise UserError(f'{len(members)} runs of {stage}: more than {len(COLORS)} cannot be '
+                            'told apart in one picture; name fewer')
+    return {stage: members for stage, members in stages.items() if members}
+
+
+def running_mean(values, window):
+    """
+    The mean over window values around each one; at the ends, over those that are there.
+
+    Centred: a mean over the past alone would lag behind the evaluations it is compared with.
+
+    >>> running_mean([0, 3, 6, 6], window=3).tolist()
+    [1.5, 3.0, 5.0, 6.0]
+    """
+    sums, at = np.cumsum([0.0, *values]), np.arange(len(values))
+    first = np.maximum(at - window // 2, 0)
+    end = np.minimum(at + (window + 1) // 2, len(values))
+    return (sums[end] - sums[first]) / (end - first)
+
+
+def y_limits(values, kept):
+    """The ends of a y axis: all that is kept, and of the other values those not far off."""
+    quarter, three_quarters = np.quantile(values or kept, (0.25, 0.75))
+    reach = 5 * (three_quarters - quarter)
+    shown = [*(y for y in values if quarter - reach <= y <= three_quarters + reach), *kept]
+    low, high = min(shown), max(shown)
+    # A constant is a flat line, and so is a ratio that is off 1 by its rounding
+    room = 0.05 * max(high - low, 0.2 * max(abs(low), abs(high)), 1e-6)
+    return low - room, high + room
+
+
+def draw_panel(ax, members, metrics, unit, smooth):
+    """Every step faint, their running mean over it, evaluations as points; a colour for a run."""
+    every, kept = [], []                        # steps' values; what must stay in the picture
+    faint = 0.3 / len(members) ** 0.5           # many runs, one over the other, are still faint
+    for curves, color in zip(members.values(), COLORS):
+        for metric, dash, face in zip(metrics, ('-', (0, (4, 1.5))), (color, 'white')):
+            if metric in curves:
+                steps, values = curves[metric]
+                mean = running_mean(values, smooth or max(1, len(values) // 20))
+                ax.plot(steps, values, color=color, linewidth=0.5, alpha=faint, zorder=1)
+                ax.plot(steps, mean, color=color, linewidth=1.5, linestyle=dash)
+                every += values
+                kept += list(mean[len(mean) // 10:])        # a steep start may leave the panel
+            if f'eval_{metric}' in curves:
+                steps, values = curves[f'eval_{metric}']
+                ax.plot(steps, values, color=color, linewidth=0.8, linestyle=dash, marker='o',
+                        markersize=4, markerfacecolor=face)
+                kept += values
+    ax.set_ylim(*y_limits(every, kept))
+    title = '{} ━━  {} ╍╍' if len(metrics) == 2 else '{}'
+    ax.set_title(title.format(*metrics), loc='left', fontsize=11, pad=19)
+    ax.text(0, 1.05, unit, fontsize=9, color=GREY, transform=ax.transAxes)
+    ax.ticklabel_format(useOffset=False)
+    ax.locator_params(axis='x', nbins=4, integer=True)
+    ax.locator_params(axis='y', nbins=5)
+    ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.spines[['bottom', 'left']].set_color(GREY)
+
+
+def draw_head(ax, stage, members):
+    """The stage's name over its panels, and which colour is which run."""
+    ax.axis('off')
+    ax.set_title(stage, loc='left', y=0, fontsize=13, fontweight='bold')
+    for run, color in zip(members, COLORS):
+        ax.plot([], [], color=color, linewidth=2, label=run)
+    ax.legend(loc='lower right', ncols=names_in_line(members), frameon=False, fontsize=10,
+              borderpad=0, borderaxespad=0)
+
+
+def names_in_line(members):
+    """How many runs' names fit side by side, beside the stage's."""
+    return max(1, 125 // (max(map(len, members)) + 8))
+
+
+def draw(stages, smooth):
+    """The picture of {stage: {run: curves}}, a matplotlib Figure."""
+    from matplotlib.figure import Figure        # not pyplot: no global state, no display
+    blocks, heights = [], []
+    for stage, members in stages.items():
+        logged = {name.removeprefix('eval_') for curves in members.values() for name in curves}
+        panels = [([metric for metric in metrics if metric in logged], unit)
+                  for metrics, unit in STAGES[stage]]
+        panels = [(metrics, unit) for metrics, unit in panels if metrics]
+        blocks.append((len(heights), stage, members, panels))
+        heights += [LINE * math.ceil(len(members) / names_in_line(members)),
+                    *[PANEL] * math.ceil(len(panels) / COLUMNS)]
+    columns = min(COLUMNS, max(len(panels) for *_, panels in blocks))
+    figure = Figure(figsize=(WIDTH, sum(heights) + LINE), dpi=150, layout='constrained')
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    for row, stage, members, panels in blocks:
+        draw_head(figure.add_subplot(grid[row, :]), stage, members)
+        for i, (metrics, unit) in enumerate(panels):
+            ax = figure.add_subplot(grid[row + 1 + i // COLUMNS, i % COLUMNS])
+            draw_panel(ax, members, metrics, unit, smooth)
+    figure.supxlabel(KEY, fontsize=10, color=GREY)
+    return figure
+
+
+def main(cfg):
+    """Draws the runs, and returns what was drawn: {stage: {run: curves}}."""
+    if importlib.util.find_spec('matplotlib') is None:
+        raise UserError('the picture is drawn with matplotlib, which is not installed: '
+                        'pip install matplotlib')
+    if not cfg.runs:
+        raise UserError('name at least one run folder')
+    if Path(cfg.out).suffix != '.png':
+        raise UserError(f'--out={cfg.out}: name a file that ends in .png')
+    if cfg.smooth < 0:
+        raise UserError(f'--smooth={cfg.smooth}: must not be below 0')
+    stages, out = read_runs(cfg.runs), Path(cfg.out)
+    figure = draw(stages, cfg.smooth)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + '.tmp')        # a picture is there whole or not at all
+    figure.savefig(temporary, format='png')
+    os.replace(temporary, out)
+    print(f'wrote {out}')
+    return stages
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)

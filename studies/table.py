@@ -1,0 +1,74 @@
+"""
+The tables of the studies: CSV files in which every seed has its rows.
+
+A study adds a seed's rows when the seed is done, so an interrupted study goes on with the seeds
+that are missing, and whoever doubts a mean finds the rows it was taken over.
+What it does not do: draw. Each study plots what it has found.
+"""
+import csv
+import os
+import statistics
+from pathlib import Path
+
+from prefgpt import UserError
+
+
+def number_or_text(cell):
+    """'0.5' -> 0.5, '3' -> 3, 'ppo' -> 'ppo'; '' stays '' (a number that the row does not have)."""
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return cell
+
+
+def read_rows(path):
+    """The rows of a table as dicts; none if there is no such file yet."""
+    if not Path(path).exists():
+        return []
+    with open(path, encoding='utf-8', newline='') as file:
+        return [{key: number_or_text(cell) for key, cell in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def append_rows(path, rows):
+    """
+    Adds rows, dicts with the same keys, to the end of a table, which is made if it is not there.
+
+    The file is written anew and renamed: it always holds whole seeds. Raises UserError if it has
+    other columns: then it is from another version of the study, and must not be mixed with it.
+    """
+    path, new = Path(path), [{key: f'{value:.4f}' if isinstance(value, float) else value
+                              for key, value in row.items()} for row in rows]
+    old = read_rows(path)
+    if old and list(old[0]) != list(new[0]):
+        raise UserError(f'{path} has other columns than this version of the study: move it away')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, list(new[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(old + new)
+    os.replace(temporary, path)
+
+
+def show_means(rows, by, columns):
+    """
+    Prints mean and standard deviation over seeds of the columns, a line for every value of by.
+
+    by and columns are tuples of keys; the groups come in the order in which they first appear.
+    """
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    width = max(len(' '.join(map(str, group))) for group in groups)
+    print(f"\n{'mean and standard deviation over seeds':<{width}}")
+    print(' ' * width + ''.join(f'{column:>16}' for column in columns))
+    for group, members in groups.items():
+        print(f"{' '.join(map(str, group)):<{width}}", end='')
+        for column in columns:
+            values = [row[column] for row in members]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            print(f'{statistics.mean(values):9.3f} ±{spread:.3f}', end='')
+        print()

@@ -1,0 +1,211 @@
+"""studies/curves.py: logs to numbers, from logs written by hand, and numbers to a picture.
+
+    python -m pytest -q tests/test_curves.py        # the picture: pip install matplotlib
+"""
+import doctest
+import json
+import sys
+
+import pytest
+
+from prefgpt import FORMATS, DataError, UserError
+from studies import curves
+from studies.curves import STAGES, Config, draw, read_curves, running_mean, stage_of, y_limits
+
+CLOCK = dict(lr=1e-3, ms=20.0, tok_per_s=1e4)
+ROWS = {    # a step of each stage, at step t
+    'SFT': lambda t: dict(loss=7 / t, norm=1.0),
+    'reward model': lambda t: dict(loss=0.69, accuracy=0.5, margin=0.1 * t, chosen=0.3 * t,
+                                   rejected=0.2 * t, norm=1.0),
+    'DPO': lambda t: dict(loss=0.69, accuracy=0.5, margin=0.1 * t, chosen=-20.0 - t,
+                          rejected=-22.0 - 2 * t, norm=1.0),
+    'PPO': lambda t: dict(score=0.1 * t, kl=0.2 * t, entropy=0.5, length=16.0, eos=1.0,
+                          ratio=1 + 1e-7 * t, clip_frac=0.0, pg_loss=-0.001, vf_loss=1.0 / t,
+                          norm=1.0)}
+
+
+def write_run(folder, stage, steps=40, tail='', **evaluation):
+    """A run folder, as text, with the log of a stage, an evaluation after every tenth step."""
+    rows = []
+    for t in range(1, steps + 1):
+        rows.append({'step': t, **ROWS[stage](t), **CLOCK})
+        if evaluation and t % 10 == 0:
+            rows.append({'step': t, **{f'eval_{name}': value * t for name, value
+                                       in evaluation.items()}, 'samples': ['say a: aa!']})
+    folder.mkdir(parents=True)
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + tail)
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------- logs to numbers
+
+def test_a_log_is_read_metric_by_metric(tmp_path):
+    run = write_run(tmp_path / 'sft', 'SFT', steps=20, loss=0.1)
+    read = read_curves(f'{run}/log.jsonl')
+    assert read['loss'] == (list(range(1, 21)), [7 / t for t in range(1, 21)])
+    assert read['eval_loss'] == ([10, 20], [1.0, 2.0])
+    assert 'step' not in read and 'samples' not in read
+
+
+def test_what_is_not_finite_or_not_whole_is_left_out(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    path.write_text('{"step": 1, "loss": NaN, "norm": 2.0}\n{"step": 2, "loss": -Infinity}\n'
+                    '{"step": 3, "loss": 0.5, "norm": null}\n{"step": 4, "loss": 0.')
+    assert read_curves(path) == {'norm': ([1], [2.0]), 'loss': ([3], [0.5])}
+
+
+@pytest.mark.parametrize('line', ['{"step": 2, "lo', '{"loss": 1.0}', '[1, 2]', '7'])
+def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
+    path = tmp_path / 'log.jsonl'
+    path.write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n')
+    with pytest.raises(DataError, match=r'log\.jsonl:2: not a row'):
+        read_curves(path)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize('steps', [1, 40])
+def test_the_stage_is_told_by_the_log(tmp_path, stage, steps):
+    run = write_run(tmp_path / 'run', stage, steps)
+    assert stage_of(read_curves(f'{run}/log.jsonl')) == stage
+
+
+def test_every_metric_that_is_logged_has_a_panel():
+    panels = {metric for panels in STAGES.values() for metrics, _ in panels for metric in metrics}
+    assert panels == FORMATS.keys() - {'lr'}
+
+
+def test_running_mean():
+    assert doctest.testmod(curves) == (0, 1)                            # the docstring's example
+    assert running_mean([4.0, 2.0, 7.0], 1).tolist() == [4, 2, 7]
+    assert running_mean([2.0, 4.0, 8.0], 2).tolist() == [2, 3, 6]
+    assert running_mean([5.0] * 7, 4) == pytest.approx([5] * 7)
+    assert running_mean([1.0, 3.0], 50) == pytest.approx([2, 2])        # longer than the run
+
+
+def test_y_limits_keep_the_evaluations_and_drop_a_spike():
+    steps = [0.4, 0.5, 0.6] * 30
+    low, high = y_limits([*steps, 7.0], [0.45])
+    assert 0.3 < low < 0.4 and 0.6 < high < 0.7
+    assert y_limits(steps, [2.0])[1] > 2.0
+    assert y_limits([], [1.0, 2.0])[1] > 2.0                            # evaluations alone
+
+
+def test_y_limits_show_rounding_as_a_flat_line():
+    low, high = y_limits([1 - 1e-6, 1 + 1e-6], [])
+    assert low == pytest.approx(0.99, abs=1e-3) and high == pytest.approx(1.01, abs=1e-3)
+    low, high = y_limits([0.0, 0.0], [])
+    assert low < 0 < high
+
+
+# ----------------------------------------------------------------------------- numbers to a picture
+
+@pytest.fixture
+def matplotlib():
+    """The one package that is not required: pip install matplotlib, or these tests are skipped."""
+    return pytest.importorskip('matplotlib')
+
+
+def panels_of(figure):
+    """{title: axes} of the panels of a figure."""
+    return {ax.get_title(loc='left'): ax for ax in figure.axes if ax.axison}
+
+
+def test_runs_of_all_stages_make_one_png(tmp_path, matplotlib, capsys):
+    """Two SFT runs, one of them one step old; the picture's folder is made, no other file left."""
+    runs = [write_run(tmp_path / name, stage, steps, tail='{"step": 41, "lo')
+            for name, stage, steps in [('ppo', 'PPO', 40), ('new', 'SFT', 1), ('sft', 'SFT', 40),
+                                       ('dpo', 'DPO', 40), ('rm', 'reward model', 40)]]
+    out = tmp_path / 'pictures' / 'curves.png'
+    stages = curves.main(Config(runs=tuple(runs), out=str(out)))
+    assert list(stages) == list(STAGES) and list(stages['SFT']) == runs[1:3]
+    assert out.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    assert [path.name for path in out.parent.iterdir()] == ['curves.png']
+    assert capsys.readouterr().out == f'wrote {out}\n'
+
+
+def test_score_and_gold_share_a_panel_and_clocks_have_none(tmp_path, matplotlib):
+    run = write_run(tmp_path / 'ppo', 'PPO', score=0.1, gold=-0.1, kl_sft=0.3)
+    figure = draw(curves.read_runs([run]), 0)
+    panels = panels_of(figure)
+    assert list(panels) == ['score ━━  gold ╍╍', 'kl ━━  kl_sft ╍╍', 'entropy', 'length', 'eos',
+                            'ratio', 'clip_frac', 'pg_loss', 'vf_loss', 'norm']
+    steps, mean, scores, golds = panels['score ━━  gold ╍╍'].lines
+    assert list(scores.get_xdata()) == list(golds.get_xdata()) == [10, 20, 30, 40]
+    assert list(golds.get_ydata()) == [-1, -2, -3, -4] and golds.is_dashed()
+    assert not scores.is_dashed() and scores.get_color() == golds.get_color()
+    assert panels['score ━━  gold ╍╍'].get_ylim()[0] < -4
+
+
+def test_without_a_judge_there_is_no_gold(tmp_path, matplotlib):
+    run = write_run(tmp_path / 'ppo', 'PPO')
+    assert list(panels_of(draw(curves.read_runs([run]), 0)))[:2] == ['score', 'kl']
+
+
+def test_runs_of_a_stage_share_panels_and_are_named(tmp_path, matplotlib):
+    runs = [write_run(tmp_path / name, 'SFT') for name in 'ab']
+    figure = draw(curves.read_runs(runs), 0)
+    head, loss, norm = figure.axes
+    assert head.get_title(loc='left') == 'SFT'
+    assert [text.get_text() for text in head.get_legend().get_texts()] == runs
+    assert len({line.get_color() for line in loss.lines}) == 2
+
+
+def test_smooth_is_the_number_of_steps_averaged(tmp_path, matplotlib):
+    stages = curves.read_runs([write_run(tmp_path / 'sft', 'SFT', steps=40)])
+    values = stages['SFT'][str(tmp_path / 'sft')]['loss'][1]
+    for smooth, window in ((0, 2), (1, 1), (9, 9)):     # 0: a twentieth of the run
+        mean = panels_of(draw(stages, smooth))['loss'].lines[1].get_ydata()
+        assert list(mean) == pytest.approx(list(running_mean(values, window)))
+
+
+def test_a_failed_picture_leaves_the_one_before(tmp_path, matplotlib, monkeypatch):
+    out = tmp_path / 'curves.png'
+    out.write_bytes(b'before')
+
+    def full_disk(self, path, **options):
+        path.write_bytes(b'half')
+        raise OSError('no space left on device')
+
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', full_disk)
+    with pytest.raises(OSError):
+        curves.main(Config(runs=(write_run(tmp_path / 'sft', 'SFT'),), out=str(out)))
+    assert out.read_bytes() == b'before'
+
+
+# ----------------------------------------------------------------------------- errors
+
+def test_a_missing_matplotlib_is_told_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(UserError, match='pip install matplotlib'):
+        curves.main(Config(runs=('nowhere',)))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Errors are found before anything is drawn: these tests need no matplotlib."""
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(runs=()), 'name at least one run folder'),
+    (dict(out='curves.pdf'), r'--out=curves\.pdf: name a file that ends in \.png'),
+    (dict(smooth=-1), '--smooth=-1: must not be below 0')])
+def test_flags_that_cannot_work_are_refused(installed, changes, message):
+    with pytest.raises(UserError, match=message):
+        curves.main(Config(**{**dict(runs=('nowhere',)), **changes}))
+
+
+def test_runs_that_cannot_be_drawn_are_named(installed, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for run in ('nowhere', 'empty'):
+        with pytest.raises(UserError, match=f'{run}: no log.jsonl there; name the --out'):
+            curves.main(Config(runs=(str(tmp_path / run),)))
+    run = write_run(tmp_path / 'begun', 'SFT', steps=0, tail='{"step": 1')
+    with pytest.raises(UserError, match='begun/log.jsonl: no step in it yet'):
+        curves.main(Config(runs=(run,)))
+
+
+def test_more_runs_than_colours_are_refused(installed, tmp_path):
+    runs = tuple(write_run(tmp_path / str(i), 'DPO', steps=1) for i in range(8))
+    with pytest.raises(UserError, match='8 runs of DPO: more than 7 cannot be told apart'):
+        curves.main(Config(runs=runs))

@@ -1,0 +1,99 @@
+"""
+The studies: their tables, and each one in its quick form.
+
+    python -m pytest -q tests/test_studies.py
+"""
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prefgpt import UserError
+from studies import toy
+from studies.table import append_rows, read_rows, show_means
+
+TOP = Path(__file__).parent.parent
+
+
+# ----------------------------------------------------------------------------- tables
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    """Numbers as numbers, text as text, 4 digits of a float; later rows are added at the end."""
+    path = tmp_path / 'results' / 'name.csv'
+    assert read_rows(path) == []
+    first = {'seed': 5, 'stage': 'ppo, "late"', 'reward': 1 / 3, 'refused': ''}
+    append_rows(path, [first])
+    append_rows(path, [{**first, 'seed': 6, 'reward': -2.0}, {**first, 'seed': 7}])
+    rows = read_rows(path)
+    assert [row['seed'] for row in rows] == [5, 6, 7] and rows[1]['reward'] == -2
+    assert rows[0] == {**first, 'reward': 0.3333}
+    assert [p.name for p in path.parent.iterdir()] == ['name.csv']      # nothing half-written
+
+
+def test_rows_of_another_version_are_not_mixed_in(tmp_path):
+    """Other columns are refused, and the table stays as it is: csv would shift the cells."""
+    path = tmp_path / 'name.csv'
+    append_rows(path, [{'seed': 5, 'reward': 1.0}])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match='name.csv has other columns'):
+        append_rows(path, [{'seed': 6, 'kl': 1.0}])
+    assert path.read_bytes() == before
+
+
+def test_means_and_spreads_by_hand(capsys):
+    """Mean and n-1 standard deviation over the rows of a group: 1, 2, 6 give 3 ± sqrt(7)."""
+    rows = [{'stage': stage, 'seed': seed, 'reward': reward}
+            for stage, rewards in (('ppo', (1, 2, 6)), ('sft', (4,)))
+            for seed, reward in enumerate(rewards)]
+    show_means(rows, ('stage',), ('reward',))
+    lines = capsys.readouterr().out.splitlines()
+    assert f'3.000 ±{math.sqrt(7):.3f}' in lines[-2] and lines[-2].startswith('ppo')
+    assert '4.000 ±0.000' in lines[-1] and lines[-1].startswith('sft')
+
+
+# ----------------------------------------------------------------------------- toy
+
+def toy_row(seed, answers, stage, **numbers):
+    return {'seed': seed, 'answers': answers, 'stage': stage, **numbers}
+
+
+def test_a_promise_that_fails_is_reported(capsys):
+    """One seed keeps every promise, the other misses one by a hair: that one is named with its
+    seed, and all others hold in both."""
+    rows = []
+    for seed, harm in ((5, 0.09), (6, 0.10)):
+        for answers in ('T=1', 'greedy'):
+            rows += [toy_row(seed, answers, 'sft', reward=-0.5, harm=0.4, refused=0.05),
+                     toy_row(seed, answers, 'dpo', reward=0.0, harm=0.3, refused=0.14),
+                     toy_row(seed, answers, 'ppo', reward=0.5, harm=harm, refused=0.09)]
+    failed = toy.check(rows)
+    assert failed.pop("PPO's harm is below 0.25 of SFT's") == [6]
+    assert not any(failed.values())
+    assert "PPO's harm is below 0.25 of SFT's: 1 of 2 seeds, not [6]" in capsys.readouterr().out
+
+
+def test_every_promise_can_fail():
+    """With all stages alike no promise holds: none of them is true whatever happens."""
+    rows = [toy_row(5, answers, stage, reward=0.0, harm=0.3, refused=0.2)
+            for answers in ('T=1', 'greedy') for stage in ('sft', 'dpo', 'ppo')]
+    assert all(failed == [5] for failed in toy.check(rows).values())
+
+
+def test_toy_in_its_quick_form(tmp_path, monkeypatch, capsys):
+    """Six rows a seed with the judge's columns, in a table beside the real one; a second call
+    finds the seed there and runs nothing."""
+    shutil.copytree(TOP / 'data', tmp_path / 'data', ignore=shutil.ignore_patterns(
+        '*.jsonl', '__pycache__', 'toy-*', '*.gz', '*.zip'))
+    monkeypatch.chdir(tmp_path)
+    toy.main(toy.Config(seeds='3', quick=True))
+    rows = read_rows('studies/results/toy-quick.csv')
+    assert [(row['answers'], row['stage']) for row in rows] == [
+        (answers, stage) for answers in ('T=1', 'greedy') for stage in ('sft', 'dpo', 'ppo')]
+    assert all({'reward', 'reward_se', 'harm', 'kl', 'win', 'rm_accuracy'} <= set(row)
+               for row in rows)
+    assert not Path('studies/results/toy.csv').exists()
+    capsys.readouterr()
+    toy.main(toy.Config(seeds='3', quick=True))
+    shown = capsys.readouterr().out
+    assert 'step' not in shown and 'T=1 ppo' in shown
