@@ -13,7 +13,6 @@ What it does not do: choose settings. They were chosen on seeds 0 to 4 and on tr
     python -m studies.toy
     PPO's reward is SFT's + 1.0 at least: 5 of 5 seeds
 """
-import time
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +61,7 @@ QUICK = {'sft': dict(steps=8), 'rm': dict(steps=4), 'dpo': dict(steps=4),
 def run_seed(seed, quick):
     """The whole pipeline with one seed, as run.sh has it; its rows for the table."""
     name = ('quick-' if quick else '') + ('toy' if seed == 0 else f'toy-{seed}')
-    data, out, began = f'data/{name.removeprefix("quick-")}', f'out/{name}', time.time()
+    data, out = f'data/{name.removeprefix("quick-")}', f'out/{name}'
     few = QUICK if quick else dict.fromkeys(QUICK, {})
     common = dict(data=data, seed=seed, resume=True)
     prepare.main(prepare.Config(seed=seed, out=data))
@@ -76,10 +75,9 @@ def run_seed(seed, quick):
         runs=tuple(f'{out}/{stage}' for stage in ('sft', 'dpo', 'ppo')),
         reward='data/toy/reward.py', prompts=16 if quick else 400,
         max_new_tokens=8 if quick else 64))
-    minutes = (time.time() - began) / 60
     return [{'seed': seed, 'answers': answers, 'stage': row['run'].split('/')[-1],
              **{key: value for key, value in row.items() if key != 'run'},
-             'rm_accuracy': rm['accuracy'], 'minutes': minutes, 'threads': torch.get_num_threads(),
+             'rm_accuracy': rm['accuracy'], 'threads': torch.get_num_threads(),
              'command': f'python -m studies.toy --seeds={seed}'}
             for answers, table in (('T=1', tables['rows']), ('greedy', tables['greedy']))
             for row in table]
