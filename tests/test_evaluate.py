@@ -2,16 +2,21 @@
 
     python -m pytest -q tests/test_evaluate.py
 """
+import itertools
 import json
+import math
+import statistics
 
 import pytest
 import torch
-from conftest import EOS, TEMPLATE, save_tiny_run
+from conftest import EOS, TEMPLATE, save_tiny_run, tiny_scalar
 
 import tools.evaluate
 import train_rm
-from prefgpt import GPT, UserError, load_checkpoint, load_model
-from tools.evaluate import Config, distinct_2, mean_scores
+from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_judge, load_model,
+                     load_text, rng, save_checkpoint)
+from tools.evaluate import (Config, distinct, mean_scores, show_table, standard_error, summarize,
+                            win_rate)
 
 # Says what it saw: 'hushed' is left out for prompts that are not loud
 JUDGE = '''
@@ -21,6 +26,20 @@ def score(prompt, response):
         numbers['hushed'] = float('!' not in response)
     return numbers
 '''
+# The longer the better, and so what was cut off is best; and the other way round
+LONG = 'def score(prompt, response):\n    return {"reward": float(len(response))}\n'
+SHORT = 'def score(prompt, response):\n    return {"reward": -float(len(response))}\n'
+
+
+def save_tiny_rm(folder, data, shift=0.0, **shape):
+    """A run folder with an untrained reward model whose scores are far apart, shifted by shift."""
+    tokenizer, template = load_text(data)
+    model = tiny_scalar(5, **{**dict(vocab_size=tokenizer.n_vocab), **shape})
+    folder.mkdir(parents=True)
+    cfg = train_rm.Config(data=str(data), out=str(folder))
+    save_checkpoint(folder / 'ckpt.pt', 'rm', 1, cfg, tokenizer, template, {},
+                    {'reward_model': model}, {}, shift=shift)
+    return str(folder)
 
 
 @pytest.fixture
@@ -50,27 +69,106 @@ def samples(monkeypatch):
     return calls
 
 
+def responses_of(tokens, response_mask):
+    """The responses of a batch, a list of ids each, EOS included, in a plain loop."""
+    return [[token for token, real in zip(row[1:].tolist(), mask.tolist()) if real]
+            for row, mask in zip(tokens, response_mask)]
+
+
+def text_of(ids):
+    """A response of the byte tokenizer as text, without EOS."""
+    return bytes(token for token in ids if token != EOS).decode(errors='replace')
+
+
+def held_out(data, number):
+    """The first so many held-out prompts, as text."""
+    lines = (data / 'val.prompts.jsonl').read_text().splitlines()
+    return [json.loads(line)['prompt'] for line in lines[:number]]
+
+
+def score_alone(rm, prompt, ids, shift):
+    """A reward model's score of one response: the number at its last token, minus the shift."""
+    with torch.no_grad():
+        return rm(torch.tensor([[*prompt.encode(), *ids]]))[0, -1].item() - shift
+
+
 # ----------------------------------------------------------------------------- by hand
 
-def test_distinct_2_by_hand():
-    """(a b), (b c) and again (a b): 2 of 3 pairs differ; pairs do not cross from text to text."""
-    assert distinct_2(['a b c', ' a  b\n', 'x', '']) == pytest.approx(2 / 3)
-    assert distinct_2(['a a a a']) == pytest.approx(1 / 3)
-    assert distinct_2(['a b', 'b a']) == 1
-    assert distinct_2(['one', '', ' ']) == 0
-    assert distinct_2([]) == 0
+def test_distinct_by_hand():
+    """(a b), (b c) and again (a b): 2 of 3 pairs differ; pairs do not cross from text to text, and
+    a text of one word has none. Words: 3 of the 6 differ."""
+    texts = ['a b c', ' a  b\n', 'a', '']
+    assert distinct(texts, 2) == pytest.approx(2 / 3)
+    assert distinct(texts, 1) == pytest.approx(3 / 6)
+    assert distinct(['a a a a'], 2) == pytest.approx(1 / 3)
+    assert distinct(['a a a a'], 1) == pytest.approx(1 / 4)
+    assert distinct(['a b', 'b a'], 2) == 1
+    assert distinct(['one', '', ' '], 2) == 0
+    assert distinct([], 1) == distinct([], 2) == 0
 
 
 def test_mean_scores_averages_over_the_responses_that_have_the_number():
     """A key that the judge gives for two of three prompts is averaged over two: dividing by three
     would make refusals of benign prompts look rarer than they are."""
-    def judge(prompt, response):
-        numbers = {'reward': len(response)}
-        if prompt != 'harmful':
-            numbers['refused'] = float(response == 'no')
-        return numbers
-    means = mean_scores(judge, ['harmful', 'p', 'q'], ['no', 'no', 'sure'])
+    means = mean_scores([{'reward': 2}, {'reward': 2, 'refused': 1.0},
+                         {'reward': 4, 'refused': 0.0}])
     assert means == {'reward': 8 / 3, 'refused': 0.5}
+    assert mean_scores([{}, {}]) == {}
+
+
+def test_standard_error_by_hand():
+    """Of 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9 = 14, std sqrt(14 / 3), over sqrt(4). Dividing
+    by n would give sqrt(14 / 16). Equal numbers have none, and one number says nothing."""
+    assert standard_error([1, 2, 3, 6]) == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert standard_error([0.1] * 7) == 0
+    assert standard_error([5.0]) is None
+
+
+def response(reward, text='', eos=True, kl=0.0):
+    """A response as the table is made of, with this reward."""
+    return {'text': text, 'eos': eos, 'length': 1, 'kl': kl, 'judged': {'reward': reward}}
+
+
+def test_win_rate_by_hand():
+    """Against 1, 1, 1, 1: 2 wins, 1 ties, 0 loses and 3 wins: (1 + 1/2 + 0 + 1) / 4. The other way
+    round it is 1 minus that, which counting ties as losses or as wins would break."""
+    first = [response(1.0, text) for text in 'abcd']
+    other = [response(reward, text) for reward, text in zip((2.0, 1.0, 0.0, 3.0), 'efgh')]
+    assert win_rate(other, first) == 0.625
+    assert win_rate(first, other) == 0.375
+    assert win_rate(first, first) == 0.5
+
+
+def test_the_same_response_ties_whatever_the_rounding():
+    """A reward model scores one text a digit apart in two batches: a tie. The same text with and
+    without EOS are two responses, and so are two texts: then the digit counts."""
+    assert win_rate([response(1.0000001, 'a')], [response(1.0, 'a')]) == 0.5
+    assert win_rate([response(1.0000001, 'a')], [response(1.0, 'a', eos=False)]) == 1
+    assert win_rate([response(1.0000001, 'a')], [response(1.0, 'b')]) == 1
+
+
+def test_a_row_by_hand():
+    """All columns of two responses against two others; no rewards, no reward, error or win."""
+    mine = [response(3.0, 'x y', kl=1.0), response(0.0, 'x', eos=False, kl=4.0)]
+    first = [response(1.0, 'z'), response(2.0, 'z')]
+    row = summarize('mine', mine, first)
+    assert row == {'run': 'mine', 'reward': 1.5, 'reward_se': pytest.approx(1.5), 'win': 0.5,
+                   'kl': 2.5, 'kl_se': pytest.approx(1.5), 'length': 1.0, 'eos': 0.5,
+                   'distinct-1': pytest.approx(2 / 3), 'distinct-2': 1.0}
+    row = summarize('mine', [{**each, 'judged': {}} for each in mine], first)
+    assert list(row) == ['run', 'kl', 'kl_se', 'length', 'eos', 'distinct-1', 'distinct-2']
+
+
+def test_the_table_puts_the_error_beside_its_mean(capsys):
+    """A standard error stands with its mean and is no column; a number that a row lacks leaves a
+    '-' and does not move the numbers after it under other names."""
+    show_table([{'run': 'out/a', 'reward': -1 / 3, 'reward_se': 0.0812, 'refused': 0.25, 'kl': 0.0},
+                {'run': 'out/second', 'reward': 2.0, 'reward_se': None, 'kl': 4.5}], 'title')
+    assert capsys.readouterr().out == (
+        '\ntitle\n'
+        'run                reward  refused     kl\n'
+        'out/a       -0.333 ±0.081    0.250  0.000\n'
+        'out/second          2.000        -  4.500\n')
 
 
 # ----------------------------------------------------------------------------- whole tables
@@ -84,12 +182,28 @@ def test_columns_and_counts(runs, samples):
     assert [row['run'] for row in rows] == runs + runs
     assert len(samples) == 4
     for row, (tokens, response_mask) in zip(rows, samples):
-        assert list(row) == ['run', 'kl', 'length', 'eos', 'distinct-2']
-        responses = [[token for token, real in zip(tokens[b, 1:].tolist(), response_mask[b])
-                      if real] for b in range(24)]
+        assert list(row) == ['run', 'kl', 'kl_se', 'length', 'eos', 'distinct-1', 'distinct-2']
+        responses = responses_of(tokens, response_mask)
         assert row['length'] == pytest.approx(sum(map(len, responses)) / 24)
         assert row['eos'] == pytest.approx(sum(EOS in ids for ids in responses) / 24)
+        words = [word for ids in responses for word in text_of(ids).split()]
+        assert row['distinct-1'] == pytest.approx(len(set(words)) / len(words))
     assert tables['rows'][1]['eos'] > 0.5       # so that the counts above count something
+
+
+def test_ordinary_rows_answer_with_the_eval_stream(runs, tiny_data, samples):
+    """The samples are those of rng(seed, 0, 'eval'), from the first prompt on, with or without a
+    best-of-N row: figures that were published before that row was there stay as they are."""
+    policy = load_model(GPT, load_checkpoint(runs[0], ['sft']), 'policy', 'cpu')
+    prompts = [list(prompt.encode()) for prompt in held_out(tiny_data, 8)]
+    expected, _ = generate(policy, prompts, 6, EOS, 1.0, rng(3, 0, 'eval'))
+    plain = evaluate(runs, seed=3)
+    assert torch.equal(samples[0][0], expected)
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    more = evaluate(runs, seed=3, best_of=3)
+    for name in ('rows', 'greedy'):
+        for before, after in zip(plain[name], more[name]):
+            assert before.items() <= after.items()
 
 
 def log_p(policy, ids):
@@ -99,44 +213,77 @@ def log_p(policy, ids):
 
 
 def test_kl_is_the_sum_over_tokens_and_the_mean_over_responses(runs, samples):
-    """kl of the first run is exactly 0; the other's is a double loop over its own samples of
-    log p(token) under it, minus the same under the first run, with a forward pass per token."""
+    """kl of the first run is exactly 0, and so is its error; the other's is a double loop over its
+    own samples of log p(token) under it, minus the same under the first run, with a forward pass
+    per token; kl_se is the spread of the eight sums, not of the tokens."""
     tables = evaluate(runs)
     first, second = (load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
                      for run in runs)
     for name, sample in (('rows', samples[1]), ('greedy', samples[3])):
         tokens, response_mask = sample
-        total = 0.0
+        sums = [0.0] * 8
         with torch.no_grad():
             for b in range(8):
                 for t in range(response_mask.size(1)):
                     if response_mask[b, t]:
                         ids = tokens[b, :t + 2].tolist()
-                        total += log_p(second, ids) - log_p(first, ids)
-        assert tables[name][0]['kl'] == 0
-        assert tables[name][1]['kl'] == pytest.approx(total / 8, abs=1e-4)
+                        sums[b] += log_p(second, ids) - log_p(first, ids)
+        assert tables[name][0]['kl'] == tables[name][0]['kl_se'] == 0
+        assert tables[name][1]['kl'] == pytest.approx(sum(sums) / 8, abs=1e-4)
+        assert tables[name][1]['kl_se'] == pytest.approx(statistics.stdev(sums) / 8 ** 0.5,
+                                                         abs=1e-4)
     assert tables['rows'][1]['kl'] > 1          # a learned policy is far from a random one
 
 
-def test_answers_do_not_depend_on_the_batch_size(runs, tiny_data):
-    """24 prompts answered at once, by 7, or one by one: the same texts, so the same table."""
+def test_reward_its_error_and_win_are_counts_over_the_samples(runs, tiny_data, samples):
+    """reward, reward_se and win of both runs in both tables, from the judge's word on each of the
+    recorded samples: each is compared with the first run's response to the same prompt."""
     (tiny_data / 'reward.py').write_text(JUDGE)
-    whole = evaluate(runs, prompts=24, batch_size=100)
+    tables = evaluate(runs, prompts=24)
+    for name, calls in (('rows', samples[:2]), ('greedy', samples[2:])):
+        first, second = ([len(text_of(ids)) for ids in responses_of(*call)] for call in calls)
+        points = sum(1 if b > a else 0.5 if b == a else 0 for a, b in zip(first, second))
+        assert tables[name][0]['win'] == 0.5
+        assert tables[name][1]['win'] == points / 24 < 0.5          # longer is better: it ends
+        for row, rewards in zip(tables[name], (first, second)):
+            assert row['reward'] == pytest.approx(sum(rewards) / 24)
+            assert row['reward_se'] == pytest.approx(statistics.stdev(rewards) / 24 ** 0.5)
+    assert any(a == b for a, b in zip(first, second))               # a tie is among them
+
+
+def test_one_prompt_has_no_standard_error(runs, tiny_data, tmp_path):
+    """One response has no spread: null in the JSON, and neither 0, which would be certainty, nor
+    NaN, which is not JSON."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    path = tmp_path / 'one.json'
+    row = evaluate(runs, prompts=1, json=str(path))['rows'][1]
+    assert row['reward_se'] is row['kl_se'] is None
+    assert 'NaN' not in path.read_text() and '"kl_se": null' in path.read_text()
+
+
+def test_answers_do_not_depend_on_the_batch_size(runs, tiny_data):
+    """24 prompts answered at once, by 7, or one by one: the same texts, so the same table, with
+    the best of 3, which fits a batch several times, or not once."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    whole = evaluate(runs, prompts=24, batch_size=100, best_of=3)
     for batch_size in (1, 7):
-        parts = evaluate(runs, prompts=24, batch_size=batch_size)
+        parts = evaluate(runs, prompts=24, batch_size=batch_size, best_of=3)
+        assert len(parts['rows']) == 3
         for name in ('rows', 'greedy'):
             for row, expected in zip(parts[name], whole[name]):
                 assert row['kl'] == pytest.approx(expected['kl'], abs=1e-4)
-                assert {**row, 'kl': 0} == {**expected, 'kl': 0}
+                assert row['kl_se'] == pytest.approx(expected['kl_se'], abs=1e-4)
+                zero = {'kl': 0, 'kl_se': 0}
+                assert {**row, **zero} == {**expected, **zero}
 
 
-def test_a_run_given_twice_gives_equal_rows(runs, samples):
-    """The same weights meet the same random numbers: equal rows, and kl exactly 0 in both. Another
-    seed gives other samples, but the same greedy answers."""
-    tables = evaluate([runs[0], runs[0]])
+def test_a_run_given_twice_gives_equal_rows(runs, tiny_data, tmp_path, samples):
+    """The same weights meet the same random numbers: equal rows, kl exactly 0 and win exactly 1/2
+    in both. Another seed gives other samples, but the same greedy answers."""
+    tables = evaluate([runs[0], runs[0]], reward=save_tiny_rm(tmp_path / 'rm', tiny_data))
     for table in tables.values():
         assert table[0] == table[1]
-        assert table[1]['kl'] == 0
+        assert table[1]['kl'] == 0 and table[1]['win'] == 0.5
     evaluate([runs[0]], seed=1)
     first, _, greedy, _, other, other_greedy = (tokens for tokens, _ in samples)
     assert not torch.equal(first, other)
@@ -148,7 +295,8 @@ def test_the_judge_of_the_data_folder_and_a_judge_by_name(runs, tiny_data, tmp_p
     that is left out for some prompts keeps its own mean."""
     (tiny_data / 'reward.py').write_text(JUDGE)
     row = evaluate(runs)['rows'][0]
-    assert list(row) == ['run', 'reward', 'empty', 'hushed', 'kl', 'length', 'eos', 'distinct-2']
+    assert list(row) == ['run', 'reward', 'empty', 'hushed', 'reward_se', 'win', 'kl', 'kl_se',
+                         'length', 'eos', 'distinct-1', 'distinct-2']
     assert 0 < row['reward'] <= 6
     other = tmp_path / 'other.py'
     other.write_text('def score(prompt, response):\n    return {"reward": 7.0}\n')
@@ -181,9 +329,9 @@ def test_json_holds_the_two_tables(runs, tmp_path, capsys):
     tables = evaluate(runs, json=str(path))
     assert json.loads(path.read_text()) == tables
     shown = capsys.readouterr().out
-    for name in ('kl', 'length', 'eos', 'distinct-2', *runs):
+    for name in ('kl', 'length', 'eos', 'distinct-1', 'distinct-2', *runs):
         assert shown.count(f'{name}') >= 2
-    assert f"{tables['rows'][1]['kl']:.3f}" in shown
+    assert f"{tables['rows'][1]['kl']:.3f} ±{tables['rows'][1]['kl_se']:.3f}" in shown
 
 
 def test_prompts_come_from_the_first_runs_data_or_from_the_flag(runs, tiny_data, samples):
@@ -200,6 +348,159 @@ def test_prompts_come_from_the_first_runs_data_or_from_the_flag(runs, tiny_data,
     samples.clear()
     evaluate(runs, prompts=100)
     assert len(samples[0][0]) == 5
+
+
+# ----------------------------------------------------------------------------- reward models
+
+def test_a_reward_model_as_judge(runs, tiny_data, tmp_path, samples):
+    """reward is the model's number at the last token, minus the shift, a response at a time without
+    padding; it has an error and a win, and no column but these. --reward comes before the
+    reward.py beside the data. A score of the padding, or without the shift, would differ."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    rm_run = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7)
+    rm = load_model(ScalarGPT, load_checkpoint(rm_run, ['rm']), 'reward_model', 'cpu')
+    rows = evaluate(runs, reward=rm_run)['rows']
+    first, second = ([score_alone(rm, prompt, ids, 0.7) for prompt, ids
+                      in zip(held_out(tiny_data, 8), responses_of(*call))] for call in samples[:2])
+    for row, rewards in zip(rows, (first, second)):
+        assert list(row) == ['run', 'reward', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos',
+                             'distinct-1', 'distinct-2']
+        assert row['reward'] == pytest.approx(sum(rewards) / 8, abs=1e-4)
+        assert row['reward_se'] == pytest.approx(statistics.stdev(rewards) / 8 ** 0.5, abs=1e-4)
+    assert rows[1]['win'] == sum(b > a for a, b in zip(first, second)) / 8
+
+
+def test_a_reward_model_with_a_smaller_block(runs, tiny_data, tmp_path, samples):
+    """The prompts are cut so that the reward model's block holds them too, as judge or as selector:
+    not an AssertionError amid the table."""
+    small = save_tiny_rm(tmp_path / 'small', tiny_data, block_size=12)
+    evaluate(runs, reward=small)
+    evaluate(runs, select=small, best_of=2)
+    assert max(tokens.size(1) for tokens, _ in samples) == 12
+
+
+# ----------------------------------------------------------------------------- best of N
+
+def pick(scores, ends):
+    """The place of the highest score, the first of equal ones; without EOS it is at most -1."""
+    scores = [score if end else min(score, -1.0) for score, end in zip(scores, ends)]
+    return scores.index(max(scores))
+
+
+def picked(data, calls, N, score):
+    """Of the recorded samples, by a loop over all of them, the ids of the best of N, by prompt."""
+    samples = [ids for call in calls for ids in responses_of(*call)]
+    best = []
+    for i, prompt in enumerate(held_out(data, len(samples) // N)):
+        asked = samples[N * i:N * (i + 1)]
+        scores = [score(prompt, ids) for ids in asked]
+        best.append(asked[pick(scores, [ids[-1] == EOS for ids in asked])])
+    return best
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_the_best_of_n_by_a_reward_model(runs, tiny_data, tmp_path, samples, which):
+    """The row is made of what a loop over all N samples of every prompt picks, scored one by one;
+    its other columns are the judge's, who did not pick. N samples of one prompt taken for samples
+    of N prompts would be told by the prompts that the samples begin with."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    rm_run = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7)
+    rm = load_model(ScalarGPT, load_checkpoint(rm_run, ['rm']), 'reward_model', 'cpu')
+    tables = evaluate([runs[which]], data=str(tiny_data), best_of=4, select=rm_run, batch_size=13)
+    first = responses_of(*samples[0])
+    calls = samples[1:-1]                       # 3, 3 and 2 prompts; around them the run's own
+    assert [len(tokens) for tokens, _ in calls] == [12, 12, 8]
+    prompts = held_out(tiny_data, 8)
+    asked = [bytes(row[:len(prompts[i // 4])].tolist()).decode() for i, row in
+             enumerate(row for tokens, _ in calls for row in tokens)]
+    assert asked == [prompt for prompt in prompts for _ in range(4)]
+
+    best = picked(tiny_data, calls, 4, lambda prompt, ids: score_alone(rm, prompt, ids, 0.7))
+    row = tables['rows'][1]
+    rewards, others = ([len(text_of(ids)) for ids in responses] for responses in (best, first))
+    assert row['run'] == f'best of 4 of {runs[which]}'
+    assert row['reward'] == pytest.approx(sum(rewards) / 8)
+    assert row['reward_se'] == pytest.approx(statistics.stdev(rewards) / 8 ** 0.5)
+    assert row['win'] == sum(1 if a > b else 0.5 if a == b else 0
+                             for a, b in zip(rewards, others)) / 8
+    assert row['hushed'] == statistics.mean('!' not in text_of(ids) for prompt, ids
+                                            in zip(prompts, best) if prompt.startswith('now'))
+    assert row['length'] == pytest.approx(sum(map(len, best)) / 8)
+    assert row['eos'] == sum(EOS in ids for ids in best) / 8
+    words = [word for ids in best for word in text_of(ids).split()]
+    assert row['distinct-1'] == pytest.approx(len(set(words)) / len(words))
+    assert list(row) == list(tables['rows'][0])
+
+
+@pytest.mark.parametrize('select', [LONG, SHORT])
+def test_a_response_without_eos_is_not_picked_for_its_score(runs, tiny_data, tmp_path, samples,
+                                                            select):
+    """With the longer the better, what was cut off scores most and must not be picked where
+    another one ended; with the shorter the better it keeps its own score, below -1 already."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    (tmp_path / 'select.py').write_text(select)
+    score = load_judge(tmp_path / 'select.py')
+    rows = evaluate(runs[1:], data=str(tiny_data), best_of=4, max_new_tokens=5,
+                    select=str(tmp_path / 'select.py'))['rows']
+    ends = [ids[-1] == EOS for ids in responses_of(*samples[1])]
+    mixed = [any(four) and not all(four) for four in zip(*[iter(ends)] * 4)]
+    assert any(mixed)                           # so that there was something to choose between
+    best = picked(tiny_data, samples[1:2], 4,
+                  lambda prompt, ids: score(prompt, text_of(ids))['reward'])
+    assert rows[1]['length'] == pytest.approx(sum(map(len, best)) / 8)
+    assert rows[1]['eos'] == sum(any(four) for four in zip(*[iter(ends)] * 4)) / 8
+    assert rows[1]['reward'] == pytest.approx(sum(len(text_of(ids)) for ids in best) / 8)
+
+
+def test_of_equal_scores_the_first_is_picked(runs, tiny_data, tmp_path, samples):
+    """A selector that finds all alike takes each prompt's first sample."""
+    (tmp_path / 'select.py').write_text('def score(prompt, response):\n    return {"reward": -2}\n')
+    row = evaluate(runs[1:], best_of=3, select=str(tmp_path / 'select.py'))['rows'][1]
+    firsts = responses_of(*samples[1])[::3]
+    assert row['length'] == pytest.approx(sum(map(len, firsts)) / 8)
+    assert 'reward' not in row and 'win' not in row         # a selector is not a judge
+
+
+def test_without_a_selector_the_judge_picks(runs, tiny_data, samples):
+    """Then the row's reward is the mean of each prompt's highest, where all end: an upper bound,
+    which picking by anything else cannot exceed."""
+    (tiny_data / 'reward.py').write_text(SHORT)
+    rows = evaluate(runs[1:], data=str(tiny_data), best_of=4, max_new_tokens=8)['rows']
+    responses = responses_of(*samples[1])
+    assert all(EOS in ids for ids in responses)
+    rewards = [-len(text_of(ids)) for ids in responses]
+    highest = [max(four) for four in zip(*[iter(rewards)] * 4)]
+    assert rows[1]['reward'] == sum(highest) / 8 > rows[0]['reward']
+
+
+def test_the_best_of_n_is_a_row_of_its_own(runs, tiny_data, samples):
+    """It comes last, at T=1 only; its samples are not the first run's row over again; kl is
+    log N - (N-1)/N, 0 for N = 1 and 1.2044 for N = 8, without an error. N = 0: no such row."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    for N, kl in ((1, 0.0), (2, math.log(2) - 0.5), (8, 1.204442)):
+        samples.clear()
+        tables = evaluate(runs, best_of=N)
+        assert [row['run'] for row in tables['rows']] == [*runs, f'best of {N} of {runs[0]}']
+        assert [row['run'] for row in tables['greedy']] == runs
+        assert tables['rows'][2]['kl'] == pytest.approx(kl, abs=1e-6)
+        assert tables['rows'][2]['kl_se'] == 0
+        mine, first = samples[2][0], samples[0][0]
+        assert not torch.equal(mine[:1, :first.size(1)], first[:1, :mine.size(1)])
+    assert len(evaluate(runs)['rows']) == 2
+
+
+def test_the_kl_of_best_of_n_is_a_bound():
+    """The exact KL(best of 4, policy), by the probability of each draw of four and pick's rule, is
+    below log 4 - 3/4: far below where responses come twice, close to it where they hardly do."""
+    def exact_kl(p, scores):
+        q = [0.0] * len(p)
+        for drawn in itertools.product(range(len(p)), repeat=4):
+            q[drawn[pick([scores[i] for i in drawn], [True] * 4)]] += math.prod(p[i] for i in drawn)
+        return sum(b * math.log(b / a) for a, b in zip(p, q) if b)
+
+    bound = math.log(4) - 3 / 4
+    assert exact_kl([0.5, 0.3, 0.2], [0, 1, 1]) < 0.75 * bound
+    assert 0.97 * bound < exact_kl([1 / 16] * 16, range(16)) < bound
 
 
 # ----------------------------------------------------------------------------- errors
@@ -243,3 +544,27 @@ def test_runs_with_different_block_sizes(runs, tiny_data, tmp_path):
         assert 'block' in str(error)
     else:
         assert len(tables['rows']) == 2
+
+
+def test_judges_and_selectors_that_cannot_be(runs, tiny_data, tmp_path):
+    """A reward model that reads another tokenizer scores other words; a policy scores nothing;
+    --best_of needs someone to pick, and --select something to pick from: told in one line."""
+    other_data = tmp_path / 'other_data'
+    other_data.mkdir()
+    lines = (tiny_data / 'bytes.tiktoken').read_text().splitlines(True)
+    (other_data / 'tokenizer').write_text('bytes.tiktoken')
+    (other_data / 'bytes.tiktoken').write_text(
+        ''.join([lines[1].replace(' 1', ' 0'), lines[0].replace(' 0', ' 1'), *lines[2:]]))
+    other = save_tiny_rm(tmp_path / 'other_rm', other_data)
+    with pytest.raises(UserError, match=f'{other}.*tokenizer'):
+        evaluate(runs, reward=other)
+    with pytest.raises(UserError, match=f'{other}.*tokenizer'):
+        evaluate(runs, select=other, best_of=2)
+    with pytest.raises(UserError, match="'sft'.*'rm'"):
+        evaluate(runs, reward=runs[1])
+    with pytest.raises(UserError, match='best_of=2.*--select'):
+        evaluate(runs, best_of=2)
+    with pytest.raises(UserError, match='best_of=0.*--select'):
+        evaluate(runs, select=other)
+    with pytest.raises(UserError, match='best_of=-1'):
+        evaluate(runs, best_of=-1)

@@ -2,24 +2,41 @@
 Compare checkpoints: what they answer to held-out prompts, in one table.
 
 Each run answers the same prompts once at T=1, with the same random numbers, and once greedily.
-Columns, means over responses:
-  - what reward.py says: reward, and for data/toy helpful, harm (the share with a cost) and refused
-    (the share of benign prompts refused). A number that the judge leaves out for some prompts is
-    averaged over the others;
+Columns, means over responses; ± is the standard error over the prompts, std / sqrt(n) with n - 1 in
+the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt only):
+  - what the judge says, a reward.py or a reward model: reward, and of a reward.py all its other
+    numbers, for data/toy helpful, harm (the share with a cost) and refused (the share of benign
+    prompts refused). A number that is left out for some prompts is averaged over the others. A
+    reward model's score is a logit of Bradley and Terry, shifted to mean 0 over its own held-out
+    pairs. Responses without EOS count as they are judged, without PPO's no_eos_score;
+  - win: the share of prompts where this run's reward is above the first run's, a tie 1/2;
   - kl: log pi(response) summed over its tokens, minus the same under the first run, in nats. At
     T=1 its mean is KL(policy, first run), and 0 for the first run itself;
-  - length in tokens with EOS, eos: the share that ended, and distinct-2: different pairs of
-    successive words over all of them, over all responses (Li et al. 2016).
-What it does not do: judge with a reward model.
+  - length in tokens with EOS, eos: the share that ended, distinct-1 and distinct-2: different
+    words, and different pairs of successive words, over all of them (Li et al. 2016).
 
-    python -m tools.evaluate out/toy/sft out/toy/dpo out/toy/ppo --json=out/toy/evaluate.json
+--best_of=N adds to the table at T=1 what needs no training at all: N samples of the first run for
+each prompt, of which --select picks one, and the judge judges that one. The selector is what one
+would have where the model is used, a reward model. Without --select it is the judge itself: then
+the row is no method, but an upper bound of what picking among N can reach. The picked one has the
+highest score, of equal ones the first; a response without EOS counts as min(score, -1), PPO's
+rule, so that what was cut off is not picked for what it might have become. The row's kl is
+log N - (N-1)/N, not measured, so its error is 0: an upper bound of KL(best of N, first run)
+(Beirami et al. 2024), reached where no response comes twice (Hilton and Gao 2022).
+
+What it does not do: several samples a prompt and run, or a standard error of the other columns.
+
+    python -m tools.evaluate out/toy/sft out/toy/dpo out/toy/ppo --best_of=8 --select=out/toy/rm
 """
 import json
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import train_ppo
 from prefgpt import (GPT, POLICIES, UserError, decode_responses, encode_rows, generate,
                      load_checkpoint, load_judge, load_model, load_split, load_text, rng, run_cli,
                      set_up, token_logprobs)
@@ -27,93 +44,205 @@ from prefgpt import (GPT, POLICIES, UserError, decode_responses, encode_rows, ge
 
 @dataclass
 class Config:
-    runs: tuple = ()                # run folders; kl is measured against the first one
+    runs: tuple = ()                # run folders; kl and win are against the first one
     data: str = ''                  # a data folder, for its val.prompts; '': that of the first run
-    reward: str = ''                # a reward.py; '': the one in the data folder, if there is one
+    reward: str = ''                # a reward.py or a reward model's run; '': the data's reward.py
     prompts: int = 400              # how many of the held-out prompts, from the first on
     max_new_tokens: int = 64        # longest response
-    batch_size: int = 100           # prompts answered at once; the answers do not depend on it
+    best_of: int = 0                # a row for the best of N samples of the first run; 0: none
+    select: str = ''                # who picks it: a reward model's run, a reward.py; '': the judge
+    batch_size: int = 100           # responses sampled at once; they do not depend on it
     json: str = ''                  # a file to write the two tables to; '': none
     seed: int = 0                   # of the samples
     device: str = ''                # cuda, mps or cpu; '': the first that is there
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
 
 
-def distinct_2(texts):
-    """The share of different ones among all pairs of successive words."""
-    pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:])]
-    return len(set(pairs)) / max(1, len(pairs))
+# ----------------------------------------------------------------------------- columns
+
+def distinct(texts, n):
+    """The share of different ones among all runs of n successive words."""
+    grams = [gram for words in map(str.split, texts)
+             for gram in zip(*(words[i:] for i in range(n)))]
+    return len(set(grams)) / max(1, len(grams))
 
 
-@torch.no_grad()
-def answer(policy, first, prompts, tokenizer, cfg, temperature):
-    """Texts of the responses, and tensors (B,): kl against the first policy, length, ended."""
-    texts, kl, length, ended = [], [], [], []
-    generator = rng(cfg.seed, 0, 'eval')        # every run meets the same random numbers
-    for i in range(0, len(prompts), cfg.batch_size):
-        tokens, response_mask = generate(policy, prompts[i:i + cfg.batch_size],
-                                         cfg.max_new_tokens, tokenizer.eot_token, temperature,
-                                         generator)
-        x, y = tokens[:, :-1], tokens[:, 1:]
-        kl.append((token_logprobs(policy, x, y, response_mask)
-                   - token_logprobs(first, x, y, response_mask)).sum(1))
-        more_texts, more_ended = decode_responses(tokens, response_mask, tokenizer)
-        texts += more_texts
-        ended.append(more_ended)
-        length.append(response_mask.sum(1))
-    return texts, torch.cat(kl), torch.cat(length), torch.cat(ended)
+def standard_error(numbers):
+    """Of their mean: std / sqrt(n), with n - 1 in the std. One number says nothing of it: None."""
+    if len(numbers) < 2:
+        return None
+    return statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
-def mean_scores(judge, prompts, texts):
-    """The mean of every number of the judge over the responses that have it."""
+def mean_scores(judged):
+    """The mean of every number of the judge over the responses that have it; judged: dicts."""
     columns = {}
-    for prompt, text in zip(prompts, texts):
-        for name, number in judge(prompt, text).items():
+    for numbers in judged:
+        for name, number in numbers.items():
             columns.setdefault(name, []).append(number)
     return {name: sum(numbers) / len(numbers) for name, numbers in columns.items()}
 
 
+def win_rate(responses, others):
+    """The share of responses with more reward than the other one to the same prompt; a tie: 1/2."""
+    points = 0.0
+    for response, other in zip(responses, others, strict=True):
+        reward, other_reward = response['judged']['reward'], other['judged']['reward']
+        # A reward model's score of one and the same response differs in the last digits from batch
+        # to batch: that is no win
+        same = all(response[key] == other[key] for key in ('text', 'eos'))
+        points += 0.5 if same or reward == other_reward else reward > other_reward
+    return points / len(responses)
+
+
+def summarize(run, responses, first_responses):
+    """A run's row of the table, from its responses and the first run's to the same prompts."""
+    row = {'run': run, **mean_scores([response['judged'] for response in responses])}
+    if 'reward' in row:
+        row['reward_se'] = standard_error([each['judged']['reward'] for each in responses])
+        row['win'] = win_rate(responses, first_responses)
+    texts = [response['text'] for response in responses]
+    kl, length, eos = ([response[name] for response in responses]
+                       for name in ('kl', 'length', 'eos'))
+    return {**row, 'kl': statistics.fmean(kl), 'kl_se': standard_error(kl),
+            'length': statistics.fmean(length), 'eos': statistics.fmean(eos),
+            'distinct-1': distinct(texts, 1), 'distinct-2': distinct(texts, 2)}
+
+
+# ----------------------------------------------------------------------------- responses
+
+def load_columns(reward, saved_policy, device, size):
+    """
+    judge(tokens, response_mask, prompts, texts) -> a dict of numbers for each response, by a
+    reward.py or by a reward model, size rows at a time; then the checkpoint whose block must hold
+    what it reads: the reward model's, or with a reward.py the policy's.
+    """
+    if reward.endswith('.py'):
+        score = load_judge(reward)
+        return (lambda tokens, response_mask, prompts, texts:
+                [score(prompt, text) for prompt, text in zip(prompts, texts)]), saved_policy
+    score, _, saved = train_ppo.load_scorer(reward, saved_policy, device, size)
+    return lambda *batch: [{'reward': number} for number in score(*batch).tolist()], saved
+
+
+def describe(tokens, response_mask, prompts, judge, tokenizer):
+    """A dict for each response of a batch: text, eos, length, and judged, what the judge says."""
+    texts, ended = decode_responses(tokens, response_mask, tokenizer)
+    judged = judge(tokens, response_mask, prompts, texts) if judge else [{} for _ in texts]
+    return [{'text': text, 'eos': eos, 'length': length, 'judged': numbers}
+            for text, eos, length, numbers in zip(texts, ended.tolist(),
+                                                  response_mask.sum(1).tolist(), judged)]
+
+
+@torch.no_grad()
+def answer(policy, first, prompts, judge, tokenizer, cfg, temperature):
+    """One response to each prompt, (text, ids), as describe has it, with kl against first."""
+    responses = []
+    generator = rng(cfg.seed, 0, 'eval')        # every run meets the same random numbers
+    for i in range(0, len(prompts), cfg.batch_size):
+        texts, ids = zip(*prompts[i:i + cfg.batch_size])
+        tokens, response_mask = generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token,
+                                         temperature, generator)
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        kl = (token_logprobs(policy, x, y, response_mask)
+              - token_logprobs(first, x, y, response_mask)).sum(1)              # (B,)
+        batch = describe(tokens, response_mask, texts, judge, tokenizer)
+        responses += [{**each, 'kl': nats} for each, nats in zip(batch, kl.tolist())]
+    return responses
+
+
+@torch.no_grad()
+def best_of(policy, prompts, judge, select, tokenizer, cfg):
+    """
+    The response to each prompt, (text, ids), that select scores highest among N samples at T=1.
+
+    As describe has it, with log N - (N-1)/N for kl: the samples are the first run's own, so that a
+    log-ratio of the one that was picked would be 0.
+    """
+    responses, N = [], cfg.best_of
+    generator = rng(cfg.seed, 1, 'eval')        # not answer's: the row is no copy of the first run
+    at_once = max(1, cfg.batch_size // N)       # prompts: memory is as in answer
+    for i in range(0, len(prompts), at_once):
+        asked = prompts[i:i + at_once]
+        texts, ids = zip(*(prompt for prompt in asked for _ in range(N)))       # B N of them
+        tokens, response_mask = generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token,
+                                         1.0, generator)
+        samples, ended = decode_responses(tokens, response_mask, tokenizer)
+        scores = select(tokens, response_mask, texts, samples)                  # (B N,)
+        scores = torch.where(ended.to(scores.device), scores,
+                             scores.clamp(max=train_ppo.Config.no_eos_score))
+        best = scores.view(len(asked), N).argmax(1)     # (B,), of equal scores the first
+        best += N * torch.arange(len(asked), device=best.device)    # places among the B N
+        responses += describe(tokens[best], response_mask[best], [text for text, _ in asked],
+                              judge, tokenizer)
+    return [{**response, 'kl': math.log(N) - (N - 1) / N} for response in responses]
+
+
+# ----------------------------------------------------------------------------- the tables
+
 def show_table(rows, title):
-    """Rows, dicts with the same keys, as a table; the first column is text."""
+    """Rows, dicts, as a table: the first column is text, and NAME_se stands beside NAME."""
+    def cell(row, name):
+        value, error = row.get(name), row.get(f'{name}_se')
+        text = f'{value:.3f}' if isinstance(value, float) else value or '-'
+        return text if error is None else f'{text} ±{error:.3f}'
+
+    names = dict.fromkeys(name for row in rows for name in row if not name.endswith('_se'))
+    columns = [[name, *(cell(row, name) for row in rows)] for name in names]
+    widths = [max(map(len, column)) for column in columns]
     print(f'\n{title}')
-    width = max(len(row['run']) for row in rows)
-    print(' ' * width + ''.join(f'{name:>11}' for name in rows[0] if name != 'run'))
-    for row in rows:
-        print(f"{row['run']:<{width}}"
-              + ''.join(f'{number:11.3f}' for name, number in row.items() if name != 'run'))
+    for run, *cells in zip(*columns):
+        print('  '.join([run.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
 
 
 def main(cfg):
     """Prints the two tables and returns them: {'rows': [...], 'greedy': [...]}."""
     if not cfg.runs:
         raise UserError('name at least one run folder')
+    if cfg.best_of < 0 or cfg.select and not cfg.best_of:
+        raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
     device, autocast = set_up(cfg)
+
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
     data = cfg.data or saved[0]['config']['data']
     tokenizer, template = load_text(data, saved[0])
     for run, other in zip(cfg.runs, saved):
         if other['fingerprint'] != saved[0]['fingerprint']:
             raise UserError(f'{run} reads another tokenizer than {cfg.runs[0]}')
-    path = cfg.reward or str(Path(data) / 'reward.py')
-    judge = load_judge(path) if cfg.reward or Path(path).exists() else None
-    rows = load_split(data, 'prompts', template)[1][:cfg.prompts]       # held out
-    block_size = min(each['model']['block_size'] for each in saved)
-    prompts = [row[0] for row in encode_rows(rows, 'prompts', tokenizer, block_size,
-                                             cfg.max_new_tokens, name='val')]
     policies = [load_model(GPT, each, 'policy', device) for each in saved]
+
+    # --- who judges, and who picks the best of N
+    beside = Path(data) / 'reward.py'
+    reward = cfg.reward or (str(beside) if beside.exists() else '')
+    judge, readers = None, list(saved)          # readers: checkpoints of all that read a response
+    if reward:
+        judge, source = load_columns(reward, saved[0], device, cfg.batch_size)
+        readers.append(source)
+        print(f'reward: {reward}')
+    if cfg.best_of:
+        if not (cfg.select or reward):
+            raise UserError(f'--best_of={cfg.best_of}: nobody to pick one; pass --select')
+        select, _, source = train_ppo.load_scorer(cfg.select or reward, saved[0], device,
+                                                  cfg.batch_size)
+        readers.append(source)
+        print(f'the best of {cfg.best_of} is picked by {cfg.select or reward}')
+
+    # --- prompts, cut so that every reader's block holds them
+    rows = load_split(data, 'prompts', template)[1][:cfg.prompts]       # held out
+    block_size = min(each['model']['block_size'] for each in readers)
+    ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name='val')
+    # A reward.py reads the text as it stands in the file, even where the ids were cut
+    prompts = [(row['prompt'], prompt) for row, (prompt,) in zip(rows, ids)]
 
     tables = {}
     for name, temperature in (('rows', 1.0), ('greedy', 0.0)):
-        tables[name] = []
-        for run, policy in zip(cfg.runs, policies):
-            with autocast:
-                texts, kl, length, ended = answer(policy, policies[0], prompts, tokenizer, cfg,
-                                                  temperature)
-            judged = mean_scores(judge, [row['prompt'] for row in rows], texts) if judge else {}
-            tables[name].append({'run': run, **judged, 'kl': kl.mean().item(),
-                                 'length': length.float().mean().item(),
-                                 'eos': ended.float().mean().item(),
-                                 'distinct-2': distinct_2(texts)})
+        with autocast:
+            answers = [(run, answer(policy, policies[0], prompts, judge, tokenizer, cfg,
+                                    temperature)) for run, policy in zip(cfg.runs, policies)]
+            if cfg.best_of and temperature:     # greedy samples are all the same
+                answers.append((f'best of {cfg.best_of} of {cfg.runs[0]}',
+                                best_of(policies[0], prompts, judge, select, tokenizer, cfg)))
+        tables[name] = [summarize(run, responses, answers[0][1]) for run, responses in answers]
         show_table(tables[name], f'{len(prompts)} held-out prompts, '
                    + ('one sample each at T=1' if temperature else 'answered greedily'))
     if cfg.json:
