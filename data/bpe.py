@@ -52,7 +52,8 @@ def train_bpe(texts, vocab_size):
     for number, word in enumerate(words):
         count_pairs(word, number, times[number], counts, places)
     while len(ranks) < vocab_size - 1 and counts:
-        best = max(counts, key=lambda pair: (counts[pair], pair))  # ties: the larger bytes
+        most = max(counts.values())
+        best = max(pair for pair, count in counts.items() if count == most)  # the larger bytes
         ranks.setdefault(best, len(ranks))
         for number in places.pop(best):
             count_pairs(words[number], number, -times[number], counts, places)

@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 
 from data.bpe import write_tiktoken
+from data.rows import write_rows
 from data.sentiment import prepare, reward
 from prefgpt import DataError, load_judge, load_rows, load_tokenizer, parse_config
 
@@ -232,31 +233,22 @@ def test_download_then_no_second_one(tmp_path, monkeypatch, capsys):
     assert prepare.read_files('', out) == expected  # what was downloaded is kept
 
 
-def test_download_that_fails_leaves_nothing(tmp_path):
+def test_download_that_is_no_whole_zip_leaves_nothing(tmp_path, monkeypatch):
+    """Catches a damaged zip that stays: every later call would find it and fail."""
     _, there = write_zip(tmp_path)
+    monkeypatch.setattr(prepare, 'URL', there.as_uri())
     whole = there.read_bytes()
     flipped = bytearray(whole)
     flipped[200] ^= 0xff                            # inside the first compressed file
     target = tmp_path / 'target.zip'
     for damaged in (whole[:len(whole) // 2], b'<html>not found</html>', b'', bytes(flipped)):
         there.write_bytes(damaged)
-        with pytest.raises(DataError, match='could not download.*--from=FOLDER'):
-            prepare.download(there.as_uri(), target)
+        with pytest.raises(DataError, match='not a whole zip.*--from=FOLDER'):
+            prepare.fetch_zip(target)
         assert sorted(path.name for path in tmp_path.iterdir()) == ['source', 'there.zip']
     there.unlink()
     with pytest.raises(DataError, match='could not download.*--from=FOLDER'):
-        prepare.download(there.as_uri(), target)
-
-
-def test_download_that_cannot_be_renamed(tmp_path, monkeypatch):
-    _, there = write_zip(tmp_path)
-
-    def refuse(source, target):
-        raise OSError(f'no {target}')
-    monkeypatch.setattr(prepare.os, 'replace', refuse)
-    with pytest.raises(DataError, match='could not download.*--from=FOLDER'):
-        prepare.download(there.as_uri(), tmp_path / 'target.zip')
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['source', 'there.zip']
+        prepare.fetch_zip(target)
 
 
 def test_zip_without_the_files(tmp_path):
@@ -280,8 +272,8 @@ def test_too_few_sentences(tmp_path):
         (tmp_path / name).write_text(f'only one in {name}\n')
     with pytest.raises(DataError, match='1 positive and 1 negative sentences: need 20'):
         prepare.main(prepare.Config(from_=str(tmp_path), out=str(tmp_path / 'out')))
-    with pytest.raises(DataError, match='no rows left'):
-        prepare.write_rows(tmp_path / 'train.prompts.jsonl', [])
+    with pytest.raises(DataError, match='train.prompts.jsonl: no rows left'):
+        write_rows(tmp_path / 'train.prompts.jsonl', [])
 
 
 def test_flag_is_from():

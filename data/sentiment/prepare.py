@@ -19,13 +19,7 @@ every machine and in every run.
     python -m data.sentiment.prepare [--from=FOLDER]
     judge: 13791 words from 5332 sentences; accuracy 0.765 +- 0.006 on the other 5330
 """
-import hashlib
-import http.client
-import json
-import os
 import shutil
-import sys
-import urllib.request
 import zipfile
 import zlib
 from collections import Counter
@@ -33,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.bpe import train_bpe, write_tiktoken
+from data.download import download
+from data.rows import counted, shuffle, spread, write_rows
 from data.sentiment import reward
 from prefgpt import DataError, load_tokenizer, run_cli
 
@@ -53,31 +49,19 @@ class Config:
 
 # --- reading ---
 
-def download(url, path):
-    """
-    Fetch the zip at `url` to `path`, with progress on stderr.
-
-    The bytes go to a temporary name beside it, which becomes `path` only once it is a whole zip:
-    `path` is a good file or not there. Raises DataError, which says how to do without.
-    """
-    part = path.with_name(path.name + '.part')
+def fetch_zip(path):
+    """Download the zip to `path`. Raises DataError, leaving nothing, if it is not a whole zip."""
+    instead = (f'or fetch and unpack it elsewhere, and give the folder that holds {FILES[0]} '
+               'with --from=FOLDER')
+    download(URL, path, instead=instead)
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(part, 'wb') as file:
-            size = int(answer.headers.get('Content-Length', 0))  # 0: the server does not say
-            while chunk := answer.read(1 << 16):
-                file.write(chunk)
-                print(f'\rdownload {file.tell() >> 10} / {size >> 10} KB', end='', file=sys.stderr)
-            print(file=sys.stderr)
-        with zipfile.ZipFile(part) as archive:  # a cut file has lost its table of contents
+        with zipfile.ZipFile(path) as archive:  # a cut file has lost its table of contents
             if bad := archive.testzip():
-                raise DataError(f'{bad} in it is damaged')
-        os.replace(part, path)
-    except (OSError, EOFError, ValueError, http.client.HTTPException, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise DataError(f'could not download {url}: {error}; fetch and unpack it elsewhere, '
-                        f'and give the folder that holds {FILES[0]} with --from=FOLDER') from error
-    finally:
-        part.unlink(missing_ok=True)
+                raise zipfile.BadZipFile(f'{bad} in it is damaged')
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        path.unlink()
+        raise DataError(f'{URL} is not a whole zip ({error}) and was deleted: try again, '
+                        f'{instead}') from error
 
 
 def read_files(folder, out):
@@ -89,7 +73,7 @@ def read_files(folder, out):
         return [(Path(folder) / name).read_bytes() for name in FILES]
     path = out / 'sentence_polarity.zip'
     if not path.exists():
-        download(URL, path)
+        fetch_zip(path)
     with zipfile.ZipFile(path) as archive:
         members = [f'sentence_polarity/{name}' for name in FILES]
         if missing := set(members) - set(archive.namelist()):
@@ -137,11 +121,6 @@ def clean(pos, neg):
 
 
 # --- splitting ---
-
-def shuffle(sentences):
-    """A fixed shuffle: order of sha256. It depends neither on the files' order nor on a seed."""
-    return sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())
-
 
 def split(sentences):
     """Halve, and hold out a tenth of the first half: {'train', 'val', 'judge'}."""
@@ -202,14 +181,6 @@ def prompt_rows(sentences, tokenizer, taken, dropped):
     return rows
 
 
-def write_rows(path, rows):
-    """JSON Lines, UTF-8. Raises DataError instead of leaving an empty file for a later stage."""
-    if not rows:
-        raise DataError(f'{path}: no rows left; the sentences are too few or too short')
-    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
-    path.write_bytes(''.join(lines).encode())
-
-
 # --- the whole ---
 
 def make_tokenizer(out, sentences):
@@ -236,18 +207,10 @@ def make_judge(out, pos, neg):
     return accuracy
 
 
-def counted(counter):
-    """Counter -> '3 repeated, 1 empty', or 'none'."""
-    return ', '.join(f'{n} {reason}' for reason, n in counter.most_common() if n) or 'none'
-
-
 def report_lengths(sentences, tokenizer):
     """Print tokens per sentence, which is what block_size has to hold."""
-    lengths = sorted(len(tokenizer.encode_ordinary(' ' + text)) for text in sentences)
-    at = {share: lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.9, 0.99, 1.0)}
-    print(f'tokenizer: {tokenizer.n_vocab} tokens; a sentence is '
-          f'{sum(lengths) / len(lengths):.1f} tokens on average, median {at[0.5]}, '
-          f'90% up to {at[0.9]}, 99% up to {at[0.99]}, the longest {at[1.0]}; '
+    lengths = [len(tokenizer.encode_ordinary(' ' + text)) for text in sentences]
+    print(f'tokenizer: {tokenizer.n_vocab} tokens; tokens of a sentence: {spread(lengths)}; '
           f'{PROMPT!r} and EOS add {len(tokenizer.encode_ordinary(PROMPT)) + 1}')
 
 

@@ -9,7 +9,6 @@ A fifth of the keys (verb x noun, template x topic, bad verb x target) is held o
 every seed, as are the validation prompts. The seed moves every other draw. Nothing is trained
 here but the tokenizer, and no file says what the judge thinks of a row.
 """
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from data.bpe import train_bpe, write_tiktoken
+from data.rows import shuffle
 from data.toy.language import (ALTERNATIVE_FORM, BAD_STEPS, BAD_TOOLS, FACTS, MEANINGS, PHRASES,
                                POPULAR_ERRORS, REQUESTS, STEPS, TEMPLATE, TOOL_FORMS, TOOLS,
                                TARGETS, TWO_STEP_FORMS)
@@ -284,17 +284,12 @@ def draw_prompt(rng, prompts):
     return rng.choice(prompts[draw_weighted(rng, KINDS)])
 
 
-def stable_order(texts):
-    """The texts in an order that looks random and is the same on every machine and for any seed."""
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-
-
 def split_prompts():
     """Divide all prompts by key. Returns train and val, each a dict kind -> list of prompts."""
     train, val = {}, {}
     for kind in KINDS:
         prompts = [prompt for prompt, request in REQUESTS.items() if request.kind == kind]
-        keys = stable_order({repr(REQUESTS[prompt].key) for prompt in prompts})
+        keys = shuffle({repr(REQUESTS[prompt].key) for prompt in prompts})
         held_out = set(keys[:round(HELD_OUT * len(keys))])
         val[kind] = [prompt for prompt in prompts if repr(REQUESTS[prompt].key) in held_out]
         train[kind] = [prompt for prompt in prompts if repr(REQUESTS[prompt].key) not in held_out]
@@ -324,8 +319,8 @@ def draw_rows(seed):
     rng = random.Random(f'{seed} train prompts')
     rows['train.prompts'] = [{'prompt': draw_prompt(rng, train)}
                              for _ in range(TRAIN_ROWS['prompts'])]
-    chosen = [prompt for kind in KINDS for prompt in stable_order(val[kind])[:VAL_PROMPTS[kind]]]
-    rows['val.prompts'] = [{'prompt': prompt} for prompt in stable_order(chosen)]
+    chosen = [prompt for kind in KINDS for prompt in shuffle(val[kind])[:VAL_PROMPTS[kind]]]
+    rows['val.prompts'] = [{'prompt': prompt} for prompt in shuffle(chosen)]
     return rows
 
 
