@@ -6,6 +6,7 @@ that are missing, and whoever doubts a mean finds the rows it was taken over.
 What it does not do: draw. Each study plots what it has found.
 """
 import csv
+import io
 import os
 import statistics
 from pathlib import Path
@@ -39,17 +40,18 @@ def append_rows(path, rows):
     The file is written anew and renamed: it always holds whole seeds. Raises UserError if it has
     other columns: then it is from another version of the study, and must not be mixed with it.
     """
-    path, new = Path(path), [{key: f'{value:.4f}' if isinstance(value, float) else value
-                              for key, value in row.items()} for row in rows]
-    old = read_rows(path)
-    if old and list(old[0]) != list(new[0]):
+    path, new = Path(path), io.StringIO()
+    writer = csv.DictWriter(new, list(rows[0]), lineterminator='\n')
+    if not path.exists():
+        writer.writeheader()
+    elif list(read_rows(path)[0]) != list(rows[0]):
         raise UserError(f'{path} has other columns than this version of the study: move it away')
+    writer.writerows({key: f'{value:.4f}' if isinstance(value, float) else value
+                      for key, value in row.items()} for row in rows)
+    old = path.read_text(encoding='utf-8') if path.exists() else ''
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'w', encoding='utf-8', newline='') as file:
-        writer = csv.DictWriter(file, list(new[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(old + new)
+    temporary.write_text(old + new.getvalue(), encoding='utf-8')
     os.replace(temporary, path)
 
 
