@@ -1,16 +1,10 @@
-"""run.sh from end to end in a short form, and tools/sample.py."""
+"""run.sh from end to end in a short form."""
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-import train_sft
-from prefgpt import UserError
-from tools import sample
 
 TOP = Path(__file__).parent.parent
 
@@ -57,46 +51,3 @@ def test_run_sh(tmp_path):
     assert (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns == kept
     assert 'out/toy-3/sft is finished: 8 steps' in again
     assert json.loads((out / 'evaluate.json').read_text())['rows'] == rows
-
-
-def test_sample_answers_held_out_prompts(sft_run, capsys):
-    """Two runs answer the first prompts side by side; given twice, a run answers the same."""
-    answers = sample.main(sample.Config(runs=(str(sft_run),), n=2, max_new_tokens=8))
-    assert [len(texts) for texts in answers.values()] == [2]
-    shown = capsys.readouterr().out
-    assert all(text in shown for text in answers[str(sft_run)])
-
-
-def test_sample_puts_the_prompt_into_the_template(sft_run, capsys):
-    """A typed prompt stands in the template; greedily there is one answer, at T=1 there are n."""
-    cfg = sample.Config(runs=(str(sft_run),), prompt='say a', n=3, max_new_tokens=8)
-    assert len(sample.main(cfg)[str(sft_run)]) == 1
-    template = train_sft.load_checkpoint(sft_run, ['sft'])['template']
-    assert template.replace('{}', 'say a').splitlines()[0] in capsys.readouterr().out
-    cfg.temperature = 1.0
-    first = sample.main(cfg)[str(sft_run)]
-    assert len(first) == 3 and first == sample.main(cfg)[str(sft_run)]
-
-
-def test_sample_cuts_a_prompt_longer_than_the_block(sft_run, capsys):
-    """A prompt that is too long loses its left end, and says so."""
-    sample.main(sample.Config(runs=(str(sft_run),), prompt='a' * 500, max_new_tokens=8))
-    assert '1 prompts cut on the left' in capsys.readouterr().out
-
-
-def test_sample_shows_no_control_characters(sft_run, capsys):
-    """What a user or a model writes must not steer the terminal."""
-    sample.main(sample.Config(runs=(str(sft_run),), prompt='\x1b[2J', max_new_tokens=4))
-    assert '\x1b' not in capsys.readouterr().out
-
-
-def test_sample_without_a_run():
-    """No run named is an error that says so."""
-    with pytest.raises(UserError, match='run folder'):
-        sample.main(sample.Config())
-
-
-def test_sample_refuses_a_negative_temperature(sft_run):
-    """A temperature below 0 would prefer the worst tokens: the flag is named instead."""
-    with pytest.raises(UserError, match='--temperature=-1'):
-        sample.main(sample.Config(runs=(str(sft_run),), temperature=-1.0))

@@ -1,0 +1,506 @@
+"""tools/sample.py on tiny runs: what is shown, the chat, and the files it writes.
+
+    python -m pytest -q tests/test_sample.py
+"""
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, save_tiny_run, write_jsonl
+
+import train_dpo
+from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, load_rows,
+                     parse_config, rng)
+from tools import sample
+from tools.sample import Config, make_pair
+
+TOP = Path(__file__).parent.parent
+HELD_OUT = ['now say a:', 'do b:', 'say d:', 'now say e:', 'do f:', 'say h:']     # conftest's
+
+# Likes '!', dislikes length, so that samples differ and ties occur
+JUDGE = '''
+def score(prompt, response):
+    return {'reward': 2.0 * response.count('!') - 0.5 * len(response)}
+'''
+
+
+@pytest.fixture
+def run(sft_run):
+    """A run folder as on the command line: it has learned to say a letter and to end."""
+    return str(sft_run)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A reward.py as on the command line."""
+    (tmp_path / 'reward.py').write_text(JUDGE)
+    return str(tmp_path / 'reward.py')
+
+
+def main(run, *runs, **changes):
+    """What main returns, with few short responses."""
+    return sample.main(Config(runs=(run, *runs), **{**dict(max_new_tokens=8, device='cpu'),
+                                                    **changes}))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that generate was given, as bytes, call by call."""
+    calls = []
+
+    def generate_and_keep(policy, prompts, *arguments):
+        calls.append([bytes(prompt) for prompt in prompts])
+        return generate(policy, prompts, *arguments)
+    monkeypatch.setattr(sample, 'generate', generate_and_keep)
+    return calls
+
+
+# ----------------------------------------------------------------------------- side by side
+
+def test_the_first_held_out_prompts_are_answered_greedily(run, random_run, capsys):
+    """Without flags: three held-out prompts, one block each, a line for each run, as run.sh calls
+    it. A run that answered another one's prompt would show in the order of the lines."""
+    other = str(random_run)
+    answers = main(run, other)
+    shown = capsys.readouterr().out.split('\n\n')[1:]
+    assert list(answers) == [run, other]
+    assert [block.splitlines()[0] for block in shown] == HELD_OUT[:3]
+    for i, block in enumerate(shown):
+        lines = block.splitlines()
+        assert lines[1].split() == [run, *answers[run][i].split()]
+        assert lines[2].split()[0] == other
+    assert answers == main(run, other)
+
+
+def test_n_samples_of_every_prompt_stand_next_to_each_other(run, asked, capsys):
+    """--prompts says how many prompts and --n how many samples of each; two runs with the same
+    weights meet the same random numbers, and another --seed others."""
+    answers = main(run, prompts=2, n=3, temperature=1.0)[run]
+    assert asked == [[prompt.encode() for prompt in HELD_OUT[:2] for _ in range(3)]]
+    assert len(set(answers[:3])) > 1
+    shown = [line for line in capsys.readouterr().out.splitlines() if line in HELD_OUT]
+    assert shown == [HELD_OUT[0]] * 3 + [HELD_OUT[1]] * 3
+    assert main(run, prompts=2, n=3, temperature=1.0)[run] == answers
+    assert main(run, prompts=2, n=3, temperature=1.0, seed=1)[run] != answers
+
+
+def test_a_typed_prompt_stands_in_the_template(run, asked):
+    """--prompt is put into the template, greedily once, at T=1 n times."""
+    assert len(main(run, prompt='say {a}')[run]) == 1
+    assert len(main(run, prompt='say {a}', n=3, temperature=1.0)[run]) == 3
+    assert asked == [[b'user: say {a}\nbot:'], [b'user: say {a}\nbot:'] * 3]
+
+
+def test_data_and_split_say_which_prompts(run, asked, tiny_data, tmp_path):
+    """--data names a folder or a file, --split its half, each prompt counts once, the first ones
+    first: repeated prompts would fill --prompts with copies."""
+    write_jsonl(tiny_data / 'val.prompts.jsonl', [{'prompt': p} for p in 'aabbcdef'])
+    main(run, data=str(tiny_data))
+    main(run, data=str(tiny_data), prompts=5)
+    main(run, data=str(tiny_data), split='train', prompts=2)
+    write_jsonl(tmp_path / 'one.jsonl', [{'prompt': p, 'chosen': 'x', 'rejected': 'y'}
+                                         for p in ('p0', 'p1', 'p2')])
+    main(run, data=str(tmp_path / 'one.jsonl'))
+    main(run, data=str(tmp_path / 'one.jsonl'), split='train')
+    assert asked[:3] == [[b'a', b'b', b'c'], [b'a', b'b', b'c', b'd', b'e'], [b'say a:', b'do a:']]
+    assert [len(call) for call in asked[3:]] == [1, 2]
+    assert sorted(asked[3] + asked[4]) == [b'p0', b'p1', b'p2']
+
+
+def test_a_prompt_longer_than_the_block_is_cut(run, capsys):
+    """A prompt that is too long loses its left end, and says so."""
+    main(run, prompt='a' * 500)
+    assert '1 prompts cut on the left' in capsys.readouterr().out
+
+
+def test_no_control_characters_are_shown(run, capsys):
+    """What a user or a model writes must not steer the terminal."""
+    main(run, prompt='\x1b[2J')
+    assert '\x1b' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(runs=()), 'run folder'),
+    (dict(runs=('RUN', 'RUN'), chat=True), '--chat is for one run.*2'),
+    (dict(runs=('RUN', 'RUN'), out='OUT', reward='JUDGE'), '--out is for one run.*2'),
+    (dict(chat=True, out='OUT', reward='JUDGE'), '--chat has no use for --out'),
+    (dict(chat=True, prompt='hi', n=2, temperature=1.0), '--prompt and --n'),
+    (dict(chat=True, data='d', split='val', prompts=1), '--data and --split and --prompts'),
+    (dict(history=True), '--history.*add --chat'),
+    (dict(pairs=True, out='OUT', n=2, temperature=1.0), '--pairs.*--reward'),
+    (dict(pairs=True, reward='JUDGE', n=2, temperature=1.0), '--reward.*--out'),
+    (dict(out='OUT'), '--out.*--reward'),
+    (dict(reward='JUDGE'), '--reward.*--out'),
+    (dict(pairs=True, out='OUT', reward='JUDGE', temperature=1.0), '--n=1.*--pairs.*--n=2'),
+    (dict(n=4), '--n=4.*--temperature=1'),
+    (dict(split='test'), '--split=test.*val'),
+    (dict(out='JUDGE', reward='JUDGE'), 'reward.py is there.*remove'),
+    (dict(temperature=-1.0), '--temperature=-1'), (dict(n=0), '--n=0'),
+    (dict(prompts=-1), '--prompts=-1'), (dict(batch_size=0), '--batch_size=0'),
+    (dict(max_new_tokens=0), '--max_new_tokens=0'),
+    (dict(max_new_tokens=32), 'lower --max_new_tokens'),
+    (dict(max_new_tokens=32, chat=True), 'lower --max_new_tokens'),
+    (dict(device='nowhere'), '--device=nowhere'), (dict(dtype='float16'), '--dtype=float16'),
+    (dict(data='nowhere'), 'nowhere'),
+    (dict(out='OUT', reward='RUN'), "'sft', not 'rm'")])
+def test_what_cannot_work_is_named(run, judge, tmp_path, changes, words):
+    """Flags that contradict each other or make no sense are an error that names the flag and what
+    to do, before anything is sampled; nothing is written."""
+    names = {'RUN': run, 'JUDGE': judge, 'OUT': str(tmp_path / 'out.jsonl')}
+    changes = {key: names.get(value, value) if isinstance(value, str) else value
+               for key, value in {'runs': ('RUN',), **changes}.items()}
+    changes['runs'] = tuple(names[name] for name in changes['runs'])
+    with pytest.raises(UserError, match=words):
+        sample.main(Config(**changes))
+    assert os.listdir(tmp_path) == ['reward.py'] and Path(judge).read_text() == JUDGE
+
+
+# ----------------------------------------------------------------------------- chat
+
+@pytest.fixture
+def talk(run, monkeypatch):
+    """talk(lines, ...) -> the answers of a chat in which the lines are typed, then Ctrl-D; an
+    exception among them is raised in the line's place."""
+    def talk(lines, **changes):
+        lines = iter(lines)
+
+        def type_line(prompt):
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+        monkeypatch.setattr('builtins.input', type_line)
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO()))
+        return main(run, **{'chat': True, **changes})
+    return talk
+
+
+def answer_with(monkeypatch, text, *eos):
+    """From now on generate answers one prompt with these bytes, and EOS if it is given."""
+    def generate_text(policy, prompts, *arguments):
+        tokens = torch.tensor([[*prompts[0], *text, *eos]])
+        return tokens, torch.arange(1, tokens.size(1))[None] >= len(prompts[0])
+    monkeypatch.setattr(sample, 'generate', generate_text)
+
+
+def test_every_line_is_a_new_conversation(talk, asked, capsys):
+    """Each line stands in the template by itself; the same line gets the same greedy answer; a
+    hint says how to leave, and no counts of rows are printed."""
+    first, second, third = talk(['say a:', 'say b:', 'say a:'])
+    assert asked == [[b'user: say a:\nbot:'], [b'user: say b:\nbot:'], [b'user: say a:\nbot:']]
+    assert first == third
+    shown = capsys.readouterr().out
+    assert 'Ctrl-D' in shown and 'kept' not in shown and first in shown
+
+
+def test_history_keeps_the_turns_and_loses_their_left_end(talk, run, asked):
+    """With --history the prompt is the whole dialogue as from_messages renders it, the last 28
+    tokens of it where the block is full: a turn lost, doubled or without its space would show."""
+    first, second, _ = talk(['a', 'b', 'c'], history=True, temperature=1.0, max_new_tokens=4)
+    whole = f'user: a\nbot: {first}\nuser: b\nbot: {second}\nuser: c\nbot:'.encode()
+    assert len(whole) > 28
+    assert [prompt for prompt, in asked] == [
+        b'user: a\nbot:', f'user: a\nbot: {first}\nuser: b\nbot:'.encode()[-28:], whole[-28:]]
+
+
+def test_turns_draw_different_random_numbers(talk, run, asked):
+    """At T=1 the same line is answered with the numbers of rng(seed, turn, 'eval'): with one
+    generator for all turns the same question would get the same answer for ever."""
+    answers = talk(['say a:'] * 5, temperature=1.0, seed=3)
+    policy = load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
+    for turn, answer in enumerate(answers):
+        tokens, mask = generate(policy, [list(b'user: say a:\nbot:')], 8, EOS, 1.0,
+                                rng(3, turn, 'eval'))
+        ids = [i for i in tokens[:, 1:][mask].tolist() if i != EOS]
+        assert answer == bytes(ids).decode(errors='replace').removeprefix(' ')
+    assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize('line', ['', '   ', '\t'])
+def test_an_empty_line_is_asked_again(talk, asked, line):
+    """Nothing was said, so nothing is answered, and no random numbers are used up."""
+    assert talk([line, 'say a:', line], temperature=1.0) == talk(['say a:'], temperature=1.0)
+    assert len(asked) == 2
+
+
+def test_a_long_line_is_cut_on_the_left(talk, asked, capsys):
+    """A line longer than the block is answered from its end, and one short line says so."""
+    talk(['x' * 5000 + 'say a:'])
+    assert asked == [[(b'x' * 5000 + b'say a:\nbot:')[-24:]]]
+    assert '[the first 4993 of 5017 tokens are cut]\n' in capsys.readouterr().out
+
+
+def test_any_text_can_be_said_and_none_steers_the_terminal(talk, asked, monkeypatch, capsys):
+    """Another script and control characters are bytes to the tokenizer; in an answer control
+    characters are not printed."""
+    talk(['\x1b[2J\x07', '你好'])
+    assert asked == [[b'user: \x1b[2J\x07\nbot:'], ['user: 你好\nbot:'.encode()]]
+
+    answer_with(monkeypatch, b' \x1b[2J', EOS)
+    assert talk(['say a:']) == ['\x1b[2J']
+    assert '\x1b' not in capsys.readouterr().out
+
+
+def test_an_answer_without_an_end_is_marked(talk, monkeypatch, capsys):
+    """An answer that max_new_tokens cut says so, and one that ended does not."""
+    answer_with(monkeypatch, b' yes')
+    talk(['say a:'])
+    answer_with(monkeypatch, b' no', EOS)
+    talk(['say a:'])
+    shown = capsys.readouterr().out
+    assert '\nyes [no end]\n' in shown and '\nno\n' in shown
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
+    """Ctrl-C while it generates: that answer is missing, from the history too, the next is there;
+    at the prompt it ends the chat as Ctrl-D does, without an exception."""
+    calls = []
+
+    def interrupt_second(policy, prompts, *arguments):
+        calls.append(bytes(prompts[0]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(policy, prompts, *arguments)
+    monkeypatch.setattr(sample, 'generate', interrupt_second)
+    answers = talk(['a', 'b', 'c', KeyboardInterrupt(), 'never asked'], history=True,
+                   max_new_tokens=2)
+    assert len(answers) == 2 and len(calls) == 3
+    assert calls[2] == f'user: a\nbot: {answers[0]}\nuser: c\nbot:'.encode()[-30:]
+    assert '[stopped]\n' in capsys.readouterr().out
+    assert talk([]) == [] and talk([KeyboardInterrupt()]) == []
+
+
+def test_a_chat_through_a_pipe(run):
+    """Lines from a pipe, some of them no UTF-8, the last without its end: answered, exit status 0,
+    nothing on stderr (no traceback) and no control character on stdout."""
+    typed = b'say a:\n\n\xff\xfe\x80 say b:\n\x1b[2J\x00\n' + '你好\n'.encode() + b'say c:'
+    done = subprocess.run([sys.executable, '-m', 'tools.sample', run, '--chat', '--device=cpu',
+                           '--max_new_tokens=8'], input=typed, cwd=TOP, capture_output=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1'})
+    assert (done.returncode, done.stderr) == (0, b'')
+    shown = done.stdout.decode()
+    assert shown.count('> ') == 7 and shown.endswith('> \n')   # five answers, '' and the end
+    assert shown.replace('\n', '').isprintable()
+
+
+# ----------------------------------------------------------------------------- scored samples
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def samples_by_hand(run, prompts, n, max_new_tokens, seed=0):
+    """(prompt, ids of the response) of n samples of each prompt, from one call of generate."""
+    policy = load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    tokens, mask = generate(policy, [list(prompt.encode()) for prompt in asked], max_new_tokens,
+                            EOS, 1.0, rng(seed, 0, 'eval'))
+    return [(prompt, [i for i, real in zip(row[1:].tolist(), real_row.tolist()) if real])
+            for prompt, row, real_row in zip(asked, tokens, mask)]
+
+
+def test_rows_hold_the_samples_their_scores_and_marks(run, judge, tmp_path, capsys):
+    """Against one call of generate, the judge's formula by hand and a search for EOS in the ids:
+    a score beside another response, or a mark of the text instead of the ids, would show."""
+    out = tmp_path / 'new' / 'folder' / 'samples.jsonl'
+    summary = main(run, split='val', n=4, temperature=1.0, reward=judge, out=str(out), seed=5,
+                   max_new_tokens=4)
+    expected = []
+    for prompt, ids in samples_by_hand(run, HELD_OUT, 4, 4, seed=5):
+        text = bytes(i for i in ids if i != EOS).decode(errors='replace')
+        row = {'prompt': prompt, 'response': text, 'score': 2 * text.count('!') - len(text) / 2}
+        expected.append(row if EOS in ids else {**row, 'response_cut': True})
+    assert read_rows(out) == expected
+    assert 0 < sum('response_cut' in row for row in expected) < 24
+    assert os.listdir(out.parent) == ['samples.jsonl']
+
+    scores = [row['score'] for row in expected]
+    best = [max(scores[i:i + 4]) for i in range(0, 24, 4)]
+    assert summary == {'rows': 24, 'dropped': {}, 'score': pytest.approx(sum(scores) / 24),
+                       'best': pytest.approx(sum(best) / 6)}
+    shown = capsys.readouterr().out
+    assert '6/6 prompts | ' in shown and 'tok/s' in shown
+    assert shown.splitlines()[-1] == (f'{out}: 24 rows of 6 prompts | score {sum(scores) / 24:.3f} '
+                                      f'| best of 4 {sum(best) / 6:.3f}')
+    # What was written can be trained on: the marks are read, and say that no EOS follows
+    assert load_rows(out, 'sft') == [{key: value for key, value in row.items() if key != 'score'}
+                                     for row in expected]
+
+
+def test_scores_of_a_reward_model_are_its_number_at_the_last_token(run, rm_run, tmp_path):
+    """Against the reward model on each row alone, without padding, EOS where there was one: a
+    score read off the padding, or a forgotten shift, would show."""
+    out = tmp_path / 'samples.jsonl'
+    main(run, split='val', n=3, temperature=1.0, reward=str(rm_run), out=str(out),
+         max_new_tokens=4, batch_size=2)
+    saved = load_checkpoint(rm_run, ['rm'])
+    model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
+    rows = read_rows(out)
+    with torch.no_grad():
+        for row, (prompt, ids) in zip(rows, samples_by_hand(run, HELD_OUT, 3, 4), strict=True):
+            number = model(torch.tensor([[*prompt.encode(), *ids]]))[0, -1] - saved['shift']
+            assert row['score'] == pytest.approx(number.item(), abs=1e-5)
+    assert len({row['score'] for row in rows}) > 3
+
+
+def test_samples_do_not_depend_on_the_batch_size(run, judge, tmp_path):
+    """All prompts at once, by 2 or one by one: the same file, byte for byte."""
+    texts = set()
+    for batch_size in (1, 2, 100):
+        out = tmp_path / f'{batch_size}.jsonl'
+        main(run, n=3, temperature=1.0, reward=judge, out=str(out), batch_size=batch_size)
+        texts.add(out.read_text())
+    assert len(texts) == 1
+
+
+def test_the_training_prompts_are_answered_unless_told_otherwise(run, judge, tmp_path):
+    """All different training prompts of the run's data: pairs of held-out prompts, trained on,
+    would make every later evaluation a lie. --split, --prompts and --prompt change it."""
+    def prompts_of(**changes):
+        out = tmp_path / f'{len(os.listdir(tmp_path))}.jsonl'
+        main(run, reward=judge, out=str(out), max_new_tokens=2, **changes)
+        return [row['prompt'] for row in read_rows(out)]
+    prompts = prompts_of()
+    assert len(prompts) == len(set(prompts)) == 18 and not set(prompts) & set(HELD_OUT)
+    assert prompts_of(prompts=5) == prompts[:5]
+    assert prompts_of(split='val') == HELD_OUT
+    assert prompts_of(prompt='hi', n=2, temperature=1.0) == ['user: hi\nbot:'] * 2
+
+
+def test_a_smaller_block_of_the_reward_model_cuts_the_prompts(run, rm_run, tiny_data, tmp_path):
+    """Policy and reward model must both hold the row: without the smaller block's cut the longer
+    one's rows would end in an AssertionError. The file keeps the whole prompt."""
+    big = str(save_tiny_run(tmp_path / 'big', tiny_data, block_size=64))
+    write_jsonl(tiny_data / 'train.prompts.jsonl', [{'prompt': 'x' * 50 + 'say a:'}])
+    main(big, reward=str(rm_run), out=str(tmp_path / 'out.jsonl'), data=str(tiny_data))
+    assert read_rows(tmp_path / 'out.jsonl')[0]['prompt'] == 'x' * 50 + 'say a:'
+
+
+@pytest.mark.parametrize('fault', ['raise RuntimeError', "return {'reward': float('nan')}"])
+def test_nothing_half_written_is_left(run, tmp_path, fault):
+    """A judge that fails on the second batch, or gives no number: no file, and no leftover of a
+    first batch. NaN in a file would be refused only by the training that reads it."""
+    path, out = tmp_path / 'judge.py', tmp_path / 'out' / 'samples.jsonl'
+    path.write_text("def score(prompt, response):\n    if 'b' in prompt:\n"
+                    f"        {fault}\n    return {{'reward': 0.0}}\n")
+    with pytest.raises((RuntimeError, UserError)):
+        main(run, reward=str(path), out=str(out), batch_size=1)
+    assert os.listdir(out.parent) == []
+
+
+def test_bfloat16(run, rm_run, tmp_path):
+    """Under autocast, as on a GPU, scores are written as numbers like any others."""
+    main(run, reward=str(rm_run), out=str(tmp_path / 'out.jsonl'), dtype='bfloat16', prompts=2)
+    assert all(abs(row['score']) < 100 for row in read_rows(tmp_path / 'out.jsonl'))
+
+
+# ----------------------------------------------------------------------------- pairs
+
+def rows_of(*samples):
+    """Rows of one prompt, from (text, score) or, cut, (text, score, True)."""
+    return [{'prompt': 'P', 'response': text, 'score': score,
+             **({'response_cut': True} if cut else {})} for text, score, *cut in samples]
+
+
+@pytest.mark.parametrize('samples, expected', [
+    ([('a', 1.0), ('b', 3.0), ('c', 2.0)], ('b', 3.0, 'a', 1.0, False)),
+    ([('a', -3.0), ('b', 9.0, True)], 'best and worst alike'),          # b is neither
+    ([('a', -3.0), ('c', -4.0), ('b', 9.0, True)], ('a', -3.0, 'c', -4.0, False)),
+    ([('a', 2.0), ('b', 9.0, True)], ('a', 2.0, 'b', -1.0, True)),      # capped, and so worst
+    ([('a', 2.0), ('b', -5.0, True), ('c', 1.0)], ('a', 2.0, 'b', -5.0, True)),
+    ([('a', -1.0), ('b', 9.0, True)], 'best and worst alike'),
+    ([('a', 5.0, True), ('b', 9.0, True)], 'no response to choose'),
+    ([('', 5.0), ('b', 1.0), ('c', 2.0)], ('c', 2.0, 'b', 1.0, False)),  # normalize refuses ''
+    ([('', 0.0), ('b', 1.0)], ('b', 1.0, '', 0.0, False)),
+    ([('', 5.0), ('b', 9.0, True)], 'no response to choose'),
+    ([('a', 1.0), ('b', 1.0)], 'best and worst alike'),
+    ([('a', 2.0), ('a', 9.0, True)], 'best and worst alike')])          # one text, two scores
+def test_a_pair_by_hand(samples, expected):
+    """Every rule of what is chosen, rejected and dropped, one by one."""
+    dropped = Counter()
+    pair = make_pair(rows_of(*samples), -1.0, dropped)
+    if isinstance(expected, str):
+        assert pair is None and dropped == {expected: 1}
+        return
+    assert not dropped
+    chosen, chosen_score, rejected, rejected_score, cut = expected
+    assert pair == {'prompt': 'P', 'chosen': chosen, 'rejected': rejected,
+                    'chosen_score': chosen_score, 'rejected_score': rejected_score,
+                    **({'rejected_cut': True} if cut else {})}
+
+
+def test_pairs_are_the_ends_of_a_sort():
+    """On random rows: the chosen is the last of the sorted ended ones and the rejected the first
+    of all, under the capped score; else there is no pair."""
+    draw, made = random.Random(0), 0
+    for _ in range(300):
+        samples = [(draw.choice('abcd'), float(draw.randrange(-3, 4)), *[True][:draw.randrange(2)])
+                   for _ in range(draw.randrange(2, 6))]
+        capped = sorted((min(score, -0.5) if cut else score) for _, score, *cut in samples)
+        ended = sorted(score for _, score, *cut in samples if not cut)
+        pair = make_pair(rows_of(*samples), -0.5, Counter())
+        if not ended or ended[-1] == capped[0]:
+            assert pair is None
+        elif pair:
+            made += 1
+            assert (pair['chosen_score'], pair['rejected_score']) == (ended[-1], capped[0])
+            assert (pair['chosen'], ended[-1]) in samples
+            assert pair['chosen'] != pair['rejected']
+    assert made > 100
+
+
+def test_pairs_are_made_of_the_very_samples(run, judge, tmp_path, capsys):
+    """--pairs samples what it would write without, and --no_eos_score reaches the pairs."""
+    same = dict(reward=judge, n=4, temperature=1.0, max_new_tokens=4)
+    main(run, out=str(tmp_path / 'samples.jsonl'), **same)
+    rows = read_rows(tmp_path / 'samples.jsonl')
+    for no_eos_score in (-1.0, -100.0):
+        out = tmp_path / f'pairs{no_eos_score}.jsonl'
+        summary = main(run, out=str(out), pairs=True, no_eos_score=no_eos_score, **same)
+        dropped = Counter()
+        pairs = [make_pair(rows[i:i + 4], no_eos_score, dropped) for i in range(0, len(rows), 4)]
+        assert read_rows(out) == [pair for pair in pairs if pair]
+        assert summary['rows'] == len(read_rows(out)) and summary['dropped'] == dropped
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"{out}: {summary['rows']} pairs of 18 prompts")
+        assert all(f'{count} dropped: {why}' in line for why, count in dropped.items())
+    assert any(row.get('rejected_score') == -100 and row['rejected_cut'] for row in read_rows(out))
+
+
+def test_no_pair_left_is_an_error(run, tmp_path):
+    """A judge that likes all alike: an empty file would fail only in the training after it."""
+    (tmp_path / 'same.py').write_text("def score(prompt, response):\n    return {'reward': 1.0}\n")
+    with pytest.raises(UserError, match='no pair of 18 prompts.*18 dropped: best and worst alike'):
+        main(run, reward=str(tmp_path / 'same.py'), out=str(tmp_path / 'pairs.jsonl'), pairs=True,
+             n=3, temperature=1.0)
+    assert os.listdir(tmp_path) == ['same.py']
+
+
+def test_iterated_dpo(run, judge, shared_data, tmp_path):
+    """The loop of the docstring, three rounds, each policy sampled and trained on its own pairs:
+    what the judge likes gets more frequent. The prompts of a round are always those of --data."""
+    scores = []
+    for i in range(3):
+        pairs, out = str(tmp_path / f'pairs-{i}.jsonl'), str(tmp_path / f'dpo-{i}')
+        summary = main(run, data=str(shared_data), reward=judge, n=6, temperature=1.0, pairs=True,
+                       out=pairs, seed=i)
+        assert summary['rows'] + sum(summary['dropped'].values()) == 18
+        scores.append(summary['score'])
+        train_dpo.main(train_dpo.Config(data=pairs, init=run, out=out, steps=15, batch_size=8,
+                                        lr=3e-3, warmup=2, eval_every=15, save_every=15,
+                                        max_new_tokens=8, device='cpu'))
+        run = out
+    assert scores[0] < scores[1] < scores[2]
+
+
+def test_flags_on_the_command_line():
+    """--pairs alone is True, and numbers and names come in as they should."""
+    cfg = parse_config(Config, ['RUN', '--pairs', '--n=4', '--temperature=1', '--history=False'])
+    assert cfg == Config(runs=['RUN'], pairs=True, n=4, temperature=1.0)
