@@ -784,12 +784,14 @@ def field_comments(Config):
     return comments
 
 
+BOOLS = {'true': True, '1': True, 'false': False, '0': False}
+
+
 def parse_bool(text):
     """'True', 'true', '1', 'False', ...: bool('False') would be true."""
-    values = {'true': True, '1': True, 'false': False, '0': False}
-    if text.lower() not in values:
+    if text.lower() not in BOOLS:
         raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
-    return values[text.lower()]
+    return BOOLS[text.lower()]
 
 
 def parse_config(Config, argv=None):
@@ -809,10 +811,14 @@ def parse_config(Config, argv=None):
         if kind is tuple:
             parser.add_argument(field.name, nargs='*', help=comments[field.name])
         else:
-            bare = dict(nargs='?', const=True) if kind is bool else {}      # --resume alone: True
             parser.add_argument('--' + field.name.rstrip('_'), dest=field.name, help=about,
                                 default=field.default, metavar=kind.__name__,
-                                type=parse_bool if kind is bool else kind, **bare)
+                                type=parse_bool if kind is bool else kind)
+    argv = sys.argv[1:] if argv is None else argv
+    bools = {'--' + field.name for field in dataclasses.fields(Config) if field.type is bool}
+    # --resume alone is --resume=True: what stands after it may be a RUN
+    argv = [f'{word}=True' if word in bools and after.lower() not in BOOLS else word
+            for word, after in zip(argv, [*argv[1:], ''])]
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         flags = ['--' + field.name.rstrip('_') for field in dataclasses.fields(Config)]
@@ -829,11 +835,13 @@ def run_cli(main, Config):
     except (UserError, OSError) as error:       # OSError: a full disk, a folder not ours
         sys.exit(f'error: {printable(str(error))}')
     except KeyboardInterrupt:
-        print('interrupted; a training run goes on with --resume', file=sys.stderr)
+        print('interrupted; a training run goes on with --resume, a download when called again',
+              file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit(f'error: out of memory, peak {peak_memory()}: halve --micro_batch_size, which '
-                 'leaves the results as they are, or what is sampled at once, --rollout_size')
+                 'leaves the results as they are, or what is sampled at once, --rollout_size; '
+                 'of a tool, --batch_size')
 
 
 def peak_memory():

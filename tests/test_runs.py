@@ -76,6 +76,7 @@ PARSED = [
     (['--from=out/a'], {'from_': 'out/a'}),
     (['out/a', 'out/b', '--steps=5'], {'runs': ('out/a', 'out/b'), 'steps': 5}),
     (['--steps=5', 'out/a'], {'runs': ('out/a',), 'steps': 5}),
+    (['--resume', 'out/a'], {'runs': ('out/a',), 'resume': True}),
 ]
 
 
