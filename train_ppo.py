@@ -38,7 +38,7 @@ class Config:
     out: str = 'out/toy/ppo'        # the run folder to write: ckpt.pt, log.jsonl, samples.txt
     init: str = 'out/toy/sft'       # the run folder whose policy to start from, and to refer to
     reward: str = 'out/toy/rm'      # the run folder of a reward model, or a reward.py
-    judge: str = ''                 # a reward.py that only evaluations ask, logged as gold; '': none
+    judge: str = ''                 # a reward.py for evaluations alone, logged as gold; '': none
     resume: bool = False            # continue the run in --out, or start it if there is none
     # rollouts
     rollout_size: int = 128         # responses sampled in a step
