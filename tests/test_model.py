@@ -138,8 +138,9 @@ def test_rows_longer_than_the_block_are_refused():
 # ----------------------------------------------------------------------------- batches and masks
 
 def test_make_batch_by_hand():
-    """The one shift and the mask: the prompt's last column emits the first response token, the
-    last true column emits EOS. Ids 0 and EOS inside a row change nothing."""
+    """I6: the one shift and the mask: the prompt's last column emits the first response token, the
+    last true column emits EOS. Ids 0 and EOS inside a row change nothing. Catches a mask that is
+    read off the ids."""
     tokens, x, y, mask = make_batch([([5, EOS, 0], [0, 7, EOS]), ([8], [EOS])])
     assert tokens.tolist() == [[5, EOS, 0, 0, 7, EOS], [8, EOS, 0, 0, 0, 0]]
     assert x.tolist() == [[5, EOS, 0, 0, 7], [8, EOS, 0, 0, 0]]
