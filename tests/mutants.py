@@ -233,7 +233,7 @@ train_dpo.py mean-for-sum I20
 
 train_dpo.py prompt-counted I20
 -   return token_logprobs(policy, x, y, response_mask).sum(1).chunk(2)
-+   return token_logprobs(policy, x, y, response_mask.cummax(1).values | (x > 0)).sum(1).chunk(2)
++   return token_logprobs(policy, x, y, response_mask | (x > 0)).sum(1).chunk(2)
 
 train_dpo.py reference-added I20
 -   margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))

@@ -313,12 +313,13 @@ def test_cuts_at_the_edge_of_the_block(byte_tokenizer, prompt, response, kept_pr
 def test_a_response_marked_as_cut_gets_no_eos(byte_tokenizer, capsys):
     """I10: what was cut before it came here ends without EOS: a fake one would teach to stop in
     mid-sentence. The two sides of a pair are marked apart, and equal text may differ by EOS."""
+    rows = [{'prompt': 'p', 'response': 'ab', 'response_cut': True}]
+    assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
+    capsys.readouterr()
     rows = [{'prompt': 'p', 'chosen': 'ab', 'rejected': 'ab', 'rejected_cut': True}]
     assert encode_rows(rows, 'pairs', byte_tokenizer, 8) == [
         (ids('p'), ids('ab') + [EOS], ids('ab'))]
     assert '1 responses marked as cut' in capsys.readouterr().out
-    rows = [{'prompt': 'p', 'response': 'ab', 'response_cut': True}]
-    assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
 
 
 def test_a_pair_shares_one_prompt_after_cutting(byte_tokenizer):
