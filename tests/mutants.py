@@ -373,7 +373,7 @@ train_ppo.py mean-of-means I12
 -                   pg, vf = pg[mask].sum() / response_tokens, vf[mask].sum() / response_tokens
 +                   pg, vf = pg[mask].mean(), vf[mask].mean()
 
-train_ppo.py loss-over-the-pads I2 I7
+train_ppo.py values-of-pads-learned I7
 -                   pg, vf = pg[mask].sum() / response_tokens, vf[mask].sum() / response_tokens
 +                   pg, vf = pg[mask].sum() / response_tokens, vf.sum() / response_tokens
 

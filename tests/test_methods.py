@@ -886,6 +886,31 @@ def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
     torch.testing.assert_close(ours, head / len(advantages), rtol=1e-4, atol=1e-6)
 
 
+def test_value_gradient_against_autograd_over_loops(stage, monkeypatch, rm_run):
+    """I7: the value model's first gradient, of every tensor and with a head that is not 0, is that
+    of half the squares (V - R)^2 / tokens, as a loop over rows alone. Catches prompts and padding
+    in the loss, where V is not 0, and values one column off."""
+    def with_a_head(config):
+        model = ScalarGPT(config)
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+        return model
+    monkeypatch.setattr(train_ppo, 'ScalarGPT', with_a_head)
+    rollouts = record(monkeypatch, train_ppo, 'rollout')
+    saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
+                  eval_every=10)
+    batch, reward_model = rollouts[0][1], load_checkpoint(rm_run, ['rm'])
+    _, returns = loop_advantages(batch, saved['config'])
+    model = load_model(ScalarGPT, reward_model, 'reward_model', 'cpu')      # its body, not its head
+    model.score.weight = with_a_head(model.config).score.weight
+    loss = 0.0
+    for b, mask in enumerate(batch['response_mask']):
+        last = int(mask.nonzero().max())
+        values = model(batch['tokens'][b:b + 1, :last + 1])[0]
+        loss += sum((values[t] - returns[b, t]) ** 2 / 2 for t in mask.nonzero().flatten().tolist())
+    (loss / len(returns)).backward()
+    assert_first_gradient(saved['optimizers']['value_model'], model, 1e-4)
+
+
 def models_of_a_run(stage, monkeypatch, **options):
     """A PPO run's saved contents, and all of its models while they are alive."""
     made, saved = record(monkeypatch, train_ppo, 'load_model'), []
