@@ -269,15 +269,17 @@ def test_i9_prompt_and_response_are_encoded_apart():
 
 
 def test_eos_is_appended_and_an_empty_prompt_is_eos(byte_tokenizer):
-    """A whole response ends with the EOS id; an empty prompt is [EOS], or there would be no state
-    to emit the first token from; an empty rejected response is EOS alone."""
+    """I10: a whole response ends with the EOS id; an empty prompt is [EOS], or there would be no
+    state to emit the first token from; an empty rejected response is EOS alone. Catches EOS left
+    out, after which a model never stops."""
     rows = [{'prompt': '', 'chosen': 'hi', 'rejected': ''}]
     assert encode_rows(rows, 'pairs', byte_tokenizer, 16) == [([EOS], [104, 105, EOS], [EOS])]
     assert encode_rows([{'prompt': ''}], 'prompts', byte_tokenizer, 16, 8) == [([EOS],)]
 
 
 def test_text_never_becomes_a_special_token(byte_tokenizer):
-    """'<|endoftext|>' in a prompt or a response stays 13 bytes: user text cannot end a response."""
+    """I9: '<|endoftext|>' in a prompt or a response stays 13 bytes: user text cannot end a
+    response. Catches encode with special tokens allowed."""
     text = '<|endoftext|>'
     [(prompt, response)] = encode_rows([sft_row(text, text)], 'sft', byte_tokenizer, 64)
     assert prompt == ids(text) and len(prompt) == 13
@@ -301,25 +303,28 @@ CUTS = [
                          [case[1:] for case in CUTS], ids=[case[0] for case in CUTS])
 def test_cuts_at_the_edge_of_the_block(byte_tokenizer, prompt, response, kept_prompt,
                                        kept_response):
-    """The prompt loses its left end, down to half the block; only then the response is cut, and
-    a cut response has no EOS (a fake one would teach to stop in mid-sentence)."""
+    """I10: the prompt loses its left end, down to half the block; only then the response is cut,
+    and a cut response has no EOS (a fake one would teach to stop in mid-sentence). Catches a
+    prompt cut on the right, away from its question."""
     [row] = encode_rows([sft_row(prompt, response)], 'sft', byte_tokenizer, 8)
     assert row == (ids(kept_prompt), kept_response)
 
 
 def test_a_response_marked_as_cut_gets_no_eos(byte_tokenizer, capsys):
-    """What was cut before it came here ends without EOS: a fake one would teach to stop in
+    """I10: what was cut before it came here ends without EOS: a fake one would teach to stop in
     mid-sentence. The two sides of a pair are marked apart, and equal text may differ by EOS."""
+    rows = [{'prompt': 'p', 'response': 'ab', 'response_cut': True}]
+    assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
+    capsys.readouterr()
     rows = [{'prompt': 'p', 'chosen': 'ab', 'rejected': 'ab', 'rejected_cut': True}]
     assert encode_rows(rows, 'pairs', byte_tokenizer, 8) == [
         (ids('p'), ids('ab') + [EOS], ids('ab'))]
     assert '1 responses marked as cut' in capsys.readouterr().out
-    rows = [{'prompt': 'p', 'response': 'ab', 'response_cut': True}]
-    assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
 
 
 def test_a_pair_shares_one_prompt_after_cutting(byte_tokenizer):
-    """The longer response decides how much of the prompt stays; both sides keep the same one."""
+    """I9: the longer response decides how much of the prompt stays; both sides keep the same
+    one. Catches two sides cut apart, whose logprobs are of different questions."""
     rows = [{'prompt': 'abcde', 'chosen': 'v', 'rejected': 'xyz'}]
     assert encode_rows(rows, 'pairs', byte_tokenizer, 8) == [
         (ids('bcde'), [118, EOS], ids('xyz') + [EOS])]
@@ -340,14 +345,21 @@ def test_prompts_leave_room_for_max_new_tokens(byte_tokenizer):
 
 
 def test_i10_every_example_has_a_response_token_and_cuts_are_counted(byte_tokenizer, capsys):
-    """I10: prompts and responses of 0 to 20 bytes in blocks of 2 to 12: at least one token of
-    each, at most the block together. A row whose response was cut away gives a loss of 0 / 0."""
+    """I10: prompts and responses of 0 to 20 bytes in blocks of 2 to 12, both sides of a pair too:
+    at least one token of each, at most the block together. A row whose response was cut away
+    gives a loss of 0 / 0."""
     rows = [sft_row('p' * i, 'r' * j) for i in range(21) for j in range(1, 21)]
     for block_size in range(2, 13):
         examples = encode_rows(rows, 'sft', byte_tokenizer, block_size, name='train')
         assert len(examples) == 420
         assert all(prompt and response and len(prompt) + len(response) <= block_size
                    for prompt, response in examples)
+        pairs = [{'prompt': 'p' * i, 'chosen': 'c' * j, 'rejected': 'r' * (20 - j)}
+                 for i in range(21) for j in range(1, 21)]          # the rejected side: 0 to 19
+        examples = encode_rows(pairs, 'pairs', byte_tokenizer, block_size, name='train')
+        assert len(examples) == 420
+        assert all(prompt and response and len(prompt) + len(response) <= block_size
+                   for prompt, *responses in examples for response in responses)
     capsys.readouterr()
     # fits; prompt cut; response cut; both cut
     cases = [('ab', 'v'), ('abcdefgh', 'v'), ('a', 'qrstuvwx'), ('abcdefgh', 'qrstuvwx')]
@@ -386,7 +398,7 @@ def test_i11_no_pair_left_is_an_error(byte_tokenizer):
 
 
 def test_make_batch_by_hand():
-    """The one shift: y is x a token later, the mask is true on response tokens of y alone, EOS
+    """I6: the one shift: y is x a token later, the mask is true on response tokens of y alone, EOS
     included, whatever the ids are; the row order stays."""
     rows = [([1, 2], [3, EOS]), ([5], [6]), ([EOS], [7, 8, 9])]
     tokens, x, y, response_mask = make_batch(rows)
@@ -408,7 +420,8 @@ def test_make_batch_refuses_an_empty_prompt_or_response():
 
 
 def test_decode_responses_by_hand(byte_tokenizer):
-    """Text without EOS, and whether the RESPONSE ended: an EOS in the prompt does not count."""
+    """I16: text without EOS, and whether the RESPONSE ended: an EOS in the prompt does not count,
+    or the rule for responses without EOS would never be applied."""
     tokens, _, _, response_mask = make_batch([
         ([112], ids('hi') + [EOS]), ([112, EOS], ids('yo')), ([112], [EOS]), ([112], [0xff, EOS])])
     texts, ended = decode_responses(tokens, response_mask, byte_tokenizer)
@@ -648,8 +661,8 @@ def test_every_epoch_visits_each_row_once(batch_size):
 
 @pytest.mark.parametrize('batch_size', [1, 4, 17, 40])
 def test_batches_resume_from_any_step(batch_size):
-    """batches(start=k) is batches(start=0) without its first k, over several epochs: a resumed run
-    sees the rows that it would have seen."""
+    """I22: batches(start=k) is batches(start=0) without its first k, over several epochs: a resumed
+    run sees the rows that it would have seen. Catches an epoch begun anew."""
     whole = list(itertools.islice(batches(LENGTHS, batch_size, seed=3), 60))
     for start in range(45):
         tail = list(itertools.islice(batches(LENGTHS, batch_size, 3, start), 60 - start))

@@ -4,6 +4,7 @@ The losses, estimators and loops of the four stages against numbers by hand and 
 What is asked of a whole stage is asked of its main(): what a step's gradient is, however the batch
 is cut or padded, and what a run may not touch.
 """
+import base64
 import itertools
 import math
 import random
@@ -13,11 +14,14 @@ import torch
 import torch.nn.functional as F
 
 import prefgpt
+import tools.evaluate
+import tools.sample
 import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from conftest import EOS, read_log, tiny_gpt, tiny_scalar
+from conftest import (BYTE_TOKENS, EOS, read_log, save_tiny_run, tiny_gpt, tiny_scalar,
+                      write_jsonl)
 from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, encode_rows, learning_rate,
                      load_checkpoint, load_model, load_split, load_text, optimizer_step, rng)
 from train_dpo import all_logprobs, dpo_loss, ipo_loss, pair_logprobs
@@ -38,8 +42,9 @@ def close(ours, expected, tolerance=1e-6):
 # ----------------------------------------------------------------------------- pair losses
 
 def test_reward_loss_by_hand():
-    """Bradley and Terry: ln 2 at equality, log(1 + e^-d) at difference d; the gradient is
-    -sigmoid(-d) for the chosen score and its negative for the rejected one."""
+    """I20, of the reward model: ln 2 at equality, log(1 + e^-d) at difference d; the gradient is
+    -sigmoid(-d) for the chosen score and its negative for the rejected one. Catches the two in
+    each other's place."""
     chosen = torch.tensor([3., 1., -2.], requires_grad=True)
     rejected = torch.tensor([3., 2., -4.], requires_grad=True)
     loss = reward_loss(chosen, rejected)
@@ -79,8 +84,9 @@ def test_dpo_loss_and_gradient_in_closed_form(smoothing):
 
 
 def test_ipo_loss_by_hand():
-    """h = 2 as above, target 1 / (2 beta): beta 0.5 wants 1, so (2-1)^2; beta 0.25 wants 2. The
-    gradient is 2 (h - target), and swapped h is -2. At the reference the loss is 1 / (4 beta^2)."""
+    """I20, of IPO: h = 2 as above, target 1 / (2 beta): beta 0.5 wants 1, so (2-1)^2; 0.25 wants 2.
+    The gradient is 2 (h - target), and swapped h is -2. At the reference the loss is
+    1 / (4 beta^2). Catches a target of 1 / beta, and a sum of the two log-ratios."""
     chosen = torch.tensor([-3.], requires_grad=True)
     rejected, ref_chosen, ref_rejected = (torch.tensor([z]) for z in (-6., -4., -5.))
     close(ipo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.25), [0.])
@@ -131,8 +137,8 @@ def random_pairs(count):
 
 @torch.no_grad()
 def test_scores_and_logprobs_of_pairs_keep_their_order():
-    """Pairs go through in one forward pass, and all_logprobs sorts them by length: each number
-    still belongs to its own pair, the chosen side first. 70 pairs are three batches of 32."""
+    """I3: pairs go through in one forward pass, and all_logprobs sorts them by length: each number
+    is still that of its own pair's row alone, the chosen side first. 70 pairs are 35 batches."""
     policy, model, pairs = tiny_gpt(), tiny_scalar(seed=1), random_pairs(70)
     out = all_logprobs(policy, pairs, 2, torch.device('cpu'), torch.autocast('cpu', enabled=False))
     scores = torch.stack(score_pairs(model, pairs, 'cpu'))
@@ -153,8 +159,9 @@ MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]]
 
 
 def test_token_rewards_by_hand():
-    """-beta (logprob - ref_logprob) on every response token, EOS too, and the score on the last
-    response token: not one slot later, not in the last column, not on the prompt."""
+    """I16: -beta (logprob - ref_logprob) on every response token, EOS too, and the score on the
+    last response token: not one slot later, not in the last column, not on the prompt. Catches
+    the sign of the KL."""
     logprobs = torch.tensor([[9., -1, -2, -3, 9, 9], [-1, -1, -1, -1, -1, 9], [9, 9, -2, 9, 9, 9]])
     ref = torch.tensor([[7., -2, -2, -1, 7, 7], [-1, -1, -1, -1, -3, 7], [7, 7, -2, 7, 7, 7]])
     rewards = token_rewards(torch.tensor([10., 20., -1.]), logprobs, ref, MASK, beta=0.5)
@@ -203,7 +210,7 @@ def test_gae_without_discounts_is_the_reward_to_go():
 
 
 def test_gae_by_hand():
-    """Two tokens, gamma 1/2, lambda 1/2: delta_1 = 4 - 2 = 2, delta_0 = 1 + 1/2 * 2 - 1 = 1,
+    """I16: two tokens, gamma 1/2, lambda 1/2: delta_1 = 4 - 2 = 2, delta_0 = 1 + 1/2 * 2 - 1 = 1,
     A_1 = 2, A_0 = 1 + 1/4 * 2 = 1.5, returns 1.5 + 1 and 2 + 2."""
     advantages, returns = gae(torch.tensor([[1., 4.]]), torch.tensor([[1., 2.]]),
                               torch.ones(1, 2, dtype=torch.bool), 0.5, 0.5)
@@ -226,8 +233,9 @@ def test_whiten():
 
 
 def test_policy_loss_in_every_clip_case():
-    """clip_eps 0.2: a good token's ratio counts up to 1.2, a bad one's down to 0.8, and past that
-    there is no gradient; the other way nothing is clipped. Catches min for max and a sign."""
+    """I7, of PPO's loss: with clip_eps 0.2 a good token's ratio counts up to 1.2, a bad one's down
+    to 0.8, and past that there is no gradient; the other way nothing is clipped. Catches min for
+    max and the sign of the advantage."""
     #    ratio    A   loss                            d loss / d logprob = -A ratio, or 0
     cases = [(1.0, 2.0, -2.0, -2.0),
              (1.1, 2.0, -2.2, -2.2),
@@ -246,8 +254,9 @@ def test_policy_loss_in_every_clip_case():
 
 
 def test_value_loss_in_every_clip_case():
-    """vf_clip 0.5 around the rollout's value of 1: the larger of plain and clipped error, halved;
-    no gradient where the clipped one is larger. vf_clip 0 is the plain half square."""
+    """I7, of the value loss (T22): vf_clip 0.5 around the rollout's value of 1: the larger of plain
+    and clipped error, halved; no gradient where the clipped one is larger. vf_clip 0 is the plain
+    half square. Catches a clip around the return, and the smaller one taken."""
     #    V    R     max of plain and clipped, halved               slope
     cases = [(2., 0., max(4, 1.5 ** 2) / 2, 2.0),           # moved away from R: plain
              (2., 3., max(1, 1.5 ** 2) / 2, 0.0),           # moved too fast towards R: clipped
@@ -264,8 +273,8 @@ def test_value_loss_in_every_clip_case():
 
 
 def test_update_ema():
-    """The reference moves to the policy, by the rate, and the policy does not move; equal weights
-    stay equal bit for bit, and rate 1 copies."""
+    """I19: the reference moves to the policy, by the rate, and the policy does not move; equal
+    weights stay equal bit for bit, and rate 1 copies. Catches 1 - rate for rate."""
     ref, policy = tiny_gpt(seed=0), tiny_gpt(seed=1)
     before, kept = [p.clone() for p in ref.parameters()], [p.clone() for p in policy.parameters()]
     update_ema(ref, policy, 0.25)
@@ -420,6 +429,19 @@ def test_micro_batches_change_no_gradient(stage, name, float64):
                           'ppo': {'policy', 'value_model'}}[name]
 
 
+@pytest.mark.parametrize('name', STAGES)
+def test_micro_batches_meet_the_clip_as_one_batch(stage, name, float64):
+    """I12: with a grad_clip that shortens every gradient, a step in pieces is still the step in one
+    piece, of PPO at temperature 0.7. Catches a clip of each micro-batch's share on its own."""
+    options = dict(steps=1, grad_clip=1e-3, batch_size=40, **(
+        dict(rollout_size=40, ppo_epochs=1, temperature=0.7) if name == 'ppo' else {}))
+    runs = [stage(name, micro_batch_size=size, **options) for size in (0, 7)]
+    for optimizer, state in runs[0]['optimizers'].items():
+        assert assert_equal_gradients(runs, optimizer) >= 1
+        norms = [moments['exp_avg'].norm() * 10 for moments in state['state'].values()]
+        assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)    # it did clip
+
+
 def comparable(log):
     """Log rows without their clocks."""
     return [{key: row[key] for key in row if key not in ('ms', 'tok_per_s')} for row in log]
@@ -433,10 +455,12 @@ def encoded(data, kind, split='train'):
 
 
 @pytest.mark.parametrize('name', STAGES)
-def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch):
-    """I2, I15: four more columns of padding, filled with random ids, in every batch of a run leave
-    every number of its log as it was: loss, margin, kl, entropy, ratio, clip_frac, norm, ..."""
-    stage(name, out=tmp_path / 'plain')
+def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch, float64):
+    """I2, I5, I15: four more columns of padding, filled with random ids, in every batch of a run
+    leave every gradient and every number of its log as it was: loss, margin, kl, entropy, ratio,
+    clip_frac, norm, ... PPO at temperature 0.7. Catches a mean over all columns of a batch."""
+    options = dict(temperature=0.7) if name == 'ppo' else {}
+    runs = [stage(name, out=tmp_path / 'plain', **options)]
     function = {'ppo': 'generate'}.get(name, 'make_batch')
     module = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}[name]
     original, widened = getattr(module, function), []
@@ -450,8 +474,9 @@ def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch):
         return ((tokens, mask) if len(out) == 2
                 else (tokens, tokens[:, :-1], tokens[:, 1:], mask))
     monkeypatch.setattr(module, function, wide)
-    stage(name, out=tmp_path / 'wide')
+    runs.append(stage(name, out=tmp_path / 'wide', **options))
     assert widened
+    assert all(assert_equal_gradients(runs, optimizer) > 1 for optimizer in runs[0]['optimizers'])
     plain, padded = (comparable(read_log(tmp_path / out, 'step')) for out in ('plain', 'wide'))
     assert len(plain) == len(padded) == 3               # two steps and an evaluation
     for a, b in zip(plain, padded):
@@ -465,10 +490,12 @@ def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', STAGES)
 def test_no_learning_rate_no_change(stage, sft_run, name, monkeypatch):
-    """I21: with lr = 0 every weight is bit for bit what it was; PPO's ratio is 1 in all epochs, and
-    nothing is clipped. Catches weights touched elsewhere and dropout."""
+    """I21: with lr = 0 every weight is bit for bit what it was; PPO's ratio is 1 in all epochs, at
+    temperature 0.7, and nothing is clipped. Catches weights touched elsewhere, dropout, and a rate
+    that only one group of parameters is told."""
     ratios = record(monkeypatch, train_ppo, 'policy_loss')
-    zero = dict(lr=0.0, value_lr=0.0, weight_decay=0.1) if name == 'ppo' else dict(lr=0.0)
+    zero = (dict(lr=0.0, value_lr=0.0, weight_decay=0.1, temperature=0.7) if name == 'ppo' else
+            dict(lr=0.0))
     saved = stage(name, **zero)
     start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
     if name == 'rm':
@@ -485,8 +512,9 @@ def test_no_learning_rate_no_change(stage, sft_run, name, monkeypatch):
 
 
 def test_sft_loss_is_the_mean_over_response_tokens(stage, shared_data, random_run, tmp_path):
-    """The first logged loss, by a double loop over rows and tokens: -log p summed over response
-    tokens (EOS included, prompts not) over their number. Catches mean of means and the mask."""
+    """I12: the first logged loss, by a double loop over rows and tokens: -log p summed over
+    response tokens (EOS included, prompts not) over their number. Catches mean of means, a mean
+    over rows, and the mask."""
     policy = load_model(GPT, load_checkpoint(random_run, ['sft']), 'policy', 'cpu').double()
     rows = encoded(shared_data, 'sft')
     lengths = [len(prompt) + len(response) for prompt, response in rows]
@@ -504,6 +532,49 @@ def test_sft_loss_is_the_mean_over_response_tokens(stage, shared_data, random_ru
         out = tmp_path / f'run{size}'
         stage('sft', init=random_run, out=out, batch_size=40, micro_batch_size=size)
         assert read_log(out)[0]['loss'] == pytest.approx(total / count, rel=1e-5)
+
+
+def assert_first_gradient(optimizer, model, tolerance):
+    """Adam's first moments after one step, a tenth of its gradient, are the model's .grad, to a
+    share of each tensor's norm."""
+    # adamw has the same order of tensors
+    parameters = [p for group in adamw(model, 0.0).param_groups for p in group['params']]
+    assert len(parameters) == len(optimizer['state'])
+    for i, p in enumerate(parameters):
+        difference = optimizer['state'][i]['exp_avg'].double() * 10 - p.grad
+        assert difference.norm() <= tolerance * p.grad.norm(), i
+
+
+def loop_logprob(policy, prompt, response):
+    """log p of a response, a token at a time, from the row alone."""
+    logprobs = policy.logits(policy(torch.tensor([prompt + response])))[0].log_softmax(-1)
+    return sum(logprobs[len(prompt) + t - 1, token] for t, token in enumerate(response))
+
+
+@pytest.mark.parametrize('name', ['sft', 'rm', 'dpo'])
+def test_first_gradient_against_autograd_over_loops(stage, sft_run, shared_data, float64, name):
+    """I7, I20: the first step's gradient of every tensor is autograd's of the loss written as a
+    loop over rows alone: SFT's mean over tokens, the reward model's and DPO's -log sigmoid. Catches
+    a mask, a shift or a last token one off, a mean for DPO's sum, and the two sides swapped."""
+    saved = stage(name, steps=1, batch_size=40, micro_batch_size=7, grad_clip=1e9)
+    rows = encoded(shared_data, 'sft' if name == 'sft' else 'pairs')
+    lengths = [(len(row) - 1) * len(row[0]) + sum(map(len, row[1:])) for row in rows]
+    batch = [rows[i] for i in next(batches(lengths, 40, 0))]
+    policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
+    if name == 'sft':
+        loss = -sum(loop_logprob(policy, *row) for row in batch) / sum(len(r) for _, r in batch)
+        key, model = 'policy', policy
+    elif name == 'dpo':                     # at the start policy and reference are equal
+        h = [loop_logprob(policy, p, c) - loop_logprob(policy, p, r) for p, c, r in batch]
+        loss = -sum(F.logsigmoid(0.1 * (z - z.detach())) for z in h) / 40
+        key, model = 'policy', policy
+    else:
+        key, model = 'reward_model', ScalarGPT(policy.config)
+        model.body = policy                 # with a head of 0 no other tensor has a gradient
+        scores = [[model(torch.tensor([p + side]))[0, -1] for side in sides] for p, *sides in batch]
+        loss = -sum(F.logsigmoid(chosen - rejected) for chosen, rejected in scores) / 40
+    loss.backward()
+    assert_first_gradient(saved['optimizers'][key], model, 1e-9)
 
 
 def test_sft_evaluation_is_the_mean_over_held_out_tokens():
@@ -554,13 +625,40 @@ def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_pat
     assert log[1]['rejected'] == pytest.approx(sum(rejected) / 8, abs=1e-4)
 
 
+def test_a_prompt_has_the_same_ids_wherever_it_is_read(stage, tiny_data, tmp_path, monkeypatch):
+    """I9: SFT, reward model, DPO and PPO, their samples and both tools read one prompt as the same
+    ids, although a merge 'ab' would join its last letter with the first one of the response."""
+    (tiny_data / 'bytes.tiktoken').write_text(
+        BYTE_TOKENS + f"{base64.b64encode(b'ab').decode()} 256\n")
+    prompts = ['say a', 'now say a']
+    for split in ('train', 'val'):
+        for kind, responses in dict(sft=dict(response='b!'), prompts={},
+                                    pairs=dict(chosen='b!', rejected='b?')).items():
+            write_jsonl(tiny_data / f'{split}.{kind}.jsonl',
+                        [{'prompt': prompt, **responses} for prompt in prompts])
+    policy = save_tiny_run(tmp_path / 'policy', tiny_data)
+    batches_read = [record(monkeypatch, module, 'make_batch')
+                    for module in (train_sft, train_rm, train_dpo)]
+    answered = [record(monkeypatch, module, 'generate')
+                for module in (prefgpt, train_ppo, tools.sample, tools.evaluate)]
+    for name in STAGES:
+        stage(name, data=tiny_data, init=policy, rm=tmp_path / 'rm', out=tmp_path / name)
+    tools.sample.main(tools.sample.Config(runs=(str(policy),), max_new_tokens=4, device='cpu'))
+    tools.evaluate.main(tools.evaluate.Config(runs=(str(policy),), max_new_tokens=4, device='cpu'))
+    expected = {tuple(prompt.encode()) for prompt in prompts}
+    for calls in batches_read:
+        assert {tuple(row[0]) for (rows, *_), _ in calls for row in rows} == expected
+    for calls in answered:
+        assert {tuple(prompt) for (_, rows, *_), _ in calls for prompt in rows} == expected
+
+
 # ----------------------------------------------------------------------------- PPO's rollout
 
 @torch.no_grad()
 def test_rollout_against_loops(sft_run, byte_tokenizer):
-    """Logprobs and reference logprobs at the rollout's temperature, values of the states before
-    each token, with micro-batches of 3: by a loop over rows. Catches a temperature missing in one
-    of them, values one column off and models in each other's place."""
+    """I3: logprobs and reference logprobs at the rollout's temperature, values of the states before
+    each token, with micro-batches of 4: by a loop over rows alone. Catches a temperature missing
+    in one of them, values one column off and models in each other's place."""
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
     shape = dict(vocab_size=257, n_embd=32)
     ref, value_model = tiny_gpt(seed=1, **shape), tiny_scalar(seed=2, **shape)
@@ -590,9 +688,35 @@ def test_rollout_against_loops(sft_run, byte_tokenizer):
         close(batch['values'][b, :len(row) - 1], value_model(row[None])[0, :-1].tolist(), 1e-5)
 
 
+class FiveTokens:
+    """As much of a tokenizer as a rollout asks for; EOS is the last of five ids."""
+    eot_token = 4
+
+    def decode(self, ids):
+        return str(ids)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_rollouts_follow_the_logprobs_they_keep(temperature):
+    """I14: the first tokens of 20,000 rollouts, counted, against exp of the logprobs that the
+    rollout keeps of them, by chi-square. Catches a rollout that is sampled at one temperature and
+    scored at another, which the first ratio does not show."""
+    policy, N = tiny_gpt(seed=1, vocab_size=5), 20_000
+    cfg = train_ppo.Config(max_new_tokens=2, temperature=temperature)
+    batch = rollout(policy, policy, tiny_scalar(vocab_size=5), lambda *_: torch.zeros(N),
+                    [[3, 1]] * N, FiveTokens(), cfg, torch.Generator().manual_seed(0))
+    first, logprobs = batch['tokens'][:, 2], batch['logprobs'][:, 1]
+    counts = first.bincount(minlength=5).double()
+    expected = torch.zeros(5).scatter(0, first, logprobs.exp()).double() * N
+    assert expected.sum().item() == pytest.approx(N, rel=1e-5) and expected.min() > 50
+    # 23.5 is exceeded once in 10,000 by a chi-square of 4 degrees of freedom
+    assert ((counts - expected) ** 2 / expected).sum().item() < 23.5
+
+
 def test_responses_without_eos(sft_run, byte_tokenizer):
-    """T20: a response without EOS scores no_eos_score at most: a worse score stays, a better one
-    falls to it. One with EOS keeps its score, and an EOS in the prompt does not count."""
+    """I16 (T20): a response without EOS scores no_eos_score at most: a worse score stays, a better
+    one falls to it. One with EOS keeps its score, and an EOS in the prompt does not count. Catches
+    max for min, and EOS looked for in the prompt."""
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
     prompts = [[EOS] * (i % 2) + byte_tokenizer.encode_ordinary('say c:') for i in range(24)]
     raw = [2.0, -3.0, 0.5, -0.5] * 6
@@ -612,8 +736,9 @@ def test_responses_without_eos(sft_run, byte_tokenizer):
 
 @torch.no_grad()
 def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
-    """The reward model's scores for PPO: read at the last token, minus the shift of its checkpoint,
-    which makes them mean 0 over the held-out responses, chosen and rejected."""
+    """I3: the reward model's scores for PPO are those of each row alone, minus the shift of its
+    checkpoint, which makes them mean 0 over the held-out responses, chosen and rejected. Catches
+    the shift left out, or added."""
     saved = load_checkpoint(rm_run, ['rm'])
     assert abs(saved['shift']) > 1e-3                   # or forgetting it would not be seen
     model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
@@ -697,10 +822,11 @@ def loop_advantages(batch, cfg):
 
 @pytest.mark.parametrize('whitened', [True, False])
 def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
-    """pg_loss and vf_loss of the log, by plain loops from the rollout on: score rule, KL in the
-    reward, GAE, whitening over the WHOLE rollout batch and not a minibatch, means over the
+    """I16, I17: pg_loss and vf_loss of the log, by plain loops from the rollout on: score rule, KL
+    in the reward, GAE, whitening over the WHOLE rollout batch and not a minibatch, means over the
     minibatch's tokens. The policy has left the reference, some responses have no EOS; the value
-    model knows something, and with lr = 0 from here on the ratio is 1."""
+    model knows something, and with lr = 0 from here on the ratio is 1. Catches whitening in the
+    minibatch, or before the returns are computed."""
     options = dict(beta=0.5, gamma=0.9, gae_lambda=0.8, no_eos_score=-2.0, max_new_tokens=4,
                    rollout_size=24, batch_size=5, micro_batch_size=2, whiten=whitened, ref_ema=0.0)
     # The first step moves the models, the second leaves them in place
@@ -730,7 +856,7 @@ def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
 
 
 def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
-    """The first step's gradient is that of -sum A_t log pi(y_t) / tokens, written as a loop over
+    """I7: PPO's first gradient is that of -sum A_t log pi(y_t) / tokens, written as a loop over
     rows (at ratio 1 that is the policy gradient), and the value head's that of the half squares.
     Catches the sign of the advantage, a mask with the prompt in it and one without EOS."""
     rollouts = record(monkeypatch, train_ppo, 'rollout')
@@ -753,17 +879,36 @@ def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
                 loss -= advantages[b, t] * logprobs[t, batch['tokens'][b, t + 1]]
                 head += (0 - returns[b, t]) * hidden[t]
     (loss / len(advantages)).backward()
-    state = saved['optimizers']['policy']['state']
-    optimizer = adamw(policy, 0.0)                      # the same order of tensors
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    assert len(parameters) == len(state)
-    for i, p in enumerate(parameters):
-        difference = (state[i]['exp_avg'].double() * 10 - p.grad).norm()
-        assert difference <= 1e-4 * p.grad.norm()
+    assert_first_gradient(saved['optimizers']['policy'], policy, 1e-4)
     value_state = saved['optimizers']['value_model']['state']
     ours, = [s['exp_avg'][0].double() * 10 for s in value_state.values()
              if s['exp_avg'].shape == (1, 32)]
     torch.testing.assert_close(ours, head / len(advantages), rtol=1e-4, atol=1e-6)
+
+
+def test_value_gradient_against_autograd_over_loops(stage, monkeypatch, rm_run):
+    """I7: the value model's first gradient, of every tensor and with a head that is not 0, is that
+    of half the squares (V - R)^2 / tokens, as a loop over rows alone. Catches prompts and padding
+    in the loss, where V is not 0, and values one column off."""
+    def with_a_head(config):
+        model = ScalarGPT(config)
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+        return model
+    monkeypatch.setattr(train_ppo, 'ScalarGPT', with_a_head)
+    rollouts = record(monkeypatch, train_ppo, 'rollout')
+    saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
+                  eval_every=10)
+    batch, reward_model = rollouts[0][1], load_checkpoint(rm_run, ['rm'])
+    _, returns = loop_advantages(batch, saved['config'])
+    model = load_model(ScalarGPT, reward_model, 'reward_model', 'cpu')      # its body, not its head
+    model.score.weight = with_a_head(model.config).score.weight
+    loss = 0.0
+    for b, mask in enumerate(batch['response_mask']):
+        last = int(mask.nonzero().max())
+        values = model(batch['tokens'][b:b + 1, :last + 1])[0]
+        loss += sum((values[t] - returns[b, t]) ** 2 / 2 for t in mask.nonzero().flatten().tolist())
+    (loss / len(returns)).backward()
+    assert_first_gradient(saved['optimizers']['value_model'], model, 1e-4)
 
 
 def models_of_a_run(stage, monkeypatch, **options):
@@ -807,8 +952,9 @@ def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run):
 
 @pytest.mark.parametrize('rate', [0.25, 1.0])
 def test_reference_follows_once_a_step(stage, monkeypatch, sft_run, rate):
-    """The reference moves by ref_ema once a rollout batch, after its epochs: one step from equal
-    weights leaves it at start + rate (policy - start)."""
+    """I19: the reference moves by ref_ema once a rollout batch, after its epochs: one step from
+    equal weights leaves it at start + rate (policy - start). Catches a reference that follows at
+    every optimizer step."""
     saved = stage('ppo', steps=1, lr=5e-3, ref_ema=rate)['weights']
     start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
     for key, before in start.items():
@@ -827,9 +973,9 @@ def test_policy_and_value_model_have_rates_of_their_own(stage, sft_run, rm_run, 
 
 
 def test_every_pass_is_measured_against_the_rollout(stage, monkeypatch, tmp_path):
-    """In every minibatch of every epoch, old logprobs, old values, advantages and returns are those
-    of the rollout and of its own rows (T22: old values computed again would never clip), and the
-    clip ranges are the configured ones."""
+    """I1, after the first minibatch: in every one of every epoch, old logprobs, old values,
+    advantages and returns are those of the rollout and of its own rows (T22: old values computed
+    again would never clip), and the clip ranges are the configured ones."""
     policy_calls = record(monkeypatch, train_ppo, 'policy_loss')
     value_calls = record(monkeypatch, train_ppo, 'value_loss')
     rollouts = record(monkeypatch, train_ppo, 'rollout')

@@ -67,7 +67,7 @@ def numpy_gpt(model, row):
 
 
 def test_forward_is_gpt2():
-    """The whole model is GPT-2: catches the exact GELU, post-LayerNorm, a missing causal mask,
+    """I24: the whole model is GPT-2: catches the exact GELU, post-LayerNorm, a missing causal mask,
     a wrong scale of attention, q, k and v in another order, an untied output projection."""
     model = tiny_gpt(n_layer=3, n_head=4).double()
     for prompt, response in ROWS:
@@ -138,8 +138,9 @@ def test_rows_longer_than_the_block_are_refused():
 # ----------------------------------------------------------------------------- batches and masks
 
 def test_make_batch_by_hand():
-    """The one shift and the mask: the prompt's last column emits the first response token, the
-    last true column emits EOS. Ids 0 and EOS inside a row change nothing."""
+    """I6: the one shift and the mask: the prompt's last column emits the first response token, the
+    last true column emits EOS. Ids 0 and EOS inside a row change nothing. Catches a mask that is
+    read off the ids."""
     tokens, x, y, mask = make_batch([([5, EOS, 0], [0, 7, EOS]), ([8], [EOS])])
     assert tokens.tolist() == [[5, EOS, 0, 0, 7, EOS], [8, EOS, 0, 0, 0, 0]]
     assert x.tolist() == [[5, EOS, 0, 0, 7], [8, EOS, 0, 0, 0]]
@@ -157,11 +158,11 @@ def test_make_batch_refuses_empty_sides(row):
 
 # ----------------------------------------------------------------------------- invariances
 
-def logprobs_scores_gradients(policy, scalar, tokens, mask):
+def logprobs_scores_gradients(policy, scalar, tokens, mask, temperature=1.0):
     """All that a stage reads off a batch, and the gradients of a loss on it."""
     policy.zero_grad()
     scalar.zero_grad()
-    logprobs = token_logprobs(policy, tokens[:, :-1], tokens[:, 1:], mask)
+    logprobs = token_logprobs(policy, tokens[:, :-1], tokens[:, 1:], mask, temperature)
     scores = last_scores(scalar, tokens, mask)
     values = scalar(tokens[:, :-1])
     ((logprobs ** 2).sum() + (scores ** 2).sum() + (values[mask] ** 2).sum()).backward()
@@ -169,14 +170,21 @@ def logprobs_scores_gradients(policy, scalar, tokens, mask):
     return logprobs.detach(), scores.detach(), values.detach(), gradients
 
 
-def test_padding_changes_nothing():
+def assert_same_gradients(ours, expected, tolerance=1e-12):
+    """Each tensor's gradient is the expected one to a share of its norm, and none of them is 0."""
+    for a, b in zip(ours, expected, strict=True):
+        assert 0 < b.norm() and (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_padding_changes_nothing(temperature):
     """I2: three more columns of padding leave logprobs, scores, values and gradients as they are.
     Catches masks or last positions counted from the right end."""
     policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
     tokens, _, _, mask = make_batch(ROWS)
-    before = logprobs_scores_gradients(policy, scalar, tokens, mask)
+    before = logprobs_scores_gradients(policy, scalar, tokens, mask, temperature)
     after = logprobs_scores_gradients(policy, scalar, F.pad(tokens, (0, 3), value=11),
-                                      F.pad(mask, (0, 3)))
+                                      F.pad(mask, (0, 3)), temperature)
     width = mask.size(1)
     torch.testing.assert_close(after[0][:, :width], before[0], rtol=0, atol=1e-12)
     assert torch.equal(after[0][:, width:], torch.zeros(len(ROWS), 3, dtype=torch.double))
@@ -184,23 +192,31 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(after[2][:, :width][mask], before[2][mask], rtol=0, atol=1e-12)
     for a, b in zip(after[3], before[3]):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert_same_gradients(after[3], before[3])
 
 
-def test_batch_composition_changes_nothing():
-    """I3: a row alone has the logprobs and the score that it has inside a batch."""
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_batch_composition_changes_nothing(temperature):
+    """I3: a row alone has the logprobs, the score and the values that it has inside a batch, and
+    the batch's gradient is the sum of the rows' own. Catches whatever crosses from row to row."""
     policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
-    tokens, x, y, mask = make_batch(ROWS)
-    logprobs, scores = token_logprobs(policy, x, y, mask), last_scores(scalar, tokens, mask)
+    tokens, _, _, mask = make_batch(ROWS)
+    logprobs, scores, values, gradients = logprobs_scores_gradients(policy, scalar, tokens, mask,
+                                                                    temperature)
+    sums = [torch.zeros_like(gradient) for gradient in gradients]
     for b, row in enumerate(ROWS):
-        tokens1, x1, y1, mask1 = make_batch([row])
-        alone = token_logprobs(policy, x1, y1, mask1)
-        torch.testing.assert_close(logprobs[b, :x1.size(1)], alone[0], rtol=0, atol=1e-12)
-        torch.testing.assert_close(scores[b:b + 1], last_scores(scalar, tokens1, mask1), rtol=0,
-                                   atol=1e-12)
+        tokens1, x1, _, mask1 = make_batch([row])
+        alone = logprobs_scores_gradients(policy, scalar, tokens1, mask1, temperature)
+        torch.testing.assert_close(logprobs[b, :x1.size(1)], alone[0][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(scores[b:b + 1], alone[1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(values[b, :x1.size(1)], alone[2][0], rtol=0, atol=1e-12)
+        sums = [total + gradient for total, gradient in zip(sums, alone[3])]
+    assert_same_gradients(sums, gradients)
 
 
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('pad', [0, EOS, 'random'])
-def test_pad_value_changes_nothing(pad):
+def test_pad_value_changes_nothing(pad, temperature):
     """I5: what id stands in the padding does not matter, bit for bit: masks come from lengths."""
     policy, scalar = tiny_gpt(), tiny_scalar(seed=1)
     tokens, _, _, mask = make_batch(ROWS)
@@ -209,8 +225,9 @@ def test_pad_value_changes_nothing(pad):
     generator = torch.Generator().manual_seed(0)
     ids = (torch.randint(17, tokens.shape, generator=generator) if pad == 'random'
            else torch.full_like(tokens, pad))
-    before = logprobs_scores_gradients(policy, scalar, tokens, mask)
-    after = logprobs_scores_gradients(policy, scalar, torch.where(padding, ids, tokens), mask)
+    before = logprobs_scores_gradients(policy, scalar, tokens, mask, temperature)
+    after = logprobs_scores_gradients(policy, scalar, torch.where(padding, ids, tokens), mask,
+                                      temperature)
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
     assert torch.equal(after[2][mask], before[2][mask])
     for a, b in zip(after[3], before[3]):
@@ -263,15 +280,17 @@ def test_logprobs_of_a_table():
                                atol=1e-12)
 
 
-def test_gradient_reaches_the_response_and_nothing_else():
-    """I7: d loss / d logits is 0 at prompt and pad columns, and (p - onehot) / n at each response
-    column, EOS and the first token included; one entry is checked by finite differences."""
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_gradient_reaches_the_response_and_nothing_else(temperature):
+    """I7: d loss / d logits is 0 at prompt and pad columns, and (p - onehot) / n / T at each
+    response column, EOS and the first token included; one entry is checked by finite differences.
+    Catches a mask one column off at either end, and one with the prompt or the padding in it."""
     generator = torch.Generator().manual_seed(1)
     _, x, y, mask = make_batch(ROWS)
     logits = torch.randn(*x.shape, 17, generator=generator, dtype=torch.double)
 
     def loss_of(logits):
-        return -token_logprobs(Leaf(logits), x, y, mask).sum() / mask.sum()
+        return -token_logprobs(Leaf(logits), x, y, mask, temperature).sum() / mask.sum()
 
     leaf = logits.clone().requires_grad_()
     loss_of(leaf).backward()
@@ -280,11 +299,11 @@ def test_gradient_reaches_the_response_and_nothing_else():
         for t in range(x.size(1)):
             # Column t emits token t + 1 of the row
             if len(prompt) <= t + 1 < len(prompt) + len(response):
-                expected = np.exp(logits[b, t].numpy())
+                expected = np.exp(logits[b, t].numpy() / temperature)
                 expected /= expected.sum()
                 expected[response[t + 1 - len(prompt)]] -= 1
-                np.testing.assert_allclose(leaf.grad[b, t].numpy(), expected / response_tokens,
-                                           rtol=0, atol=1e-12)
+                expected /= response_tokens * temperature
+                np.testing.assert_allclose(leaf.grad[b, t].numpy(), expected, rtol=0, atol=1e-12)
             else:
                 assert not leaf.grad[b, t].any(), (b, t)
 
@@ -294,6 +313,31 @@ def test_gradient_reaches_the_response_and_nothing_else():
     down[b, t, v] -= 1e-5
     slope = (loss_of(up) - loss_of(down)).item() / 2e-5
     assert slope == pytest.approx(leaf.grad[b, t, v].item(), rel=1e-7)
+
+
+def test_every_weight_has_the_gradient_of_its_finite_difference():
+    """I7: along a random direction of each tensor the loss changes by gradient . direction, at
+    temperature 0.7. Catches a tensor that is read but cut off from the gradient, such as tied
+    embeddings that learn on one side only."""
+    policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
+    tokens, x, y, mask = make_batch(ROWS)
+
+    def loss():
+        scores, values = last_scores(scalar, tokens, mask), scalar(x)[mask]
+        logprobs = token_logprobs(policy, x, y, mask, 0.7)
+        return (logprobs.sum() + (scores ** 2).sum() + (values ** 2).sum()) / 10
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in [*policy.named_parameters(), *scalar.named_parameters()]:
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.double)
+        sides = []
+        for step in (1e-5, -2e-5):
+            p.data += step * direction
+            sides.append(loss().item())
+        p.data += 1e-5 * direction
+        slope = (p.grad * direction).sum().item()
+        assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
@@ -366,8 +410,9 @@ def test_logprobs_are_at_least_float32():
 # ----------------------------------------------------------------------------- last_scores
 
 def test_last_scores_against_a_loop():
-    """The score is the model's number at the last response token, EOS or not, a response of one
-    token too: catches reading one place early, one late, at EOS ids, or in the padding."""
+    """I3: a row's score is the model's number at the last token of the row alone, EOS or not, of a
+    response of one token too: catches reading one place early, one late, at EOS ids, or in the
+    padding."""
     model = tiny_scalar(seed=5).double()
     tokens, _, _, mask = make_batch(ROWS)
     scores = last_scores(model, tokens, mask)
@@ -383,8 +428,9 @@ def test_last_scores_against_a_loop():
 # ----------------------------------------------------------------------------- draw
 
 def test_draw_at_the_boundaries():
-    """Four equal tokens: the token is the first whose cumulative probability exceeds u. Catches
-    an inverse CDF off by one, or one that takes the lower token exactly at a boundary."""
+    """I14: of four equal tokens each has its quarter of [0, 1): the first whose cumulative
+    probability exceeds u. Catches an inverse CDF off by one, or one that takes the lower token
+    exactly at a boundary."""
     just_below = 1 - 2 ** -24
     u = torch.tensor([0, .25 * just_below, .25, .5 * just_below, .5, .75, just_below])
     assert draw(torch.zeros(7, 4), u, 1.0).tolist() == [0, 0, 1, 1, 2, 3, 3]
@@ -397,8 +443,9 @@ def test_draw_never_takes_the_impossible():
 
 
 def test_draw_never_takes_the_impossible_by_rounding():
-    """The CDF of many tokens ends a little below 1 in float32: u above that end still draws a token
-    that can come, not the last one, whose probability is 0."""
+    """I14: the CDF of many tokens ends a little below 1 in float32: u above that end still draws a
+    token that can come, not the last one, whose probability is 0. Catches a u that is not scaled
+    to the end of the CDF."""
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
     logits[:, -1] = -math.inf
     assert (logits.softmax(-1).cumsum(-1)[:, -1] < 1).any()
@@ -410,7 +457,8 @@ def test_draw_never_takes_the_impossible_by_rounding():
     (0.5, [33.3, 133.3, 300, 533.3]),       # squares: 1, 4, 9, 16 of 30
     (2.0, [162.7, 230.1, 281.8, 325.4])])   # roots: 1, 1.4142, 1.7321, 2 of 6.1463
 def test_draw_follows_the_distribution(temperature, expected):
-    """u on an even grid of 1000 midpoints: each token comes 1000 p^(1/T) / Z times."""
+    """I14: u on an even grid of 1000 midpoints: each token comes 1000 p^(1/T) / Z times. Catches a
+    temperature left out, or multiplied instead of divided by."""
     logits = torch.tensor([.1, .2, .3, .4]).log().expand(1000, 4) + 3.0
     u = (torch.arange(1000) + 0.5) / 1000
     counts = draw(logits, u, temperature).bincount(minlength=4).tolist()
@@ -486,9 +534,25 @@ def test_sampler_logits_are_the_full_forwards(monkeypatch):
                                        atol=1e-5)
 
 
+@torch.no_grad()
+def test_sampler_reads_no_place_of_the_cache_that_is_not_its_rows_own(monkeypatch):
+    """I5: junk in the cache before the prefill changes no token, of ragged prompts: a place that
+    holds nothing yet, or a pad's key, is never looked at. Catches a decode mask one place wide."""
+    model = tiny_gpt(seed=4)
+    before = generate(model, PROMPTS, 20, EOS, 0.7, torch.Generator().manual_seed(3))
+    empty_cache = model.empty_cache
+
+    def full_cache(B, S):
+        junk = torch.Generator().manual_seed(0)
+        return 10 * torch.randn(empty_cache(B, S).shape, generator=junk)
+    monkeypatch.setattr(model, 'empty_cache', full_cache)
+    after = generate(model, PROMPTS, 20, EOS, 0.7, torch.Generator().manual_seed(3))
+    assert before[0].tolist() == after[0].tolist() and torch.equal(before[1], after[1])
+
+
 def test_generate_however_rows_are_split():
-    """The same text comes out of one batch, of batches of 2 and of single rows, with one generator
-    called again and again."""
+    """I3: the same text comes out of one batch, of batches of 2 and of single rows, with one
+    generator called again and again. Catches random numbers drawn step by step."""
     model = tiny_gpt(seed=4)
 
     def text(size):
@@ -502,7 +566,7 @@ def test_generate_however_rows_are_split():
 
 
 def test_generate_however_rows_are_ordered(monkeypatch):
-    """Rows with their random numbers in another order: the same responses in that order."""
+    """I3: rows with their random numbers in another order: the same responses in that order."""
     model, order = tiny_gpt(seed=4), [3, 0, 4, 2, 1]
     u = torch.rand(5, 20, generator=torch.Generator().manual_seed(4))
     monkeypatch.setattr(torch, 'rand', lambda *shape, generator=None: u)

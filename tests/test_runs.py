@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -326,8 +327,8 @@ def load(path):
 
 
 def test_the_checkpoint_before_is_kept(save):
-    """After three saves ckpt.pt is the third and ckpt.prev.pt the second, both whole; nothing
-    else lies in the folder."""
+    """I22: after three saves ckpt.pt is the third and ckpt.prev.pt the second, both whole; nothing
+    else lies in the folder. Catches contents copied into ckpt.pt: a file must be renamed to it."""
     path = save(1)
     assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
     save(2), save(3)
@@ -352,8 +353,8 @@ FAULTS = [(torch, 'save', fail_in_save), (os, 'fsync', fail), (os, 'replace', fa
 
 @pytest.mark.parametrize('module, name, fault', FAULTS, ids=[fault[1] for fault in FAULTS])
 def test_a_failed_write_leaves_the_old_checkpoint(save, monkeypatch, module, name, fault):
-    """Whichever call fails, the write says so, ckpt.pt is still the whole checkpoint of before,
-    and no temporary file is left to fill the disk."""
+    """I22: whichever call fails, the write says so, ckpt.pt is still the whole checkpoint of
+    before, and no temporary file is left to fill the disk."""
     path = save(1)
     save(2)
     monkeypatch.setattr(module, name, fault)
@@ -490,8 +491,8 @@ def test_open_run_names_what_changed(save):
 # ----------------------------------------------------------------------------- the log
 
 def test_log_is_cut_where_the_run_resumes(tmp_path):
-    """Rows and samples past the checkpoint go, and so does a last line that was half written; the
-    rest stays as it was, and new rows follow."""
+    """I22: rows and samples past the checkpoint go, and so does a last line that was half written;
+    the rest stays as it was, and new rows follow. Catches steps that are logged twice."""
     rows = ['{"step": 1, "loss": 3.0}\n', '{"step": 2, "loss": 2.5}\n',
             '{"step": 2, "eval_loss": 2.6, "samples": ["hi", "yo"]}\n',
             '{"step": 3, "loss": 2.0, "samples": ["hi there"]}\n', '{"step": 4, "lo']
@@ -597,14 +598,14 @@ def die_after_logging(monkeypatch, last_step):
 
 
 def die_in_save(monkeypatch, number):
-    """The run is killed before the rename of its number-th checkpoint."""
+    """The run is killed before the rename of its number-th checkpoint; the log's renames pass."""
     replace, calls = os.replace, []
 
-    def replace_or_die(*arguments):
-        calls.append(arguments)
+    def replace_or_die(source, target):
+        calls.extend([target] if Path(target).name == 'ckpt.pt' else [])
         if len(calls) == number:
             raise KeyboardInterrupt
-        replace(*arguments)
+        replace(source, target)
     monkeypatch.setattr(os, 'replace', replace_or_die)
 
 
@@ -642,6 +643,51 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
     assert [row['step'] for row in log_rows(whole.out) if 'lr' in row] == [1, 2, 3, 4, 5, 6]
     assert (Path(whole.out) / 'samples.txt').read_bytes() == (
         Path(parts.out) / 'samples.txt').read_bytes()
+
+
+# What a child does: it trains, and is killed by the system with its second checkpoint half written
+KILLED = '''
+import io, json, os, signal, sys
+import torch
+import train_ppo
+
+save, calls = torch.save, []
+
+def save_half_and_die(contents, file):
+    calls.append(file)
+    if len(calls) == 1:
+        return save(contents, file)
+    whole = io.BytesIO()
+    save(contents, whole)
+    file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half_and_die
+torch.set_num_threads(int(sys.argv[1]))
+train_ppo.main(train_ppo.Config(**json.loads(sys.argv[2])))
+'''
+
+
+def test_i22_kill_9_while_a_checkpoint_is_written(config):
+    """I22: kill -9 in the middle of a write, when no clean-up runs: ckpt.pt is the whole one of
+    step 2, and --resume ends bit for bit where a run that never stopped does. PPO, whose state is
+    the largest. Catches a checkpoint written in place."""
+    whole, parts = config('ppo', 'whole'), config('ppo', 'parts')
+    metrics = train_ppo.main(whole)
+    done = subprocess.run([sys.executable, '-c', KILLED, str(torch.get_num_threads()),
+                           json.dumps(dataclasses.asdict(parts))], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert load_checkpoint(parts.out, ['ppo'])['step'] == 2
+    assert len(list(Path(parts.out).iterdir())) == 4        # half of another one beside it
+
+    assert train_ppo.main(dataclasses.replace(parts, resume=True)) == metrics
+    expected, resumed = load(f'{whole.out}/ckpt.pt'), load(f'{parts.out}/ckpt.pt')
+    for key in expected.keys() - {'config'}:                # where out and resume differ
+        assert same(expected[key], resumed[key]), key
+    assert log_rows(whole.out) == log_rows(parts.out)
+    assert ({path.name for path in Path(parts.out).iterdir()}
+            == {path.name for path in Path(whole.out).iterdir()})
 
 
 def test_resume_with_other_micro_batches_is_allowed(config, monkeypatch):

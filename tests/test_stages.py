@@ -56,7 +56,7 @@ def test_sft_overfits_four_rows(tiny_data, tmp_path, byte_tokenizer):
 
 
 def test_sft_loss_falls(shared_data, tmp_path):
-    """The held-out loss falls from about ln 257 to below 1 nat a token."""
+    """I23: the held-out loss falls from about ln 257 to below 1 nat a token."""
     metrics = run(train_sft, tmp_path / 'sft', shared_data, steps=80, lr=1e-2, n_embd=32,
                   n_head=2, block_size=32, eval_every=1)
     losses = [row['eval_loss'] for row in read_log(tmp_path / 'sft', 'eval_loss')]
@@ -103,8 +103,8 @@ def test_dpo_learns_the_rule(shared_data, sft_run, tmp_path, byte_tokenizer):
 
 
 def test_ipo_stops_at_its_target(shared_data, sft_run, tmp_path):
-    """IPO pulls h to 1 / (2 beta), and no further: the margin beta h goes to 1/2, whatever beta
-    is. The first loss is (1 / (2 beta))^2. DPO with the same steps goes on past it."""
+    """I23: IPO pulls h to 1 / (2 beta), and no further: the margin beta h goes to 1/2, whatever
+    beta is. The first loss is (1 / (2 beta))^2. DPO with the same steps goes on past it."""
     for beta in (0.25, 1.0):
         metrics = run(train_dpo, tmp_path / f'ipo{beta}', shared_data, init=str(sft_run),
                       ipo=True, beta=beta, steps=100, lr=3e-3)
@@ -136,8 +136,9 @@ def judge(tmp_path):
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_ppo_learns_from_a_judge(shared_data, sft_run, judge, tmp_path, seed):
-    """I23: the score of a reward.py rises, on held-out prompts too; the first ratio of every step
-    is 1.000 and the first kl 0.000. Catches the sign of the advantage."""
+    """I23: the score of a reward.py rises, on held-out prompts too, with three seeds; the first
+    ratio of every step is 1.000 (I1), the first kl 0.000 (I13), and no entropy is below 0 (I15).
+    Catches the sign of the advantage."""
     metrics = run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), reward=judge,
                   steps=30, rollout_size=36, batch_size=12, lr=2e-3, value_lr=5e-3, beta=0.02,
                   seed=seed)
@@ -180,7 +181,7 @@ def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
 
 
 def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):
-    """A large beta keeps the policy at the reference: far less KL and score than with beta 0.
+    """I23: a large beta keeps the policy at the reference: far less KL and score than with beta 0.
     Catches the sign of the KL in the reward, with which a large beta runs away."""
     kl = {}
     for beta in (0.0, 2.0):
@@ -192,8 +193,8 @@ def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):
 
 
 def test_ppo_learns_to_stop(shared_data, sft_run, tmp_path):
-    """A response without EOS earns no_eos_score at most: with a judge that likes all alike, more
-    responses end. Catches a rule that is not applied, or to rows with EOS."""
+    """I23: a response without EOS earns no_eos_score at most: with a judge that likes all alike,
+    more responses end. Catches a rule that is not applied, or to rows with EOS."""
     (tmp_path / 'reward.py').write_text("def score(prompt, response):\n    return {'reward': 1}\n")
     run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), steps=25, rollout_size=36,
         reward=str(tmp_path / 'reward.py'), batch_size=12, lr=2e-3, beta=0.0, max_new_tokens=4)

@@ -1,0 +1,297 @@
+"""
+The golden trace: a tiny model, one ragged batch, and every number of the four stages on them.
+
+    python tests/golden/make.py
+
+writes model, batch, sample, sft, rm, dpo and ppo.npz beside this file, in the order in which a port
+is checked against them; README.md there says what each array is. Every number comes out of the
+project's own functions. They run in float64 and are stored as float32: what is stored is then the
+same on every CPU, and how far a port in float32 is from it is the port's own rounding.
+What it does not do: train well. The rates are large, so that one step shows in every weight.
+"""
+import copy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]     # the project and conftest
+
+import train_dpo
+import train_ppo
+from conftest import tiny_gpt, tiny_scalar
+from prefgpt import (adamw, draw, generate, last_scores, learning_rate, make_batch, optimizer_step,
+                     token_logprobs)
+from train_dpo import dpo_loss, ipo_loss, losses_of, pair_logprobs
+from train_ppo import (gae, policy_loss, rollout, rollout_metrics, token_rewards, update_ema,
+                       value_loss, whiten)
+from train_rm import reward_loss, score_pairs
+
+# What the README's table of constants says, name by name
+CONSTANTS = dict(
+    eos=16, pad=0, weight_decay=0.1, grad_clip=1.5,
+    sft_lr=0.01, sft_warmup=2, sft_steps=10, rm_lr=0.005, dpo_lr=0.005,
+    ppo_lr=0.004, value_lr=0.003,
+    beta=0.3, label_smoothing=0.1,
+    temperature=0.7, no_eos_score=-1.0, gamma=0.95, gae_lambda=0.9, clip_eps=0.2, vf_clip=0.2,
+    ref_ema=0.25, max_new_tokens=8)
+K = SimpleNamespace(**CONSTANTS)
+
+# (prompt, chosen, rejected): EOS inside a prompt, and one that is EOS alone; the pad's id 0 within
+# responses, even as a last token; a response that is EOS alone; two that were cut, without EOS
+PAIRS = [([3, 7, 1], [5, 2, 9, 16], [16]),
+         ([16], [11, 4, 16], [8, 0, 16]),
+         ([2, 16, 13, 6, 10], [14, 1, 12, 15, 0, 7], [9, 9, 16]),
+         ([12, 0], [6, 16], [13, 3, 11, 2, 0])]
+ROWS = ([(prompt, chosen) for prompt, chosen, _ in PAIRS]
+        + [(prompt, rejected) for prompt, _, rejected in PAIRS])
+MINIBATCHES = torch.tensor([[0, 3, 5, 6], [7, 1, 4, 2]])    # rows of PPO's two optimizer steps
+STEPS = 'first.', 'second.'
+PROMPTS = [[3, 7, 1], [16], [2, 16, 13, 6, 10], [12, 0], [8, 8], [1, 2, 3, 4]]     # to sample from
+
+
+class Words:
+    """What rollout asks of a tokenizer: its EOS, and some text for ids (here their digits)."""
+    eot_token = K.eos
+
+    def decode(self, ids):
+        return ' '.join(map(str, ids))
+
+
+def build_models(dtype):
+    """The four models by name; the reference is the policy, a little moved."""
+    models = dict(policy=tiny_gpt(seed=20), ref=tiny_gpt(seed=20),
+                  reward_model=tiny_scalar(seed=38), value_model=tiny_scalar(seed=22))
+    generator = torch.Generator().manual_seed(23)
+    with torch.no_grad():
+        for p in models['ref'].parameters():
+            p.add_(0.03 * torch.randn(p.shape, generator=generator))
+    return {name: model.to(dtype) for name, model in models.items()}
+
+
+def weights(prefix, model):
+    """A model's weights by name, after 'prefix.'; the tied embedding is there once."""
+    return {f'{prefix}.{name}': p.detach().clone() for name, p in model.named_parameters()}
+
+
+def step(prefix, model, optimizer, loss, lr):
+    """One optimizer step on a loss: gradients before clipping, their norm, weights afterwards."""
+    loss.backward()
+    out = {f'{prefix}grads.{name}': p.grad.clone() for name, p in model.named_parameters()}
+    out[f'{prefix}norm'] = torch.tensor(optimizer_step(optimizer, model, lr, K.grad_clip, 1))
+    return {**out, **weights(f'{prefix}after', model)}
+
+
+# ----------------------------------------------------------------------------- the arrays, by file
+
+def intermediates(policy, x):
+    """Hidden states on the way through a policy, by name; the first block's own parts as well."""
+    seen, hooks = {}, []
+
+    def watch(name, module):
+        hooks.append(module.register_forward_hook(
+            lambda module, inputs, output: seen.update({name: output})))
+
+    def watch_input(name, module):
+        hooks.append(module.register_forward_pre_hook(
+            lambda module, inputs: seen.update({name: inputs[0]})))
+
+    first = policy.h[0]
+    watch_input('embedded', first)
+    watch('h0.ln_1', first.ln_1)
+    watch('h0.qkv', first.attn.c_attn)
+    watch_input('h0.heads', first.attn.c_proj)
+    watch('h0.attention', first.attn)
+    watch('h0.ln_2', first.ln_2)
+    watch('h0.fc', first.mlp.c_fc)
+    watch_input('h0.gelu', first.mlp.c_proj)
+    watch('h0.mlp', first.mlp)
+    watch('h0.out', first)
+    watch('h1.out', policy.h[1])
+    watch('hidden', policy)
+    policy(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def batch_arrays(models):
+    """The batch, and the policy's way from its ids to logprobs."""
+    policy = models['policy']
+    tokens, x, y, mask = make_batch(ROWS)
+    seen, logprobs = intermediates(policy, x), token_logprobs(policy, x, y, mask)
+    lengths = [torch.tensor([len(row[i]) for row in ROWS]) for i in (0, 1)]
+    real = torch.arange(x.size(1)) < (lengths[0] + lengths[1])[:, None]     # x is not padding
+    return {'prompt_lengths': lengths[0], 'response_lengths': lengths[1], 'tokens': tokens, 'x': x,
+            'y': y, 'response_mask': mask, 'real': real, **seen,
+            'logits': policy.logits(seen['hidden'][mask]), 'logprobs': logprobs,
+            'logprobs_t07': token_logprobs(policy, x, y, mask, K.temperature),
+            'seq_logprobs': logprobs.sum(1)}
+
+
+@torch.no_grad()
+def sample_arrays(models):
+    """Draws from given logits at given u, and whole responses with the u behind them."""
+    policy = models['policy']
+    logits = 2 * torch.randn(12, 17, generator=torch.Generator().manual_seed(30))
+    u = torch.rand(12, generator=torch.Generator().manual_seed(31))
+    logits[0, :2], u[0] = -1e4, 0.0         # the first words are impossible: u = 0 draws the third
+    logits[1, -1], u[1] = 2.0, 0.9999       # the last one
+    u[2], logits[2] = 0.55, 0.0             # all 17 alike: floor(17 u) = 9
+    # rand is asked for the numbers that generate will draw: they are a part of the trace
+    seed = torch.Generator().manual_seed(32)
+    generate_u = torch.rand(len(PROMPTS), K.max_new_tokens, generator=seed)
+    tokens, mask = generate(policy, PROMPTS, K.max_new_tokens, K.eos,
+                            generator=torch.Generator().manual_seed(32))
+    cold = generate(policy, PROMPTS, K.max_new_tokens, K.eos, K.temperature,
+                    generator=torch.Generator().manual_seed(32))
+    greedy = generate(policy, PROMPTS, K.max_new_tokens, K.eos, temperature=0)
+    prompts = torch.zeros(len(PROMPTS), max(map(len, PROMPTS)), dtype=torch.long)
+    for b, prompt in enumerate(PROMPTS):
+        prompts[b, :len(prompt)] = torch.tensor(prompt)
+    logits = logits.to(policy.wte.weight.dtype)
+    return {'draw_logits': logits, 'draw_u': u, 'draws': draw(logits, u, 1.0),
+            'draws_t07': draw(logits, u, K.temperature), 'draws_t0': draw(logits, u, 0),
+            'prompts': prompts, 'prompt_lengths': torch.tensor([len(p) for p in PROMPTS]),
+            'u': generate_u, 'tokens': tokens, 'response_mask': mask,
+            'logits': policy.logits(policy(tokens[:, :-1])[mask]),
+            'tokens_t07': cold[0], 'response_mask_t07': cold[1],
+            'tokens_t0': greedy[0], 'response_mask_t0': greedy[1]}
+
+
+def sft_arrays(models):
+    """Two steps of SFT on all rows; the second shows both moments and the moving rate."""
+    policy = copy.deepcopy(models['policy'])
+    _, x, y, mask = make_batch(ROWS)
+    optimizer, out = adamw(policy, K.weight_decay), {
+        'schedule': torch.tensor([learning_rate(step, 11, 1.0, 4) for step in range(11)])}
+    for i, prefix in enumerate(STEPS):
+        loss = -token_logprobs(policy, x, y, mask).sum() / mask.sum()
+        lr = learning_rate(i, K.sft_steps, K.sft_lr, K.sft_warmup)
+        out.update({f'{prefix}loss': loss, f'{prefix}lr': torch.tensor(lr),
+                    **step(prefix, policy, optimizer, loss, lr)})
+        # Two steps would hardly tell betas apart by the weights alone
+        state = optimizer.state[policy.ln_f.bias]
+        out.update({f'{prefix}m.ln_f.bias': state['exp_avg'].clone(),
+                    f'{prefix}v.ln_f.bias': state['exp_avg_sq'].clone()})
+    return out
+
+
+def rm_arrays(models):
+    """The reward model's scores, its loss and its step; the shift that PPO will subtract."""
+    model = copy.deepcopy(models['reward_model'])
+    tokens, _, _, mask = make_batch(ROWS)
+    chosen, rejected = score_pairs(model, PAIRS, 'cpu')
+    losses = reward_loss(chosen, rejected)
+    return {'scores_everywhere': model(tokens), 'scores': last_scores(model, tokens, mask),
+            'chosen': chosen, 'rejected': rejected, 'losses': losses, 'loss': losses.mean(),
+            'shift': torch.cat([chosen, rejected]).mean(),
+            **step('', model, adamw(model, K.weight_decay), losses.mean(), K.rm_lr)}
+
+
+def dpo_arrays(models):
+    """Summed logprobs of both sides under both models, four losses of them, and DPO's step."""
+    policy = copy.deepcopy(models['policy'])
+    with torch.no_grad():
+        ref = pair_logprobs(models['ref'], PAIRS, 'cpu')
+    chosen, rejected = pair_logprobs(policy, PAIRS, 'cpu')
+    sides = (chosen, rejected, *ref)
+    losses, smoothed = dpo_loss(*sides, K.beta), dpo_loss(*sides, K.beta, K.label_smoothing)
+    ipo = ipo_loss(*sides, K.beta)
+    out = {'chosen': chosen, 'rejected': rejected, 'ref_chosen': ref[0], 'ref_rejected': ref[1],
+           'margin': losses_of(train_dpo.Config(beta=K.beta), *sides)[1], 'losses': losses,
+           'losses_smoothed': smoothed, 'losses_ipo': ipo, 'loss': losses.mean(),
+           'loss_smoothed': smoothed.mean(), 'loss_ipo': ipo.mean()}
+    for name in ('smoothed', 'ipo'):            # of the other losses the gradient's norm alone
+        grads = torch.autograd.grad(out[f'loss_{name}'], list(policy.parameters()),
+                                    retain_graph=True)
+        out[f'norm_{name}'] = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))
+    return {**out, **step('', policy, adamw(policy, K.weight_decay), out['loss'], K.dpo_lr)}
+
+
+def rollout_arrays(models):
+    """What PPO knows before it learns: rollout, rewards, advantages, returns."""
+    tokens, _, _, mask = make_batch(ROWS)
+    with torch.no_grad():
+        shift = torch.cat(score_pairs(models['reward_model'], PAIRS, 'cpu')).mean()
+
+    def score(tokens, mask, prompts, responses):
+        return last_scores(models['reward_model'], tokens, mask) - shift
+    cfg = train_ppo.Config(temperature=K.temperature, no_eos_score=K.no_eos_score)
+    # The rollout itself, but on our responses: no sampler is likely to cut and to end as these do
+    with patch.object(train_ppo, 'generate', lambda *arguments: (tokens, mask)):
+        batch = rollout(models['policy'], models['ref'], models['value_model'], score,
+                        [row[0] for row in ROWS], Words(), cfg, None)
+    rewards = token_rewards(batch['scores'], batch['logprobs'], batch['ref_logprobs'], mask, K.beta)
+    advantages, returns = gae(rewards, batch['values'], mask, K.gamma, K.gae_lambda)
+    out = {name: batch[name] for name in ('logprobs', 'ref_logprobs', 'values', 'raw_scores',
+                                          'ended', 'scores')}
+    return {**out, 'kl': batch['logprobs'] - batch['ref_logprobs'], 'rewards': rewards,
+            'advantages': advantages, 'returns': returns,
+            'advantages_white': whiten(advantages, mask),
+            **{f'logged.{name}': torch.tensor(number)
+               for name, number in rollout_metrics(batch).items()}}
+
+
+def ppo_arrays(models):
+    """The rollout, then an optimizer step on each of two minibatches, then the reference's step."""
+    _, x, y, mask = make_batch(ROWS)
+    out = rollout_arrays(models)
+    policy, value_model = copy.deepcopy(models['policy']), copy.deepcopy(models['value_model'])
+    optimizers = adamw(policy, K.weight_decay), adamw(value_model, K.weight_decay)
+    for prefix, rows in zip(STEPS, MINIBATCHES):
+        inside, n = mask[rows], mask[rows].sum()
+        logprobs = token_logprobs(policy, x[rows], y[rows], inside, K.temperature)
+        values = value_model(x[rows])
+        pg, ratio = policy_loss(logprobs, out['logprobs'][rows], out['advantages_white'][rows],
+                                K.clip_eps)
+        targets = out['values'][rows], out['returns'][rows]
+        vf, plain = value_loss(values, *targets, K.vf_clip), value_loss(values, *targets, 0.0)
+        losses = {'pg_losses': pg, 'vf_losses': vf, 'vf_losses_unclipped': plain}
+        losses = {name: loss.masked_fill(~inside, 0.0) for name, loss in losses.items()}
+        means = {name.replace('losses', 'loss'): loss.sum() / n for name, loss in losses.items()}
+        kept = {'logprobs': logprobs, 'ratio': ratio, 'values': values, **losses, **means}
+        out.update({f'{prefix}{name}': z for name, z in kept.items()})
+        out.update(step(f'{prefix}policy.', policy, optimizers[0], means['pg_loss'], K.ppo_lr))
+        out.update(step(f'{prefix}value.', value_model, optimizers[1], means['vf_loss'],
+                        K.value_lr))
+    ref = copy.deepcopy(models['ref'])
+    update_ema(ref, policy, K.ref_ema)
+    return {'minibatches': MINIBATCHES, **out, **weights('ref_after', ref)}
+
+
+# ----------------------------------------------------------------------------- all of it
+
+def stored(z):
+    """A tensor as it stands in the file: float32, int64 or bool."""
+    z = z.detach().contiguous()
+    return (z.to(torch.float32) if z.is_floating_point() else z).numpy()
+
+
+def trace(dtype=torch.float64):
+    """All arrays, {file: {name: array}}, in reading order, computed in the given dtype."""
+    models = build_models(dtype)
+    files = {'model': {name: z for prefix, model in models.items()
+                       for name, z in weights(prefix, model).items()},
+             'batch': batch_arrays(models), 'sample': sample_arrays(models),
+             'sft': sft_arrays(models), 'rm': rm_arrays(models), 'dpo': dpo_arrays(models),
+             'ppo': ppo_arrays(models)}
+    return {file: {name: stored(z) for name, z in arrays.items()}
+            for file, arrays in files.items()}
+
+
+def main(folder=HERE):
+    """Writes the files into a folder and prints what is in them."""
+    for file, arrays in trace().items():
+        path = Path(folder) / f'{file}.npz'
+        np.savez(path, **arrays)                # not compressed: easily read from C
+        print(f'{path}: {len(arrays)} arrays, {path.stat().st_size} bytes')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,741 @@
+"""
+tools/hf.py against readers of its own: a GPT-2 in numpy, a BPE in ten lines, bytes by hand (I24).
+
+transformers itself is asked in test_outside.py. Nothing here needs a network: the hub is a folder.
+
+    python -m pytest -q tests/test_hf.py
+"""
+import hashlib
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEMPLATE, randomize, save_tiny_run, tiny_config, tiny_gpt, tiny_scalar
+
+import tools.hf
+import train_rm
+import train_sft
+from data.bpe import train_bpe, write_tiktoken
+from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, fingerprint, last_scores,
+                     load_checkpoint, load_model, load_tokenizer, make_batch, parse_config,
+                     save_checkpoint, tokenizer_text)
+from tools.hf import Config, read_safetensors, read_tokenizer, write_safetensors
+
+TEXTS = ["it's the 12th test,  isn't it?\n\n\tThe end. the the then",
+         'def f(x):\n    return x ** 2\n', '你好，世界。你好', '😀👩\u200d🚀', 'café naïve \xa0\xad\x85',
+         '<|endoftext|>', '# # ## Ġ', '']
+
+
+# ----------------------------------------------------------------------------- independent readers
+
+def read_file(path):
+    """A .safetensors file as numpy arrays by name, trusting it."""
+    raw = path.read_bytes()
+    length = struct.unpack('<Q', raw[:8])[0]
+    header = json.loads(raw[8:8 + length])
+    assert header.pop('__metadata__') == {'format': 'pt'}
+    assert length % 8 == 0
+    return {name: np.frombuffer(raw[8 + length:][slice(*entry['data_offsets'])],
+                                '<f4').reshape(entry['shape']) for name, entry in header.items()}
+
+
+def numpy_hidden(tensors, n_head, tokens):
+    """
+    GPT-2's last hidden states (T, C) of one row of ids, in float64.
+
+    Reads transformers' names and its Conv1D: x @ weight + bias, the weight (in, out).
+    """
+    w = {name.removeprefix('transformer.'): np.asarray(tensor, np.float64)
+         for name, tensor in tensors.items()}
+
+    def conv1d(name, x):
+        return x @ w[f'{name}.weight'] + w[f'{name}.bias']
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5)
+        return x * w[f'{name}.weight'] + w[f'{name}.bias']
+
+    T = len(tokens)
+    x = w['wte.weight'][tokens] + w['wpe.weight'][:T]                           # (T, C)
+    for i in range(sum(bool(re.fullmatch(r'h\.\d+\.ln_1\.bias', name)) for name in w)):
+        heads = []
+        for q, k, v in zip(*(np.split(part, n_head, -1) for part in np.split(
+                conv1d(f'h.{i}.attn.c_attn', norm(f'h.{i}.ln_1', x)), 3, -1))):
+            att = q @ k.T / np.sqrt(q.shape[1])                                 # (T, T)
+            att = np.exp(np.where(np.tril(np.ones((T, T))) > 0, att, -np.inf))
+            heads.append(att / att.sum(-1, keepdims=True) @ v)
+        x = x + conv1d(f'h.{i}.attn.c_proj', np.concatenate(heads, -1))
+        u = conv1d(f'h.{i}.mlp.c_fc', norm(f'h.{i}.ln_2', x))
+        u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))
+        x = x + conv1d(f'h.{i}.mlp.c_proj', u)
+    return norm('ln_f', x)
+
+
+def numpy_logits(tensors, n_head, tokens):
+    """(T, V), by the embedding."""
+    wte = next(tensor for name, tensor in tensors.items() if name.endswith('wte.weight'))
+    return numpy_hidden(tensors, n_head, tokens) @ np.asarray(wte, np.float64).T
+
+
+def bpe_ids(folder, tokenizer, text):
+    """The ids of a text by vocab.json and merges.txt, as GPT-2's own encoder reads them."""
+    vocab = json.loads((folder / 'vocab.json').read_text('utf-8'))
+    merges = (folder / 'merges.txt').read_text('utf-8').split('\n')
+    assert merges[0].startswith('#version') and merges[-1] == ''
+    order = {tuple(line.split(' ')): i for i, line in enumerate(merges[1:-1])}
+    # A byte's character: vocab.json gives single bytes their id, the tokenizer says which byte
+    character = {tokenizer.decode_single_token_bytes(i): token for token, i in vocab.items()
+                 if len(token) == 1}
+    ids = []
+    for piece in re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+"
+                            r'|\s+(?!\S)|\s+', text):
+        parts = [character[bytes([byte])] for byte in piece.encode()]
+        while len(parts) > 1:
+            best = min(range(len(parts) - 1),
+                       key=lambda i: order.get((parts[i], parts[i + 1]), len(order)))
+            if (parts[best], parts[best + 1]) not in order:
+                break
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+# ----------------------------------------------------------------------------- what is imported
+
+@pytest.fixture(scope='session')
+def bpe(tmp_path_factory):
+    """A small BPE with merges of letters, spaces and parts of CJK, and EOS = 300."""
+    path = tmp_path_factory.mktemp('bpe') / 'small.tiktoken'
+    write_tiktoken(path, train_bpe(TEXTS * 3, 301))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.n_vocab == 301
+    return tokenizer
+
+
+def hf_tensors(seed=0, prefix='transformer.', **shape):
+    """Random tensors under transformers' names, the Conv1D's as (in, out), as numpy arrays."""
+    c = tiny_config(**shape)
+    rng = np.random.default_rng(seed)
+    C, shapes = c.n_embd, {'wte.weight': (c.vocab_size, c.n_embd),
+                           'wpe.weight': (c.block_size, c.n_embd)}
+    for i in range(c.n_layer):
+        for name, size in (('attn.c_attn', (C, 3 * C)), ('attn.c_proj', (C, C)),
+                           ('mlp.c_fc', (C, 4 * C)), ('mlp.c_proj', (4 * C, C))):
+            shapes |= {f'h.{i}.{name}.weight': size, f'h.{i}.{name}.bias': size[1:]}
+        for name in ('ln_1', 'ln_2'):
+            shapes |= {f'h.{i}.{name}.weight': (C,), f'h.{i}.{name}.bias': (C,)}
+    shapes |= {'ln_f.weight': (C,), 'ln_f.bias': (C,)}
+    return {prefix + name: (0.3 * rng.standard_normal(size) + ('ln' in name and 'weight' in name)
+                            ).astype('f4') for name, size in shapes.items()}
+
+
+def write_folder(folder, tensors, tokenizer, file='model.safetensors', config=(), **shape):
+    """A Hugging Face GPT-2 folder by hand; the tokenizer's files are tools.hf's own."""
+    folder.mkdir(parents=True)
+    c = tiny_config(**shape)
+    (folder / 'config.json').write_text(json.dumps({
+        'model_type': 'gpt2', 'n_positions': c.block_size, 'vocab_size': c.vocab_size,
+        'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd, 'n_inner': None,
+        'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05, 'n_ctx': c.block_size,
+        **dict(config)}))
+    if tokenizer:
+        tools.hf.write_tokenizer(folder, tokenizer, c.block_size, pad=False)
+    tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+    if file == 'model.safetensors':
+        write_safetensors(folder / file, tensors)
+    else:
+        torch.save(tensors, folder / file)
+    return folder
+
+
+def run(*command, out):
+    tools.hf.main(Config(command=tuple(map(str, command)), out=str(out)))
+    return out
+
+
+def imported(folder, out):
+    """The policy of a folder after import."""
+    return load_model(GPT, load_checkpoint(run('import', folder, out=out), ['base']), 'policy',
+                      'cpu')
+
+
+@pytest.fixture
+def folder(tmp_path, bpe):
+    """A good folder to spoil: 1 layer, 8 wide, the small BPE."""
+    return write_folder(tmp_path / 'good', hf_tensors(**SMALL), bpe, **SMALL)
+
+
+SMALL = dict(n_layer=1, n_embd=8, block_size=16, vocab_size=301)
+
+
+def refused(folder, out, *told):
+    """Import of the folder fails with one line that tells all this, and leaves nothing behind."""
+    before = sorted(path.name for path in out.parent.iterdir())
+    with pytest.raises(UserError) as error:
+        run('import', folder, out=out)
+    for words in told:
+        assert words in str(error.value)
+    assert '\n' not in str(error.value)
+    assert sorted(path.name for path in out.parent.iterdir()) == before
+
+
+# ----------------------------------------------------------------------------- safetensors
+
+def test_safetensors_bytes_by_hand(tmp_path):
+    """Two tensors, byte for byte; the header is filled up with spaces to a multiple of 8."""
+    header = (b'{"__metadata__": {"format": "pt"}, '
+              b'"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, '
+              b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}')
+    header += b' ' * (-len(header) % 8)
+    path = tmp_path / 'x.safetensors'
+    write_safetensors(path, {'a': torch.tensor([[1.5], [-2.0]]), 'b': torch.tensor([0.25])})
+    assert path.read_bytes() == (len(header).to_bytes(8, 'little') + header
+                                 + struct.pack('<fff', 1.5, -2.0, 0.25))
+    assert {name: tensor.tolist() for name, tensor in read_safetensors(path).items()} == {
+        'a': [[1.5], [-2.0]], 'b': [0.25]}
+
+
+def test_a_transposed_tensor_is_written_as_it_looks(tmp_path):
+    """A view: its rows do not follow one another in memory."""
+    x = torch.arange(6.0).view(2, 3)
+    write_safetensors(tmp_path / 'x.safetensors', {'x': x.t(), 'half': x.half()})
+    back = read_safetensors(tmp_path / 'x.safetensors')
+    assert torch.equal(back['x'], x.t()) and back['half'].dtype == torch.float32
+
+
+def raw(entries, data, length=None):
+    """The bytes of a .safetensors file from a header, a dict or JSON, and numbers."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack('<Q', len(text) if length is None else length) + text + data
+
+
+def entry(dtype, shape, begin, end):
+    return {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
+
+
+def test_half_precision_and_any_order_of_the_header(tmp_path):
+    """1.5 in float16 is 0x3e00, in bfloat16 0x3fc0; a scalar has the shape []."""
+    path = tmp_path / 'x.safetensors'
+    path.write_bytes(raw({'last': entry('F32', [], 4, 8), 'bf16': entry('BF16', [1], 2, 4),
+                          'f16': entry('F16', [1, 1], 0, 2)},
+                         b'\x00\x3e\xc0\x3f' + struct.pack('<f', 1.5)))
+    assert {name: tensor.float().tolist() for name, tensor in read_safetensors(path).items()} == {
+        'f16': [[1.5]], 'bf16': [1.5], 'last': 1.5}
+
+
+F = struct.pack('<f', 1.0)
+BAD_FILES = {
+    'empty': (b'', '0 bytes'),
+    'shorter than a length': (b'\x01\x00', '2 bytes'),
+    'the header is longer than the file': (raw({}, b'', 3), '3 would be the header'),
+    'a header of 8 exabytes': (raw({}, b'', 2 ** 63), f'{2 ** 63} would be the header'),
+    'not JSON': (raw(b'{"x"', b''), 'delimiter'),
+    'not UTF-8': (raw(b'{"\xff": 1}', b''), 'utf-8'),
+    'nested too deep': (raw(b'[' * 10 ** 5, b''), 'recursion'),
+    'not an object': (raw(b'[]', b''), 'list'),
+    'a name twice': (raw(b'{"x": 1, "x": 1}', b''), "'x' comes twice"),
+    'NaN in the header': (raw(b'{"x": NaN}', b''), 'NaN'),
+    'no entry': (raw({'x': 1}, b''), "'x'"),
+    'no shape': (raw({'x': {'dtype': 'F32', 'data_offsets': [0, 4]}}, F), "'x'"),
+    'an unread dtype': (raw({'x': entry('F64', [1], 0, 8)}, F + F), "{'dtype': 'F64'"),
+    'a negative size': (raw({'x': entry('F32', [-1, -1], 0, 4)}, F), "'x'"),
+    'a size that is no integer': (raw({'x': entry('F32', [1.0], 0, 4)}, F), "'x'"),
+    'true as a size': (raw({'x': entry('F32', [True], 0, 4)}, F), "'x'"),
+    'no numbers': (raw({'x': entry('F32', [0], 0, 0)}, b''), "'x'"),
+    'the shape does not fill the span': (raw({'x': entry('F32', [3], 0, 8)}, F + F), "'x'"),
+    'offsets the wrong way round': (raw({'x': entry('F32', [1], 4, 0)}, F), "'x'"),
+    'three offsets': (raw({'x': {**entry('F32', [1], 0, 4), 'data_offsets': [0, 4, 8]}}, F), "'x'"),
+    'past the end': (raw({'x': entry('F32', [2], 0, 8)}, F), "'x' would fill"),
+    'a hole': (raw({'x': entry('F32', [1], 0, 4), 'y': entry('F32', [1], 8, 12)}, F * 3),
+               "'y' would fill"),
+    'two in one place': (raw({'x': entry('F32', [2], 0, 8), 'y': entry('F32', [1], 4, 8)}, F * 2),
+                         "'y' would fill"),
+    'does not begin at 0': (raw({'x': entry('F32', [1], 4, 8)}, F * 2), "'x' would fill"),
+    'something after the end': (raw({'x': entry('F32', [1], 0, 4)}, F + b'\0'), '1 bytes after'),
+    'a huge tensor': (raw({'x': entry('F32', [2 ** 60], 0, 2 ** 62)}, F), "'x' would fill"),
+}
+
+
+@pytest.mark.parametrize('name', BAD_FILES)
+def test_a_bad_safetensors_file_is_refused(name, folder, tmp_path):
+    """Whatever is wrong with it: one line with the file, and nothing left behind."""
+    data, told = BAD_FILES[name]
+    (folder / 'model.safetensors').write_bytes(data)
+    refused(folder, tmp_path / 'out', 'model.safetensors', told)
+
+
+def test_a_header_of_more_than_100_mb_is_not_read(folder, tmp_path):
+    """Though the file is long enough: a sparse one."""
+    with open(folder / 'model.safetensors', 'wb') as file:
+        file.write(struct.pack('<Q', 100_000_001))
+        file.truncate(200_000_000)
+    refused(folder, tmp_path / 'out', 'of which 100000001 would be the header')
+
+
+@pytest.mark.parametrize('kept', [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
+def test_a_truncated_file_is_refused(file, kept, tmp_path, bpe):
+    folder = write_folder(tmp_path / 'cut', hf_tensors(**SMALL), bpe, file, **SMALL)
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(data[:int(len(data) * kept)])
+    refused(folder, tmp_path / 'out', file)
+
+
+def test_a_flipped_byte_or_a_pickle_that_runs_code_is_refused(tmp_path, bpe):
+    """torch.load itself reads flipped bytes without a word."""
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'pwned'), 'w'))
+    folder = write_folder(tmp_path / 'good', hf_tensors(**SMALL), bpe, 'pytorch_model.bin',
+                          **SMALL)
+    path = folder / 'pytorch_model.bin'
+    data = bytearray(path.read_bytes())
+    at = data.find(hf_tensors(**SMALL)['transformer.h.0.mlp.c_fc.weight'].tobytes())
+    data[at + 5] ^= 1
+    path.write_bytes(data)
+    refused(folder, tmp_path / 'out', 'pytorch_model.bin', 'checksum of')
+    torch.save({'wte.weight': Evil()}, path)
+    refused(folder, tmp_path / 'out', 'pytorch_model.bin', 'not weights alone')
+    assert not (tmp_path / 'pwned').exists()
+    for contents in ([1, 2], {'wte.weight': 'text'}):
+        torch.save(contents, path)
+        refused(folder, tmp_path / 'out', 'pytorch_model.bin')
+
+
+# ----------------------------------------------------------------------------- weights in
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
+@pytest.mark.parametrize('prefix', ['', 'transformer.'])
+def test_an_imported_model_has_numpys_logits(prefix, file, tmp_path, bpe):
+    """Conv1D's (in, out) became Linear's (out, in); the masks in old files are passed over, a head
+    that repeats the embedding too. (I24)"""
+    tensors = hf_tensors(prefix=prefix, vocab_size=301)
+    more = {'lm_head.weight': tensors[f'{prefix}wte.weight']}
+    for i in range(2):
+        more[f'{prefix}h.{i}.attn.bias'] = np.tril(np.ones((1, 1, 32, 32), 'f4'))
+        more[f'{prefix}h.{i}.attn.masked_bias'] = np.array(-1e4, 'f4')
+    folder = write_folder(tmp_path / 'hf', tensors | more, bpe, file, vocab_size=301)
+    policy = imported(folder, tmp_path / 'out' / 'base')
+    tokens = [300, 1, 2, 44, 77, 5]
+    with torch.no_grad():
+        logits = policy.logits(policy(torch.tensor([tokens])))[0]
+    assert np.abs(logits.numpy() - numpy_logits(tensors, 2, tokens)).max() < 1e-5
+    assert np.abs(numpy_logits(tensors, 2, tokens)).max() > 1          # not flat
+
+
+def test_buffers_of_another_dtype_are_passed_over_but_never_a_weight(folder, tmp_path):
+    """The causal mask was uint8, then bool; a weight of bools is an error."""
+    path = folder / 'model.safetensors'
+    good = path.read_bytes()
+    length = struct.unpack('<Q', good[:8])[0]
+    header, data = json.loads(good[8:8 + length]), good[8 + length:]
+    for name, told in (('h.0.attn.bias', None), ('transformer.h.0.attn.bias', None),
+                       ('h.0.attn.c_attn.bias', "'h.0.attn.c_attn.bias' is"),
+                       ('other.h.0.attn.bias', "'other.h.0.attn.bias' is torch.bool"),
+                       ('transformer.h.0.mlp.bias', "'transformer.h.0.mlp.bias' is torch.bool")):
+        path.write_bytes(raw({**header, name: entry('BOOL', [4], len(data), len(data) + 4)},
+                             data + b'\x01\x01\x00\x01'))
+        if told:
+            refused(folder, tmp_path / 'out', 'model.safetensors', told)
+        else:
+            imported(folder, tmp_path / name)
+
+
+WEIGHT = 'transformer.h.0.attn.c_attn.weight'
+BAD_WEIGHTS = {
+    'missing': (lambda t: t.pop('transformer.h.0.attn.c_attn.bias'),
+                "'h.0.attn.c_attn.bias' is missing"),
+    'unknown': (lambda t: t.update({'transformer.h.1.ln_1.bias': t['transformer.ln_f.bias']}),
+                "'h.1.ln_1.bias' is no weight of a GPT-2"),
+    'a reward model': (lambda t: t.update({'score.weight': t['transformer.wte.weight'][:1]}),
+                       "'score.weight' is no weight of a GPT-2"),
+    '(out, in)': (lambda t: t.update({WEIGHT: t[WEIGHT].T.copy()}),
+                  "'h.0.attn.c_attn.weight' is (8, 24), and by config.json (24, 8)"),
+    'one dimension': (lambda t: t.update({WEIGHT: t[WEIGHT].ravel()}),
+                      "'h.0.attn.c_attn.weight' is (192,)"),
+    'more positions': (lambda t: t.update({'transformer.wpe.weight': np.zeros((17, 8), 'f4')}),
+                       "'wpe.weight' is (17, 8)"),
+    'twice': (lambda t: t.update({'ln_f.bias': t['transformer.ln_f.bias']}),
+              "'ln_f.bias' is there twice"),
+    'not tied': (lambda t: t.update({'lm_head.weight': t['transformer.wte.weight'] + 1}),
+                 "'lm_head.weight' is not 'wte.weight'"),
+}
+
+
+@pytest.mark.parametrize('name', BAD_WEIGHTS)
+@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
+def test_weights_that_do_not_fit_are_refused(file, name, tmp_path, bpe):
+    change, told = BAD_WEIGHTS[name]
+    tensors = hf_tensors(**SMALL)
+    change(tensors)
+    folder = write_folder(tmp_path / 'bad', tensors, bpe, file, **SMALL)
+    refused(folder, tmp_path / 'out', file, told)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('model_type', 'llama'), ('activation_function', 'gelu'), ('layer_norm_epsilon', 1e-6),
+    ('scale_attn_weights', False), ('scale_attn_by_inverse_layer_idx', True),
+    ('tie_word_embeddings', False), ('n_layer', None), ('n_layer', 0), ('n_layer', 1.0),
+    ('n_head', 3), ('n_positions', -1), ('vocab_size', '301'), ('vocab_size', 300)])
+def test_a_config_that_is_not_ours_is_refused(key, value, tmp_path, bpe):
+    """A GPT-2 with exact GELU, say, would load and be another function."""
+    folder = write_folder(tmp_path / 'bad', hf_tensors(**SMALL), bpe, config={key: value}, **SMALL)
+    refused(folder, tmp_path / 'out', key, str(value) if value else '')
+
+
+def test_n_inner_shows_in_the_shapes(tmp_path, bpe):
+    """Four times the width, said or not said, is read; the tensors decide."""
+    folder = write_folder(tmp_path / 'good', hf_tensors(**SMALL), bpe, config={'n_inner': 32},
+                          **SMALL)
+    imported(folder, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('missing', ['config.json', 'model.safetensors', 'vocab.json',
+                                     'merges.txt'])
+def test_a_missing_file_is_named(missing, folder, tmp_path):
+    (folder / missing).unlink()
+    refused(folder, tmp_path / 'out', missing)
+
+
+def test_without_a_tokenizer_it_is_gpt2s(folder, tmp_path, monkeypatch, bpe):
+    for name in ('vocab.json', 'merges.txt'):
+        (folder / name).unlink()
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
+    saved = load_checkpoint(run('import', folder, out=tmp_path / 'out'), ['base'])
+    assert saved['tokenizer'] == tokenizer_text(bpe)
+
+
+def test_parameters_of_the_four_sizes():
+    """124M to 1.5B, as published; n_head divides the width."""
+    counts = {}
+    for name, (n_layer, n_head, n_embd, *_) in tools.hf.HUB.items():
+        with torch.device('meta'):
+            model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        counts[name] = sum(p.numel() for p in model.parameters())
+    assert counts == {'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_030_080,
+                      'gpt2-xl': 1_557_611_200}
+
+
+def test_sft_starts_from_an_imported_model(tiny_data, tmp_path):
+    """The data's tokenizer is compared by content, not by where it came from."""
+    exported = run('export', save_tiny_run(tmp_path / 'run', tiny_data), out=tmp_path / 'hf')
+    base = run('import', exported, out=tmp_path / 'base')
+    cfg = dict(data=str(tiny_data), init=str(base), steps=2, eval_every=2, save_every=2,
+               max_new_tokens=4, device='cpu')
+    assert train_sft.main(train_sft.Config(out=str(tmp_path / 'sft'), **cfg))['loss'] > 0
+    assert load_checkpoint(tmp_path / 'sft', ['sft'])['template'] == TEMPLATE
+    write_tiktoken(tiny_data / 'bytes.tiktoken', train_bpe(TEXTS, 300))
+    with pytest.raises(UserError, match=f'another tokenizer.*from {re.escape(str(exported))}'):
+        train_sft.main(train_sft.Config(out=str(tmp_path / 'other'), **cfg))
+
+
+# ----------------------------------------------------------------------------- tokenizer
+
+def test_tokenizer_files_mean_the_same_ids(tmp_path, bpe):
+    """By the merges, as GPT-2's encoder goes; and read back as the same tokenizer."""
+    tools.hf.write_tokenizer(tmp_path, bpe, 16, pad=False)
+    back = read_tokenizer(tmp_path)
+    assert fingerprint(tokenizer_text(back)) == fingerprint(tokenizer_text(bpe))
+    for text in TEXTS:
+        ids = bpe.encode_ordinary(text)
+        assert bpe_ids(tmp_path, bpe, text) == ids == back.encode_ordinary(text)
+        assert back.decode(ids) == text
+    assert sum(len(bpe.encode_ordinary(text)) for text in TEXTS) < 0.9 * sum(
+        len(text.encode()) for text in TEXTS)                           # there were merges to do
+
+
+def test_bytes_are_spelled_as_gpt2_spells_them():
+    """Spot checks of the map that every GPT-2 file uses, and that it can be turned back."""
+    assert tools.hf.spell(b' the\n\x00\x7f\xad') == 'ĠtheĊĀġŃ'
+    assert tools.hf.spell('é"~'.encode()) == 'Ã©"~'
+    everything = bytes(range(256))
+    assert tools.hf.unspell(tools.hf.spell(everything)) == everything
+    assert not any(character.isspace() for character in tools.hf.spell(everything))
+
+
+def test_halves_are_the_last_merge():
+    """abc by (ab)c although bc is a token too, because ab has the lower rank."""
+    ranks = {b'a': 0, b'b': 1, b'c': 2, b'ab': 3, b'bc': 4, b'abc': 5, b'cab': 6, b'cba': 7}
+    assert tools.hf.halves(b'abc', ranks) == [b'ab', b'c']
+    assert tools.hf.halves(b'cab', ranks) == [b'c', b'ab']
+    assert tools.hf.halves(b'ab', ranks) == [b'a', b'b']
+    with pytest.raises(UserError, match="no merges lead to b'cba', rank 7"):
+        tools.hf.halves(b'cba', ranks)
+
+
+def change_vocab(folder, change):
+    path = folder / 'vocab.json'
+    vocab = json.loads(path.read_text('utf-8'))
+    change(vocab)
+    path.write_text(json.dumps(vocab), 'utf-8')
+
+
+def change_merges(folder, change):
+    path = folder / 'merges.txt'
+    lines = path.read_text('utf-8').split('\n')
+    change(lines)
+    path.write_text('\n'.join(lines), 'utf-8')
+
+
+BAD_TOKENIZERS = {
+    'no EOS': (change_vocab, lambda v: v.pop('<|endoftext|>'), 'must have the last id, 300'),
+    'EOS first': (change_vocab, lambda v: v.update({'<|endoftext|>': 0, 'a': 300}), 'last id'),
+    'a pad after EOS': (change_vocab, lambda v: v.update({'<|pad|>': 301}), 'last id, 301'),
+    'a gap': (change_vocab, lambda v: v.update({'a': 999}), 'without a gap'),
+    'an id twice': (change_vocab, lambda v: v.update({'a': 1}), 'without a gap'),
+    'no integer': (change_vocab, lambda v: v.update({'a': 'b'}), 'without a gap'),
+    'true for an id': (change_vocab, lambda v: v.update({'!': None}), 'without a gap'),
+    'another alphabet': (change_vocab, lambda v: v.update({'\u4f60': v.pop('a')}), 'characters'),
+    'a byte is missing': (change_vocab, lambda v: v.update({'zzz': v.pop('Ā')}), 'all bytes'),
+    'not JSON': (lambda folder, _: (folder / 'vocab.json').write_text('{'), None, 'vocab.json'),
+    'merges in another order': (change_merges, lambda m: m.insert(1, m.pop(5)), 'order'),
+    'a merge is missing': (change_merges, lambda m: m.pop(5), 'its 43 merges'),
+    'a merge of no token': (change_merges, lambda m: m.insert(3, '! !'), 'merges.txt:4'),
+    'one part': (change_merges, lambda m: m.insert(3, 'ab'), 'merges.txt:4'),
+    'three parts': (change_merges, lambda m: m.insert(3, 'a b c'), 'merges.txt:4'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_TOKENIZERS)
+def test_a_tokenizer_that_tiktoken_would_read_otherwise_is_refused(name, folder, tmp_path):
+    where, change, told = BAD_TOKENIZERS[name]
+    where(folder, change)
+    refused(folder, tmp_path / 'out', 'vocab.json' if where is change_vocab else '', told)
+
+
+def test_a_second_way_to_a_token_is_no_error(folder, tmp_path):
+    """merges.txt may list several pairs for one token; the first line gives its rank."""
+    lines = (folder / 'merges.txt').read_text('utf-8').split('\n')
+    change_merges(folder, lambda lines: lines.insert(-1, lines[1]))
+    imported(folder, tmp_path / 'out')
+    assert lines[0] == '#version: 0.2'
+    change_merges(folder, lambda lines: lines.pop(0))       # nor is the version needed
+    imported(folder, tmp_path / 'again')
+
+
+# ----------------------------------------------------------------------------- out
+
+def save_run(folder, kind, name, model, tokenizer, **extra):
+    """A run folder with the model, as a stage leaves it."""
+    folder.mkdir()
+    Stage = train_rm if kind == 'rm' else train_sft
+    save_checkpoint(folder / 'ckpt.pt', kind, 1, Stage.Config(), tokenizer, TEMPLATE, {},
+                    {name: model}, {}, **extra)
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['base', 'sft', 'ppo', 'dpo'])
+def test_an_exported_policy_gives_numpy_our_logits(kind, tmp_path, bpe):
+    """Names with prefix, Conv1D's order, no lm_head beside the embedding it would repeat; and
+    import of it is the same policy, bit for bit. (I24)"""
+    policy = tiny_gpt(1, vocab_size=301)
+    folder = run('export', save_run(tmp_path / kind, kind, 'policy', policy, bpe),
+                 out=tmp_path / 'hf')
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'config.json', 'merges.txt', 'model.safetensors', 'tokenizer_config.json', 'vocab.json']
+    tensors = read_file(folder / 'model.safetensors')
+    assert set(tensors) == set(hf_tensors(vocab_size=301))
+    assert all(tensors[name].shape == tensor.shape
+               for name, tensor in hf_tensors(vocab_size=301).items())
+    tokens = [300, 4, 250, 31, 7]
+    with torch.no_grad():
+        logits = policy.logits(policy(torch.tensor([tokens])))[0]
+    assert np.abs(logits.numpy() - numpy_logits(tensors, 2, tokens)).max() < 1e-5
+    back = imported(folder, tmp_path / 'back')
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+
+
+def test_config_of_an_exported_policy(tmp_path, bpe):
+    """Whatever transformers would take for granted and is not so with us, and the shape."""
+    folder = run('export', save_run(tmp_path / 'sft', 'sft', 'policy', tiny_gpt(vocab_size=301),
+                                    bpe), out=tmp_path / 'hf')
+    config = json.loads((folder / 'config.json').read_text())
+    assert config == {
+        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'vocab_size': 301,
+        'n_positions': 32, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'bos_token_id': 300,
+        'eos_token_id': 300, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+        'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
+        'tie_word_embeddings': True, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
+    assert json.loads((folder / 'tokenizer_config.json').read_text()) == {
+        'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': 32, 'bos_token': '<|endoftext|>',
+        'eos_token': '<|endoftext|>', 'unk_token': '<|endoftext|>',
+        'clean_up_tokenization_spaces': False}
+
+
+def test_an_exported_reward_model_scores_as_ours(tmp_path, bpe):
+    """A ragged batch as transformers reads it: padded with V, scored at the last other id, which is
+    EOS. The spare row is zeros, and the shift stands in config.json."""
+    model = randomize(ScalarGPT(tiny_config(vocab_size=301)), 2)
+    folder = run('export', save_run(tmp_path / 'rm', 'rm', 'reward_model', model, bpe, shift=0.75),
+                 out=tmp_path / 'hf')
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architectures'] == ['GPT2ForSequenceClassification']
+    assert (config['vocab_size'], config['pad_token_id'], config['eos_token_id']) == (302, 301, 300)
+    assert (config['num_labels'], config['prefgpt_score_shift']) == (1, 0.75)
+    tensors = read_file(folder / 'model.safetensors')
+    assert tensors['score.weight'].shape == (1, 16)
+    assert tensors['transformer.wte.weight'].shape == (302, 16)
+    assert not tensors['transformer.wte.weight'][301].any()
+
+    rows = [([5, 6, 7], [8, 300]), ([9], [10, 11, 12, 13, 14, 300]), ([300], [300]), ([1, 2], [3])]
+    tokens, _, _, response_mask = make_batch(rows)
+    with torch.no_grad():
+        ours = last_scores(model, tokens, response_mask)
+    for score, (prompt, response) in zip(ours.tolist(), rows):
+        padded = prompt + response + [301] * (9 - len(prompt + response))
+        last = max(i for i, token in enumerate(padded) if token != config['pad_token_id'])
+        hidden = numpy_hidden(tensors, 2, padded)[last]
+        assert score == pytest.approx(float(hidden @ tensors['score.weight'][0]), abs=1e-5)
+
+    vocab = json.loads((folder / 'vocab.json').read_text('utf-8'))
+    assert (vocab['<|pad|>'], vocab['<|endoftext|>']) == (301, 300)
+    assert json.loads((folder / 'tokenizer_config.json').read_text())['pad_token'] == '<|pad|>'
+
+
+# ----------------------------------------------------------------------------- the hub
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """
+    A hub that is a folder: GPT-2's shape and vocabulary size, but 1 layer, 2 wide.
+
+    Its tokenizer has the 256 bytes and the first 50,000 pairs of bytes.
+    """
+    def merges():
+        pairs = (bytes([a, b]) for a in range(256) for b in range(256))
+        return [bytes([i]) for i in range(256)] + [pair for pair, _ in zip(pairs, range(50_000))]
+    tokens = merges()
+    text = ['#version: 0.2'] + [f'{tools.hf.spell(token[:1])} {tools.hf.spell(token[1:])}'
+                                for token in tokens[256:]]
+    vocab = {tools.hf.spell(token): i for i, token in enumerate(tokens)} | {'<|endoftext|>': 50256}
+    shape = dict(n_layer=1, n_head=1, n_embd=2, block_size=1024, vocab_size=50257)
+    tensors = {name: torch.from_numpy(tensor)
+               for name, tensor in hf_tensors(prefix='', **shape).items()}
+    for name in ('gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e',
+                 'gpt2-medium/resolve/main'):
+        (tmp_path / 'hub' / name).mkdir(parents=True)
+        write_safetensors(tmp_path / 'hub' / name / 'model.safetensors', tensors)
+    folder = tmp_path / 'hub' / 'gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e'
+    (folder / 'vocab.json').write_text(json.dumps(vocab), 'utf-8')
+    (folder / 'merges.txt').write_text('\n'.join(text), 'utf-8')
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    where = tools.hf.HUB['gpt2'][3]
+    monkeypatch.setattr(tools.hf, 'HUB_URL', (tmp_path / 'hub').as_uri())
+    monkeypatch.setattr(tools.hf, 'HUB', {
+        'gpt2': (1, 1, 2, where, sums['model.safetensors']),
+        'gpt2-medium': (1, 1, 2, 'gpt2-medium/resolve/main', '')})
+    monkeypatch.setattr(tools.hf, 'TOKENIZER', {name: sums[name]
+                                                for name in ('vocab.json', 'merges.txt')})
+    monkeypatch.chdir(tmp_path)         # where no folder is called gpt2
+    return folder
+
+
+def test_a_hub_name_is_downloaded_and_imported(hub, tmp_path, capsys):
+    """The weights of gpt2 are checked; of the others the sum is printed and said to be unchecked.
+    Only the run folder remains."""
+    policy = imported('gpt2', tmp_path / 'out' / 'base')
+    assert torch.equal(policy.wte.weight, read_safetensors(hub / 'model.safetensors')['wte.weight'])
+    assert 'not known' not in capsys.readouterr().out
+    imported('gpt2-medium', tmp_path / 'out' / 'medium')
+    assert ('gpt2-medium: the sha256 of its model.safetensors is not known to us, so it was not '
+            f"checked; it is {tools.hf.HUB['gpt2'][4]}") in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['base', 'medium']
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'vocab.json', 'merges.txt'])
+def test_a_download_with_another_sha256_is_refused(name, hub, tmp_path):
+    """One byte is enough, and what came before it goes too."""
+    data = bytearray((hub / name).read_bytes())
+    data[-1] ^= 1
+    (hub / name).write_bytes(data)
+    (tmp_path / 'out').mkdir()
+    refused('gpt2', tmp_path / 'out' / 'base', name, 'sha256')
+
+
+def test_the_hashes_are_those_of_the_hub():
+    """Pinned revision and sums, so that a slip of the keyboard shows."""
+    assert tools.hf.HUB['gpt2'][3:] == (
+        'gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e',
+        '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707')
+    assert tools.hf.HUB_URL == 'https://huggingface.co/openai-community'
+    assert set(map(len, tools.hf.TOKENIZER.values())) == {64}
+
+
+def test_an_interrupted_download_goes_on(hub, tmp_path, monkeypatch):
+    """What broke off is kept, beside --out; the next call finds it there, and then it is gone."""
+    download = tools.hf.download
+
+    def break_off(url, path, sha256='', instead=''):
+        path.with_name(path.name + '.part').write_bytes(b'half')
+        raise UserError('could not download')
+    monkeypatch.setattr(tools.hf, 'download', break_off)
+    with pytest.raises(UserError):
+        run('import', 'gpt2', out=tmp_path / 'out' / 'base')
+    assert [path.name for path in (tmp_path / 'out').rglob('*')] == ['base.download',
+                                                                     'vocab.json.part']
+    monkeypatch.setattr(tools.hf, 'download', download)
+    run('import', 'gpt2', out=tmp_path / 'out' / 'base')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['base']
+
+
+def test_an_export_touches_no_folder_of_downloads(random_run, tmp_path):
+    """A folder that happens to be called NAME.download is another's."""
+    (tmp_path / 'hf.download').mkdir()
+    run('export', random_run, out=tmp_path / 'hf')
+    assert (tmp_path / 'hf.download').is_dir()
+
+
+def test_a_folder_goes_before_a_hub_name(hub, folder, tmp_path):
+    folder.rename(tmp_path / 'gpt2')
+    assert imported('gpt2', tmp_path / 'out').config.vocab_size == 301
+
+
+# ----------------------------------------------------------------------------- the command
+
+def test_the_command_line():
+    cfg = parse_config(Config, ['import', 'gpt2', '--out=out/gpt2'])
+    assert (list(cfg.command), cfg.out) == (['import', 'gpt2'], 'out/gpt2')
+
+
+@pytest.mark.parametrize('command, out', [
+    ((), 'x'), (('import',), 'x'), (('export', 'a', 'b'), 'x'), (('imprt', 'a'), 'x'),
+    (('import', 'a'), '')])
+def test_a_wrong_command_is_told_in_one_line(command, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='say import WHERE --out=RUN, or export RUN --out=FOLDER'):
+        tools.hf.main(Config(command, out))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_there_is_overwritten(folder, random_run, tmp_path):
+    (tmp_path / 'out').mkdir()
+    for command in (('import', folder), ('export', random_run)):
+        with pytest.raises(UserError, match='out is there already'):
+            run(*command, out=tmp_path / 'out')
+    assert not list((tmp_path / 'out').iterdir())
+
+
+def test_what_is_no_model_is_told(tmp_path, random_run):
+    """A name that is neither a folder nor known, and a run of no kind that is exported."""
+    refused(tmp_path / 'nowhere', tmp_path / 'out', 'gpt2-xl', 'config.json')
+    with pytest.raises(UserError, match='no checkpoint there'):
+        run('export', tmp_path / 'nowhere', out=tmp_path / 'out')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(folder, random_run, tmp_path, monkeypatch):
+    """What fails half way: no --out, and no temporary folder."""
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(tools.hf, 'write_tokenizer', full)      # the weights are written by then
+    monkeypatch.setattr(torch, 'save', full)
+    for command in (('import', folder), ('export', random_run)):
+        with pytest.raises(OSError, match='No space'):
+            run(*command, out=tmp_path / 'out')
+        assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,101 @@
+"""
+What holds on average over a distribution, by adding up all of it instead of sampling.
+
+Five words, responses of one token: the expectation is a sum of five terms, exact to rounding.
+"""
+import pytest
+import torch
+
+from prefgpt import GPTConfig, make_batch, token_logprobs
+from train_ppo import policy_loss, token_rewards
+
+V, BETA = 5, 0.3
+
+
+class OneStep:
+    """A fake model with the same logits (V,) everywhere."""
+    config = GPTConfig(vocab_size=V)
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.scores = torch.randn(V, generator=generator, dtype=torch.double).requires_grad_()
+
+    def __call__(self, tokens):
+        return tokens[..., None]
+
+    def logits(self, hidden):
+        return self.scores.expand(len(hidden), V)
+
+
+def all_logprobs(model):
+    """Logprobs of the five responses there are, (5, 1), with the mask: after a prompt of one id."""
+    _, x, y, response_mask = make_batch([([0], [word]) for word in range(V)])
+    return token_logprobs(model, x, y, response_mask), response_mask
+
+
+def exact_kl(p, q):
+    """KL of two models, from their logits alone."""
+    p, q = p.scores.log_softmax(0), q.scores.log_softmax(0)
+    return (p.exp() * (p - q)).sum()
+
+
+def gradient(loss, model):
+    return torch.autograd.grad(loss, model.scores, retain_graph=True)[0]
+
+
+@pytest.fixture
+def both():
+    """Policy and reference, which differ, and the probabilities of the policy (5, 1), fixed."""
+    policy, ref = OneStep(0), OneStep(1)
+    return policy, ref, all_logprobs(policy)[0].exp().detach()
+
+
+def test_kl_estimators_by_enumeration(both):
+    """I18: over the policy's own samples the means of k1 = logprobs - ref_logprobs and of
+    k3 = r - 1 - log r, r = ref / policy, are KL(policy, ref). Catches the ratio upside down, whose
+    mean is no KL, and KL(ref, policy), which is another number."""
+    policy, ref, p = both
+    (logprobs, _), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
+    log_r = ref_logprobs - logprobs
+    k1, k3 = -log_r, log_r.exp() - 1 - log_r
+    kl = exact_kl(policy, ref).item()
+    assert (p * k1).sum().item() == pytest.approx(kl, abs=1e-12)
+    assert (p * k3).sum().item() == pytest.approx(kl, abs=1e-12)
+    assert (k3 >= 0).all() and (k1 < 0).any()
+    assert abs(exact_kl(ref, policy).item() - kl) > 1e-2
+
+
+def test_reward_is_the_score_less_beta_kl_on_average(both):
+    """I18: the mean reward is the mean score - beta KL(policy, ref). Catches the sign of the KL
+    term, and beta or the term left out."""
+    policy, ref, p = both
+    (logprobs, mask), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
+    scores = torch.tensor([2., -1., 0.5, 3., -2.], dtype=torch.double)
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, BETA)
+    expected = (p[:, 0] * scores).sum() - BETA * exact_kl(policy, ref)
+    assert (p * rewards).sum().item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_kl_in_the_reward_pulls_to_the_reference(both):
+    """I18: with no score, the mean gradient of PPO's loss is that of beta KL(policy, ref)."""
+    policy, ref, p = both
+    (logprobs, mask), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
+    old = logprobs.detach()
+    rewards = token_rewards(torch.zeros(V), old, ref_logprobs.detach(), mask, BETA)
+    loss, _ = policy_loss(logprobs, old, rewards, 0.2)
+    expected = gradient(BETA * exact_kl(policy, ref), policy)
+    torch.testing.assert_close(gradient((p * loss).sum(), policy), expected, rtol=0, atol=1e-12)
+    assert expected.abs().max() > 0.01
+
+
+def test_kl_estimators_are_no_losses(both):
+    """I18, why the KL stands in the reward: as a LOSS k1 has a mean gradient of 0, and k3 that of
+    KL(ref, policy), the other divergence."""
+    policy, ref, p = both
+    log_r = all_logprobs(ref)[0].detach() - all_logprobs(policy)[0]
+    k1, k3 = -log_r, log_r.exp() - 1 - log_r
+    slope = gradient((p * k1).sum(), policy)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-12)
+    slope, other = gradient((p * k3).sum(), policy), gradient(exact_kl(ref, policy), policy)
+    torch.testing.assert_close(slope, other, rtol=0, atol=1e-12)
+    assert (slope - gradient(exact_kl(policy, ref), policy)).abs().max() > 0.01

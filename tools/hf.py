@@ -1,0 +1,375 @@
+"""
+GPT-2 weights in, checkpoints out: the files that Hugging Face's transformers reads and writes.
+
+import makes a run folder of kind 'base', for train_sft.py --init. It reads config.json,
+model.safetensors or pytorch_model.bin, vocab.json and merges.txt (without these two it is gpt2's).
+export makes a GPT2LMHeadModel of a policy, a GPT2ForSequenceClassification of a reward model. That
+one reads its score at the last token that is not a pad, and EOS must not pass for a pad: so the
+embedding gets a spare row of zeros, id V of V + 1, for the pad alone. The score minus
+prefgpt_score_shift, a key of its config.json, is ours; EOS must be appended, as in training.
+Names are GPT-2's on both sides; its Conv1D keeps weights (in, out), nn.Linear (out, in).
+What it does not do: read weights in several files, write half precision, export the chat template
+or PPO's value model, or notice a flipped bit in a .safetensors file whose sha256 is not known.
+
+    python -m tools.hf import gpt2 --out=out/gpt2       # or gpt2-medium, -large, -xl, or a folder
+    python -m tools.hf export out/toy/dpo --out=out/toy/dpo-hf
+"""
+import base64, json, math, os, re, shutil, zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.download import download, sha256_of
+from prefgpt import (GPT, POLICIES, GPTConfig, UserError, build_tokenizer, load_checkpoint,
+                     load_tokenizer, read_text, refuse_constant, run_cli, save_checkpoint,
+                     unique_keys)
+
+
+@dataclass
+class Config:
+    command: tuple = ()             # import WHERE (a folder, or gpt2...gpt2-xl), or export RUN
+    out: str = ''                   # the folder to write; it must not be there yet
+
+
+@dataclass
+class Source:
+    """An imported checkpoint's run config: messages name a checkpoint by its data."""
+    data: str
+
+
+HUB_URL = 'https://huggingface.co/openai-community'
+# Layers, heads, channels, where the weights are, and their sha256 ('': not known to us)
+HUB = {'gpt2': (12, 12, 768, 'gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e',
+                '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
+       'gpt2-medium': (24, 16, 1024, 'gpt2-medium/resolve/main', ''),
+       'gpt2-large': (36, 20, 1280, 'gpt2-large/resolve/main', ''),
+       'gpt2-xl': (48, 25, 1600, 'gpt2-xl/resolve/main', '')}
+# One tokenizer for all sizes, so gpt2's is read, whose hashes are known
+TOKENIZER = {'vocab.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+             'merges.txt': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'}
+# What a config.json may choose and GPT does not; absent, transformers takes the same
+FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
+         'tie_word_embeddings': True}
+SHAPE = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
+         'n_head': 'n_head', 'n_embd': 'n_embd'}
+CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight')    # to be transposed
+# The causal mask, which old files hold; c_attn.bias is a weight
+BUFFER = re.compile(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias')
+DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+          'BOOL': torch.bool, 'U8': torch.uint8}        # the last two: of buffers alone
+LONGEST_HEADER = 100_000_000                            # bytes; the format's own limit
+EOS, PAD = '<|endoftext|>', '<|pad|>'
+
+
+# ----------------------------------------------------------------------------- safetensors
+
+def parse_json(path, text):
+    """The object that a JSON text is, str or bytes, or a UserError that names its file."""
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        if not isinstance(parsed, dict):
+            raise ValueError(f'an object was expected, not {type(parsed).__name__}')
+    except (ValueError, RecursionError) as error:       # also what is not UTF-8
+        raise UserError(f'{path}: {error}') from None
+    return parsed
+
+
+def header_entry(path, name, entry):
+    """What a header says of one tensor: where it begins and ends, its name, dtype and shape."""
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
+        if (not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or begin == end
+                or end - begin != math.prod(shape) * dtype.itemsize):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: {name!r} cannot be {str(entry)[:100]}: one of '
+                        f'{", ".join(DTYPES)}, and a shape that fills its bytes') from None
+    return begin, end, name, dtype, shape
+
+
+def read_safetensors(path):
+    """The tensors in a file by name; UserError unless they account for every byte of it."""
+    size, tensors, at = path.stat().st_size, {}, 0
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        room = size - 8 - length                        # for the numbers
+        if size < 8 or room < 0 or length > LONGEST_HEADER:
+            raise UserError(f'{path}: {size} bytes, of which {length} would be the header: cut '
+                            'off, or not a safetensors file')
+        header = parse_json(path, file.read(length))
+        header.pop('__metadata__', None)
+        for begin, end, name, dtype, shape in sorted(header_entry(path, name, entry)
+                                                     for name, entry in header.items()):
+            if begin != at or end > room:
+                raise UserError(f'{path}: {name!r} would fill the bytes from {begin} to {end} of '
+                                f'{room}, after a tensor that ends at {at}: cut off or damaged')
+            data = bytearray(end - begin)
+            file.readinto(data)
+            tensors[name], at = torch.frombuffer(data, dtype=dtype).reshape(shape), end
+    if at != room:
+        raise UserError(f'{path}: {room - at} bytes after the last tensor')
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """
+    Tensors by name as float32: the header's length in 8 bytes, the header in JSON, the numbers.
+
+    A transposed one is copied only when its turn has come.
+    """
+    header, at = {'__metadata__': {'format': 'pt'}}, 0
+    for name, tensor in tensors.items():
+        begin, at = at, at + 4 * tensor.numel()
+        header[name] = {'dtype': 'F32', 'shape': list(tensor.shape), 'data_offsets': [begin, at]}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)                     # the numbers begin at a multiple of 8
+    with open(path, 'wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for tensor in tensors.values():
+            file.write(tensor.float().contiguous().numpy().data)
+
+
+# ----------------------------------------------------------------------------- tokenizer
+
+# vocab.json and merges.txt spell a byte as one visible character: itself, or one from 256 on
+VISIBLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTES = ({chr(byte): byte for byte in VISIBLE}
+         | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)})
+CHARACTERS = {byte: character for character, byte in BYTES.items()}
+
+
+def spell(token):
+    """Bytes in GPT-2's characters. b' the' -> 'Ġthe'"""
+    return ''.join(CHARACTERS[byte] for byte in token)
+
+
+def unspell(text):
+    """GPT-2's characters as bytes; KeyError at any other. 'Ġthe' -> b' the'"""
+    return bytes(BYTES[character] for character in text)
+
+
+def halves(token, ranks):
+    """
+    The two tokens that BPE joins last on the way from single bytes to this one.
+
+    A .tiktoken file keeps no merges: of all that can be joined, the lowest rank comes first.
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
+        i = joined.index(min(joined))
+        if joined[i] >= ranks[token]:
+            raise UserError(f'tokenizer: no merges lead to {token!r}, rank {ranks[token]}')
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def write_tokenizer(folder, tokenizer, block_size, pad):
+    """vocab.json, merges.txt and tokenizer_config.json, as GPT2Tokenizer reads them."""
+    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.eot_token)}
+    vocab = {spell(token): i for token, i in ranks.items()} | {EOS: tokenizer.eot_token}
+    # The last key: decoding would else turn ' .' into '.'
+    config = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': block_size, 'bos_token': EOS,
+              'eos_token': EOS, 'unk_token': EOS, 'clean_up_tokenization_spaces': False}
+    if pad:
+        vocab[PAD], config['pad_token'] = len(vocab), PAD
+    merges = [' '.join(map(spell, halves(token, ranks))) for token in ranks if len(token) > 1]
+    for name, text in (('vocab.json', json.dumps(vocab)),
+                       ('merges.txt', '\n'.join(['#version: 0.2', *merges, ''])),
+                       ('tokenizer_config.json', json.dumps(config, indent=2) + '\n')):
+        (folder / name).write_bytes(text.encode())      # not write_text: '\n' on every system
+
+
+def read_tokenizer(folder):
+    """
+    The tiktoken.Encoding of vocab.json and merges.txt; GPT-2's own give gpt2, by its fingerprint.
+
+    tiktoken joins lower ids first. So the merges must stand in the order of the ids they make, and
+    an id must be a single byte, a merge, or EOS, the last.
+    """
+    path = folder / 'vocab.json'
+    vocab = parse_json(path, read_text(path))
+    if vocab.pop(EOS, None) != len(vocab):
+        raise UserError(f'{path}: {EOS} must have the last id, {len(vocab)} here')
+    try:
+        ranks = {unspell(token): i for token, i in vocab.items()}
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        tokenizer = build_tokenizer(''.join(f'{base64.b64encode(token).decode()} {ranks[token]}\n'
+                                            for token in tokens))
+    except (KeyError, TypeError, ValueError):           # a DataError is a ValueError
+        raise UserError(f"{path}: expected all bytes, tokens in GPT-2's characters, and the ids "
+                        '0, 1, 2, ... without a gap') from None
+    path, made = folder / 'merges.txt', {}              # a dict, for a set has no order
+    for number, line in enumerate(read_text(path).split('\n'), 1):
+        if not line or number == 1 and line.startswith('#version'):
+            continue
+        try:
+            left, right = map(unspell, line.split(' '))
+            made[left + right] = ranks[left], ranks[right], ranks[left + right]
+        except (KeyError, ValueError):
+            raise UserError(f'{path}:{number}: not two halves of a token: {line[:40]!r}') from None
+    if list(made) != [token for token in tokens if len(token) > 1]:
+        raise UserError(f'{path}: its {len(made)} merges must make the tokens of vocab.json that '
+                        'are longer than a byte, in the order of their ids')
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------- in
+
+def import_from_hub(name, downloads, out):
+    """Imports a GPT-2 by way of a folder of downloads. Its config.json is written here."""
+    n_layer, n_head, n_embd, where, sha256 = HUB[name]
+    shape = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    sources = [(f'{HUB["gpt2"][3]}/{file}', known) for file, known in TOKENIZER.items()]
+    downloads.mkdir(parents=True, exist_ok=True)
+    try:
+        for source, known in [*sources, (f'{where}/model.safetensors', sha256)]:
+            path = downloads / Path(source).name
+            download(f'{HUB_URL}/{source}', path, known,
+                     instead='without a network, import a folder that holds the files')
+            if not known:
+                print(f'{name}: the sha256 of its {path.name} is not known to us, so it was not '
+                      f'checked; it is {sha256_of(path)}')
+        (downloads / 'config.json').write_text(json.dumps(
+            {theirs: getattr(shape, ours) for ours, theirs in SHAPE.items()}))
+        return import_folder(name, downloads, out)
+    finally:
+        # A download that broke off goes on next time; whatever else went wrong, nothing stays
+        if not any(downloads.glob('*.part')):
+            shutil.rmtree(downloads)
+
+
+def read_config(path):
+    """The GPTConfig of a config.json, if it describes a GPT-2 as ours is one."""
+    config = parse_json(path, read_text(path))
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f'{path}: {key} is {config[key]!r}, and ours is always {value!r}')
+    shape = {ours: config.get(theirs) for ours, theirs in SHAPE.items()}
+    whole = all(type(n) is int and n > 0 for n in shape.values())
+    if not whole or shape['n_embd'] % shape['n_head']:
+        raise UserError(f'{path}: not the shape of a model: '
+                        + ', '.join(f'{key} {config.get(key)!r}' for key in SHAPE.values()))
+    return GPTConfig(**shape)
+
+
+def read_bin(path):
+    """The tensors in a pytorch_model.bin by name."""
+    try:
+        if zipfile.is_zipfile(path):                    # torch.load does not look at checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f'checksum of {damaged}')
+        tensors = torch.load(path, map_location='cpu', weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError('more than tensors in it')
+    except Exception as error:      # a damaged pickle raises whatever it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'{path}: damaged, or not weights alone ({reason})') from None
+    return tensors
+
+
+def to_gpt(path, tensors, config):
+    """A GPT of tensors under transformers' names; UserError unless they are its weights, all."""
+    with torch.device('meta'):
+        model = GPT(config)                             # names and shapes, no numbers yet
+    expected, weights = model.state_dict(), {}
+    for name in [name for name in tensors if not BUFFER.fullmatch(name)]:
+        tensor, ours = tensors.pop(name), name.removeprefix('transformer.')     # pop: frees it
+        if ours in weights:
+            raise UserError(f'{path}: {ours!r} is there twice, with and without transformer.')
+        if not tensor.is_floating_point():
+            raise UserError(f'{path}: {name!r} is {tensor.dtype}: weights are floating-point')
+        if CONV1D.search(name) and tensor.dim() == 2:
+            tensor = tensor.t()                         # (in, out) -> (out, in)
+        weights[ours] = tensor.float().contiguous()
+    head = weights.pop('lm_head.weight', None)
+    for problem, names in (('is missing', expected.keys() - weights.keys()),
+                           ('is no weight of a GPT-2', weights.keys() - expected.keys())):
+        if names:
+            raise UserError(f'{path}: {min(names)!r} {problem}')
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(f'{path}: {name!r} is {tuple(tensor.shape)}, and by config.json '
+                            f'{tuple(expected[name].shape)} (out, in)')
+    if head is not None and not torch.equal(head, weights['wte.weight']):
+        raise UserError(f"{path}: 'lm_head.weight' is not 'wte.weight', and ours is always tied")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def import_folder(where, folder, out):
+    """Writes a folder's model to out as a checkpoint of kind 'base'; returns what was read."""
+    path = folder / 'model.safetensors'
+    path = path if path.is_file() else folder / 'pytorch_model.bin'
+    if not path.is_file() or not (folder / 'config.json').is_file():
+        raise UserError(f'{where}: expected one of {", ".join(HUB)}, or a folder with config.json '
+                        'and model.safetensors or pytorch_model.bin, in one file')
+    config = read_config(folder / 'config.json')
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
+    tokenizer = read_tokenizer(folder) if has_tokenizer else load_tokenizer('gpt2')
+    if tokenizer.n_vocab != config.vocab_size:
+        raise UserError(f'{where}: its tokenizer has {tokenizer.n_vocab} ids, and its config.json '
+                        f'a vocab_size of {config.vocab_size}')
+    read = read_safetensors if path.suffix == '.safetensors' else read_bin
+    model = to_gpt(path, read(path), config)
+    # The template '{}': a model that has only read goes on with what is typed
+    save_checkpoint(out / 'ckpt.pt', 'base', 0, Source(where), tokenizer, '{}', {},
+                    {'policy': model}, {})
+    return f'a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters'
+
+
+# ----------------------------------------------------------------------------- out
+
+def export(run, out):
+    """Writes a run's policy or reward model to out; returns the class that reads it."""
+    saved = load_checkpoint(run, (*POLICIES, 'rm'))
+    is_reward, shape = saved['kind'] == 'rm', saved['model']
+    tokenizer = build_tokenizer(saved['tokenizer'])
+    config = {'architectures': ['GPT2LMHeadModel'], **FIXED,
+              **{theirs: shape[ours] for ours, theirs in SHAPE.items()},
+              'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0,
+              'bos_token_id': tokenizer.eot_token, 'eos_token_id': tokenizer.eot_token}
+    tensors = {}
+    for name, tensor in saved['weights']['reward_model' if is_reward else 'policy'].items():
+        name = name if name == 'score.weight' else 'transformer.' + name.removeprefix('body.')
+        tensors[name] = tensor.t() if CONV1D.search(name) else tensor
+    if is_reward:
+        wte = tensors['transformer.wte.weight']
+        tensors['transformer.wte.weight'] = torch.cat([wte, torch.zeros_like(wte[:1])])  # (V+1, C)
+        config |= {'architectures': ['GPT2ForSequenceClassification'], 'num_labels': 1,
+                   'vocab_size': len(wte) + 1, 'pad_token_id': len(wte),
+                   'prefgpt_score_shift': saved['shift']}
+    write_safetensors(out / 'model.safetensors', tensors)
+    write_tokenizer(out, tokenizer, shape['block_size'], pad=is_reward)
+    (out / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    return f"transformers' {config['architectures'][0]} reads it"
+
+
+def main(cfg):
+    """Imports or exports; --out takes its name when it is whole."""
+    if len(cfg.command) != 2 or cfg.command[0] not in ('import', 'export') or not cfg.out:
+        raise UserError('say import WHERE --out=RUN, or export RUN --out=FOLDER')
+    (verb, where), out = cfg.command, Path(cfg.out)
+    if out.exists():
+        raise UserError(f'{out} is there already: name another --out')
+    temporary = out.with_name(f'{out.name}.{os.getpid()}.tmp')
+    temporary.mkdir(parents=True)
+    try:
+        if verb == 'export':
+            done = export(where, temporary)
+        elif where in HUB and not Path(where).exists():
+            done = import_from_hub(where, out.with_name(f'{out.name}.download'), temporary)
+        else:
+            done = import_folder(where, Path(where), temporary)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'{out}: {done}')
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)
