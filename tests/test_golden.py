@@ -1,14 +1,18 @@
 """
 The golden trace of tests/golden: that it is what the code computes today, that its README says
-all of it and no more, and that none of its cases is empty.
+all of it and no more, that a numpy port written from that README agrees with it and cannot make
+the usual slips unnoticed, and that none of its cases is empty.
 """
+import ast
 import re
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from golden import make
+from golden import make, port
 
 GOLDEN = make.HERE
 FILES = ['model', 'batch', 'sample', 'sft', 'rm', 'dpo', 'ppo']
@@ -104,6 +108,60 @@ def test_the_readme_has_the_constants():
     assert said == make.CONSTANTS
 
 
+# ----------------------------------------------------------------------------- the numpy port
+
+def differing(results):
+    """The names in port.compare's (name, difference, tolerance) that differ; a NaN does."""
+    return [name for name, difference, tolerance in results if not difference <= tolerance]
+
+
+def test_the_port_agrees(stored):
+    """The port, in float32, recomputes every array but the given ones, which the README marks."""
+    given = {file: {name.strip('`') for name, *_, what in readme_tables()[f'{file}.npz']
+                    if '*given*' in what} for file in FILES}
+    inputs = {file: set(port.INPUTS.get(f'{file}.npz', ())) for file in FILES}
+    assert inputs == given and len(given['sample']) == 5
+    results = port.compare(GOLDEN)
+    assert [name for name, *_ in results] == [
+        f'{file}.npz/{name}' for file in FILES[1:] for name in stored[file]
+        if name not in given[file]]
+    assert not differing(results)
+    assert max(tolerance for _, _, tolerance in results) < 1e-3
+
+
+def test_the_port_is_numpy_alone():
+    """It imports numpy and the standard library: nothing of ours that it could agree with."""
+    imported = set()
+    for node in ast.walk(ast.parse((GOLDEN / 'port.py').read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split('.')[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add('.' * node.level + (node.module or '').split('.')[0])
+    assert 'numpy' in imported and imported <= {'numpy', *sys.stdlib_module_names}, imported
+
+
+@pytest.mark.parametrize('right, wrong, first', [
+    ('(u * F[:, -1])[:, None]', 'u[:, None]', 'sample.npz/draws'),
+    ('F <= (u', 'F < (u', 'sample.npz/draws'),
+    ('(-1, keepdims=True) + 1e-5)', '(-1, keepdims=True)) + 1e-5', 'batch.npz/h0.ln_1'),
+    ('(root + 1e-5)', '(root + 1e-8)', 'sft.npz/first.after.wte.weight'),
+    ('if EOS not in response:', 'if EOS not in response[1:]:', 'sample.npz/tokens'),
+    ('plain * (plain >= clipped)', 'plain * (plain > clipped)',
+     'ppo.npz/first.policy.grads.wte.weight'),
+    ('np.sqrt(var + 1e-8)', '(np.sqrt(var) + 1e-8)', 'ppo.npz/flat_white'),
+    ('(inside | (plain >= clipped))', '(plain >= clipped)', 'ppo.npz/near.slopes'),
+    ('(inside | (plain >= clipped))', 'inside', 'ppo.npz/near.slopes'),
+    ('np.where(past, w, ', 'np.where(True, w, ', 'batch.npz/h0.heads'),
+    ('return z / root, root', 'return z * np.float32(np.nan), root', 'batch.npz/h0.ln_1')])
+def test_a_slip_in_the_port_is_noticed(right, wrong, first):
+    """A slip of a port's author each, and a NaN: the first array to differ is where it was made."""
+    source, slipped = (GOLDEN / 'port.py').read_text(), ModuleType('slipped')
+    assert source.count(right) == 1
+    exec(source.replace(right, wrong), slipped.__dict__)
+    with np.errstate(invalid='ignore'):
+        assert differing(slipped.compare(GOLDEN))[0] == first
+
+
 # ----------------------------------------------------------------------------- is anything in it?
 
 def test_the_files_are_small(stored):
@@ -134,7 +192,9 @@ def test_the_batch_is_ragged(stored):
 
 def test_every_branch_of_ppo_is_taken(stored):
     """Scores that the no-EOS rule changes and leaves; ratios 1, then clipped on either side with
-    their advantage pulling there, and within; values clipped and not; clipped gradients and not."""
+    their advantage pulling there, and within; values clipped and not; clipped gradients and not.
+    Values that rounding alone moves within the clip range; a variance of the whitening eps's size.
+    """
     ppo, mask = stored['ppo'], stored['batch']['response_mask']
     raw, scores, ended = ppo['raw_scores'], ppo['scores'], ppo['ended']
     assert (scores[~ended] == np.minimum(raw[~ended], -1)).all() and (scores == raw)[ended].all()
@@ -147,6 +207,13 @@ def test_every_branch_of_ppo_is_taken(stored):
     assert ((abs(ratio - 1) < 0.2) & (abs(ratio - 1) > 0.01) & inside).any()
     clipped = ppo['second.vf_losses'] > ppo['second.vf_losses_unclipped'] + 1e-3
     assert clipped.any() and not clipped[inside].all()
+    near = [ppo[f'near.{name}'] for name in ('values', 'old_values', 'returns', 'slopes')]
+    values, old, returns, slopes = near                     # exact numbers: so is their rounding
+    c = old + np.clip(values - old, np.float32(-0.2), np.float32(0.2))
+    farther, outside = (c - returns) ** 2 > (values - returns) ** 2, abs(values - old) > 0.21
+    assert farther[:6].all() and not outside[:6].any() and outside[6:].all()
+    np.testing.assert_allclose(slopes, (values - returns) * ~(farther & outside), rtol=1e-6)
+    assert (slopes == 0).sum() == 2 and 0.5 < 1e8 * (1e-4 * ppo['advantages'][mask]).var() < 2
     norms = [float(z) for arrays in stored.values() for name, z in arrays.items()
              if name.endswith('norm')]
     assert min(norms) < make.K.grad_clip < max(norms)
@@ -168,6 +235,9 @@ def test_no_number_is_nothing(stored):
                     weight = name.split('after.')[1]
                     assert not np.array_equal(z, stored['model'][f'{model}.{weight}']), name
     sample = stored['sample']
+    assert (sample['draw_u'][12:] == np.nextafter(np.float32(1), np.float32(0))).all()
+    for name in ('draws', 'draws_t07'):
+        assert sample[name][[0, 1, 2, 12, 13]].tolist() == [2, 16, 9, 16, 11]
     assert not np.array_equal(sample['draws'], sample['draws_t07'])
     assert len({sample[f'tokens{end}'].tobytes() for end in ('', '_t07', '_t0')}) == 3
     ends = sample['response_mask'].sum(1)

@@ -51,6 +51,12 @@ ROWS = ([(prompt, chosen) for prompt, chosen, _ in PAIRS]
         + [(prompt, rejected) for prompt, _, rejected in PAIRS])
 MINIBATCHES = torch.tensor([[0, 3, 5, 6], [7, 1, 4, 2]])    # rows of PPO's two optimizer steps
 STEPS = 'first.', 'second.'
+# (value, old value, return) beside the clip of the value loss. Within the clip range, the first
+# six, old + (value - old) is not value in float32, and is farther from the return: a slope written
+# by hand must not become 0 there. Of the rest the clipped side is the larger in every other one.
+NEAR = [(-0.02, -0.15, -0.5), (0.02, -0.15, 0.5), (0.07, -0.06, 0.2), (-0.1, 0.05, 0.3),
+        (-0.02, 0.08, -0.1), (0.03, 0.13, 0.0),
+        (0.5, 0.1, -0.5), (0.5, 0.1, 1.0), (-0.8, -0.3, 0.2), (-0.7, -0.3, -1.2)]
 PROMPTS = [[3, 7, 1], [16], [2, 16, 13, 6, 10], [12, 0], [8, 8], [1, 2, 3, 4]]     # to sample from
 
 
@@ -143,6 +149,10 @@ def sample_arrays(models):
     logits[0, :2], u[0] = -1e4, 0.0         # the first words are impossible: u = 0 draws the third
     logits[1, -1], u[1] = 2.0, 0.9999       # the last one
     u[2], logits[2] = 0.55, 0.0             # all 17 alike: floor(17 u) = 9
+    # The largest u there is, of 12 words alike: in float32 their twelfths can add up to less than u
+    logits = torch.cat([logits, torch.zeros(2, 17)])
+    u = torch.cat([u, torch.full((2,), 1 - 2**-24)])
+    logits[12, :5] = logits[13, 12:] = -1e4     # the last possible word is the last, is the 12th
     # rand is asked for the numbers that generate will draw: they are a part of the trace
     seed = torch.Generator().manual_seed(32)
     generate_u = torch.rand(len(PROMPTS), K.max_new_tokens, generator=seed)
@@ -234,14 +244,26 @@ def rollout_arrays(models):
     return {**out, 'kl': batch['logprobs'] - batch['ref_logprobs'], 'rewards': rewards,
             'advantages': advantages, 'returns': returns,
             'advantages_white': whiten(advantages, mask),
+            'flat_white': whiten(1e-4 * advantages, mask),      # its variance is of the eps's size
             **{f'logged.{name}': torch.tensor(number)
                for name, number in rollout_metrics(batch).items()}}
+
+
+def near_arrays(dtype):
+    """Values beside the clip range of the value loss, and the loss's slope in them."""
+    near = [torch.tensor(z) for z in zip(*NEAR)]                # float32: these very numbers
+    values, *targets = [z.to(dtype) for z in near]
+    values.requires_grad_()
+    slopes, = torch.autograd.grad(value_loss(values, *targets, K.vf_clip).sum(), values)
+    return {f'near.{name}': z for name, z in zip(('values', 'old_values', 'returns', 'slopes'),
+                                                 (*near, slopes))}
 
 
 def ppo_arrays(models):
     """The rollout, then an optimizer step on each of two minibatches, then the reference's step."""
     _, x, y, mask = make_batch(ROWS)
     out = rollout_arrays(models)
+    out.update(near_arrays(out['values'].dtype))
     policy, value_model = copy.deepcopy(models['policy']), copy.deepcopy(models['value_model'])
     optimizers = adamw(policy, K.weight_decay), adamw(value_model, K.weight_decay)
     for prefix, rows in zip(STEPS, MINIBATCHES):
