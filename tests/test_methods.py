@@ -566,7 +566,7 @@ def test_first_gradient_against_autograd_over_loops(stage, sft_run, shared_data,
         key, model = 'policy', policy
     elif name == 'dpo':                     # at the start policy and reference are equal
         h = [loop_logprob(policy, p, c) - loop_logprob(policy, p, r) for p, c, r in batch]
-        loss = -sum(F.logsigmoid(0.1 * (z - z.detach())) for z in h) / 40
+        loss = -sum(F.logsigmoid(train_dpo.Config.beta * (z - z.detach())) for z in h) / 40
         key, model = 'policy', policy
     else:
         key, model = 'reward_model', ScalarGPT(policy.config)
