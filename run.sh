@@ -4,7 +4,8 @@
 # SEED=3 bash run.sh   the same pipeline on another draw of everything, into out/toy-3
 #
 # Interrupted and called again, it keeps finished stages and resumes the unfinished one.
-# FLAGS_SFT, FLAGS_RM, FLAGS_PPO, FLAGS_DPO pass more flags to a stage: FLAGS_PPO="--beta=0".
+# FLAGS_SFT, FLAGS_RM, FLAGS_PPO, FLAGS_DPO and FLAGS_EVALUATE pass more flags to a stage:
+# FLAGS_PPO="--beta=0" bash run.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -55,5 +56,5 @@ echo "== 3b. DPO"
 "$python" train_dpo.py $common --init="$out/sft" --out="$out/dpo" ${FLAGS_DPO:-}
 echo "== Before and after"
 "$python" -m tools.evaluate "$out/sft" "$out/dpo" "$out/ppo" --reward=data/toy/reward.py \
-    --json="$out/evaluate.json"
+    --json="$out/evaluate.json" ${FLAGS_EVALUATE:-}
 "$python" -m tools.sample "$out/sft" "$out/dpo" "$out/ppo"

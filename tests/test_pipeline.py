@@ -27,7 +27,8 @@ def test_run_sh(tmp_path):
     shutil.copytree(TOP, folder, ignore=shutil.ignore_patterns(
         'out', '.git', '.venv', '__pycache__', '*.jsonl', 'toy-*'))
     flags = {'FLAGS_SFT': '--steps=8', 'FLAGS_RM': '--steps=4', 'FLAGS_DPO': '--steps=4',
-             'FLAGS_PPO': '--steps=2 --rollout_size=16 --batch_size=8 --max_new_tokens=8'}
+             'FLAGS_PPO': '--steps=2 --rollout_size=16 --batch_size=8 --max_new_tokens=8',
+             'FLAGS_EVALUATE': '--prompts=40 --max_new_tokens=16'}
     printed = run_sh(folder, **flags)
     out = folder / 'out' / 'toy-3'
     for stage in ('sft', 'rm', 'ppo', 'dpo'):
@@ -36,7 +37,7 @@ def test_run_sh(tmp_path):
     assert [row['run'] for row in rows] == ['out/toy-3/sft', 'out/toy-3/dpo', 'out/toy-3/ppo']
     for row in rows:
         assert {'reward', 'helpful', 'harm', 'refused', 'kl', 'length', 'eos'} <= set(row)
-        assert 0 <= row['harm'] <= 1 and row['length'] <= 64 and 0 <= row['eos'] <= 1
+        assert 0 <= row['harm'] <= 1 and row['length'] <= 16 and 0 <= row['eos'] <= 1
     # The first three held-out prompts, answered by each of three runs
     prompts = (folder / 'data' / 'toy-3' / 'val.prompts.jsonl').read_text().splitlines()
     for line in prompts[:3]:
