@@ -429,11 +429,15 @@ def normalize(row, kind, template):
             raise ValueError(f'{key!r} must be 0 or 1, and is_response_0_safe and '
                              'is_response_1_safe true or false')
         better = int(row[key])
-        row['chosen'] = string_of(row, f'response_{better}')
-        row['rejected'] = string_of(row, f'response_{1 - better}')
+        for side, i in (('chosen', better), ('rejected', 1 - better)):
+            row[side] = string_of(row, f'response_{i}')
+            row[f'{side}_cut'] = row.pop(f'response_{i}_cut', False)
     elif 'prompt' not in row and 'chosen' in row and 'rejected' in row:     # HH's transcripts
         row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
             string_of(row, 'chosen'), string_of(row, 'rejected'))
+    for key in ('response', 'completion', 'chosen', 'rejected'):
+        if row.get(f'{key}_cut') and key not in row:        # its response would get an EOS after all
+            raise ValueError(f"'{key}_cut' marks a {key!r} that is not there")
     for other in ('completion', 'chosen'):
         if kind == 'sft' and other in row and 'response' not in row:
             row['response'], row['response_cut'] = row[other], row.get(f'{other}_cut', False)
@@ -766,12 +770,25 @@ def check_inputs(cfg, saved, *lists):
 
 
 def load_judge(path):
-    """score(prompt, response) -> dict of numbers, from a reward.py."""
+    """
+    score(prompt, response) -> dict of finite numbers, 'reward' among them, from a reward.py.
+
+    Raises DataError if the file has no such function, or as soon as it says something else.
+    """
     read_text(path)                             # a clear error if it is not there
     spec = importlib.util.spec_from_file_location('judge', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.score
+    if not callable(getattr(module, 'score', None)):
+        raise DataError(f'{path}: there is no score(prompt, response) in it')
+
+    def judge(prompt, response):
+        numbers = module.score(prompt, response)
+        if 'reward' not in numbers or not all(map(math.isfinite, numbers.values())):
+            raise DataError(f"{path}: score({prompt!r}, {response!r}) is {numbers}, not finite "
+                            "numbers with a 'reward'")
+        return numbers
+    return judge
 
 
 # ----------------------------------------------------------------------------- runs
@@ -853,7 +870,8 @@ def peak_memory():
 
 
 # What may change when a run is resumed: nothing here moves a result but by rounding
-MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'save_every')
+MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'save_every',
+              'judge')
 
 
 def open_run(cfg, kind):
@@ -887,7 +905,7 @@ def set_up(cfg):
         if getattr(cfg, name, 1) < 1:
             raise UserError(f'--{name}={getattr(cfg, name)}: must be at least 1')
     for name in ('micro_batch_size', 'temperature'):
-        if getattr(cfg, name, 0) < 0:
+        if not getattr(cfg, name, 0) >= 0:                  # nan is neither below nor above
             raise UserError(f'--{name}={getattr(cfg, name)}: must not be below 0')
     if getattr(cfg, 'grad_clip', 1) <= 0:
         raise UserError(f'--grad_clip={cfg.grad_clip}: must be above 0; a large one never clips')

@@ -157,7 +157,7 @@ def load_scorer(reward, saved_policy, device, size=0):
 
     saved = load_checkpoint(reward, ['rm'])
     if saved['fingerprint'] != saved_policy['fingerprint']:
-        raise UserError(f"{reward} reads another tokenizer than {saved_policy['config']['out']}")
+        raise UserError(f'{reward} reads another tokenizer than the policy')
     model = load_model(ScalarGPT, saved, 'reward_model', device).requires_grad_(False)
 
     def score(tokens, response_mask, prompts, responses):
@@ -204,7 +204,7 @@ def rollout_metrics(batch):
             'length': (response_tokens / B).item(), 'eos': batch['ended'].float().mean().item()}
 
 
-def evaluate(policy, start_policy, value_model, score, prompts, tokenizer, cfg):
+def evaluate(policy, start_policy, value_model, score, judge, prompts, tokenizer, cfg):
     """
     The same numbers on held-out prompts; kl_sft is to the policy that PPO started from. With a
     judge also gold, its mean reward: what the score is a stand-in for, and training never sees.
@@ -213,8 +213,7 @@ def evaluate(policy, start_policy, value_model, score, prompts, tokenizer, cfg):
                     rng(cfg.seed, 0, 'eval'))
     metrics = {'kl_sft' if name == 'kl' else name: number
                for name, number in rollout_metrics(batch).items()}
-    if cfg.judge:
-        judge = load_judge(cfg.judge)
+    if judge:
         texts, _ = decode_responses(batch['tokens'], batch['response_mask'], tokenizer)
         golds = [judge(tokenizer.decode(p), text)['reward'] for p, text in zip(prompts, texts)]
         metrics = {'score': metrics['score'], 'gold': sum(golds) / len(golds), **metrics}
@@ -250,6 +249,9 @@ def main(cfg):
     train = [row[0] for row in encode_rows(train, 'prompts', tokenizer, *limits, name='train')]
     val = [row[0] for row in encode_rows(val[:128], 'prompts', tokenizer, *limits, name='val')]
     inputs = check_inputs(cfg, saved, train, val, [init['metrics'], source['metrics']])
+    judge = load_judge(cfg.judge) if cfg.judge else None
+    if judge:
+        judge(tokenizer.decode(val[0]), '')     # what is wrong with it shows before the first step
     policy_optimizer = adamw(policy, cfg.weight_decay)
     value_optimizer = adamw(value_model, cfg.weight_decay)
     if cfg.compile:
@@ -331,7 +333,8 @@ def main(cfg):
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if saving or (step + 1) % cfg.eval_every == 0:
             with autocast:
-                metrics = evaluate(policy, start_policy, value_model, score, val, tokenizer, cfg)
+                metrics = evaluate(policy, start_policy, value_model, score, judge, val, tokenizer,
+                                   cfg)
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
             log.eval(step + 1, metrics, samples)
         if saving:

@@ -58,11 +58,15 @@ def fetch(url, part, etag, trusted):
     with ask(url, held if version or trusted else 0, version) as answer:
         # 206: the rest comes. 200, or a file:// without a status: the whole comes, from its start
         held = held if answer.status == 206 else 0
+        if held and version and answer.headers.get('ETag', version) != version:
+            part.unlink()
+            raise OSError('the file there has changed since; the part was deleted')
         if held and not answer.headers.get('Content-Range', '').startswith(f'bytes {held}-'):
             part.unlink()
             raise OSError(f'the server answered bytes {held}- with others; the part was deleted')
         size = held + int(answer.headers.get('Content-Length') or -held)    # 0: not said
         if not held:
+            part.unlink(missing_ok=True)        # before its version goes: they must never be mixed
             version = answer.headers.get('ETag') or ''
             # A weak one ("about the same file") does not vouch for bytes
             etag.write_text('' if version.startswith('W/') else version, encoding='utf-8')

@@ -14,6 +14,7 @@ What it does not do: choose settings. They were chosen on seeds 0 to 4 and on tr
     PPO's reward is SFT's + 1.0 at least: 5 of 5 seeds
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ import train_ppo
 import train_rm
 import train_sft
 from data.toy import prepare
-from prefgpt import run_cli
+from prefgpt import UserError, run_cli
 from studies.table import append_rows, read_rows, show_means
 from tools import evaluate
 
@@ -34,7 +35,7 @@ class Config:
     quick: bool = False             # a few steps of every stage, into a table of its own
 
 
-# What the README promises, of the runs of one seed: name -> whether it holds. t1 and greedy hold
+# What the recipe promises, of the runs of one seed: name -> whether it holds. t1 and greedy hold
 # the rows sft, dpo and ppo of the two tables.
 CHECKS = {
     "PPO's reward is SFT's + 1.0 at least":
@@ -102,8 +103,12 @@ def check(rows):
 
 def main(cfg):
     """Runs the seeds that the table lacks, prints means and promises, and returns what failed."""
-    path = cfg.csv.replace('.csv', '-quick.csv') if cfg.quick else cfg.csv
-    seeds = [int(seed) for seed in cfg.seeds.replace(',', ' ').split()]
+    path = Path(cfg.csv)
+    path = path.with_stem(path.stem + '-quick') if cfg.quick else path
+    words = cfg.seeds.replace(',', ' ').split()
+    if not words or not all(word.isdigit() for word in words):
+        raise UserError(f'--seeds={cfg.seeds!r}: whole numbers with spaces between them')
+    seeds = [int(word) for word in words]
     for seed in seeds:
         if all(row['seed'] != seed for row in read_rows(path)):
             append_rows(path, run_seed(seed, cfg.quick))

@@ -125,6 +125,34 @@ def test_a_file_that_has_changed_starts_over(server, tmp_path, sha256):
     assert (tmp_path / 'file').read_bytes() == BODY[::-1]
 
 
+def test_a_server_that_ignores_if_range_is_caught_by_its_version(server, tmp_path, monkeypatch):
+    """A 206 of another version is not glued to the old part: the part goes, the next call is whole.
+    Catches trusting that whoever knows Range knows If-Range."""
+    interrupted(server, tmp_path / 'file')
+    real = module.ask
+    monkeypatch.setattr(module, 'ask', lambda url, held, version: real(url, held, ''))
+    server.body, server.etag = BODY[::-1], '"two"'
+    with pytest.raises(DataError, match='has changed since'):
+        download(server.url, tmp_path / 'file')
+    download(server.url, tmp_path / 'file')
+    assert (tmp_path / 'file').read_bytes() == BODY[::-1]
+
+
+def test_a_new_version_is_noted_only_when_the_old_part_is_gone(server, tmp_path, monkeypatch):
+    """Interrupted while it notes the new version, a download must not go on from the old bytes."""
+    interrupted(server, tmp_path / 'file')
+    server.body, server.etag = BODY[::-1], '"two"'
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'copy', stop)
+        with pytest.raises(KeyboardInterrupt):
+            download(server.url, tmp_path / 'file')
+    download(server.url, tmp_path / 'file')
+    assert (tmp_path / 'file').read_bytes() == BODY[::-1]
+
+
 @pytest.mark.parametrize('etag', ['', 'W/"one"'])
 def test_without_a_version_only_a_sha256_allows_to_go_on(server, tmp_path, etag):
     """Catches bytes joined on trust: nothing would say that they are of one file."""

@@ -505,6 +505,21 @@ def test_the_kl_of_best_of_n_is_a_bound():
 
 # ----------------------------------------------------------------------------- errors
 
+def test_a_judges_number_may_not_hide_a_column_of_the_table(runs, tiny_data):
+    """A judge that says 'length' would be overwritten without a word, or overwrite."""
+    (tiny_data / 'reward.py').write_text(
+        "def score(prompt, response):\n    return {'reward': 1.0, 'length': 99.0}\n")
+    with pytest.raises(UserError, match='the judge says length'):
+        evaluate(runs)
+
+
+def test_the_folder_of_the_json_is_made_before_the_work(runs, tmp_path):
+    """A missing folder is not found out when both tables have been computed."""
+    path = tmp_path / 'new' / 'evaluate.json'
+    tables = evaluate(runs, json=str(path))
+    assert json.loads(path.read_text()) == tables
+
+
 def test_runs_with_different_tokenizers_are_refused(runs, tiny_data, tmp_path):
     """The same ids mean other words in the second run: it is named, and nothing is compared."""
     lines = (tiny_data / 'bytes.tiktoken').read_text().splitlines(True)

@@ -17,7 +17,7 @@ from conftest import EOS, save_tiny_run, write_jsonl
 
 import train_dpo
 from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, load_rows,
-                     parse_config, rng)
+                     make_batch, parse_config, rng)
 from tools import sample
 from tools.sample import Config, make_pair
 
@@ -296,6 +296,23 @@ def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def test_empty_responses_are_not_written(run, judge, monkeypatch, tmp_path):
+    """EOS at once is a sample and has a score, but train_sft.py could not read such a row: it is
+    left out and counted, and the other rows stay."""
+    texts = iter([b'', b'aa', b'', b'!'])
+
+    def generate_text(policy, prompts, *arguments):
+        answers = [[*next(texts), EOS] for _ in prompts]
+        tokens, _, _, mask = make_batch([(list(p), answer) for p, answer in zip(prompts, answers)])
+        return tokens, mask
+    monkeypatch.setattr(sample, 'generate', generate_text)
+    out = tmp_path / 'samples.jsonl'
+    summary = main(run, split='val', prompts=2, n=2, temperature=1.0, reward=judge, out=str(out))
+    assert [row['response'] for row in read_rows(out)] == ['aa', '!']
+    assert summary['rows'] == 2 and summary['dropped'] == {'empty response': 2}
+    assert len(load_rows(out, 'sft')) == 2
+
+
 def samples_by_hand(run, prompts, n, max_new_tokens, seed=0):
     """(prompt, ids of the response) of n samples of each prompt, from one call of generate."""
     policy = load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
@@ -477,7 +494,7 @@ def test_pairs_are_made_of_the_very_samples(run, judge, tmp_path, capsys):
 def test_no_pair_left_is_an_error(run, tmp_path):
     """A judge that likes all alike: an empty file would fail only in the training after it."""
     (tmp_path / 'same.py').write_text("def score(prompt, response):\n    return {'reward': 1.0}\n")
-    with pytest.raises(UserError, match='no pair of 18 prompts.*18 dropped: best and worst alike'):
+    with pytest.raises(UserError, match='nothing of 18 prompts.*18 dropped: best and worst alike'):
         main(run, reward=str(tmp_path / 'same.py'), out=str(tmp_path / 'pairs.jsonl'), pairs=True,
              n=3, temperature=1.0)
     assert os.listdir(tmp_path) == ['same.py']

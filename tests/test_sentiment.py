@@ -246,6 +246,10 @@ def test_download_that_is_no_whole_zip_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(DataError, match='not a whole zip.*--from=FOLDER'):
             prepare.fetch_zip(target)
         assert sorted(path.name for path in tmp_path.iterdir()) == ['source', 'there.zip']
+    target.write_bytes(b'left by an interrupted check')     # what is there is looked at as well
+    with pytest.raises(DataError, match='not a whole zip'):
+        prepare.fetch_zip(target)
+    assert not target.exists()
     there.unlink()
     with pytest.raises(DataError, match='could not download.*--from=FOLDER'):
         prepare.fetch_zip(target)

@@ -14,7 +14,7 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import EOS, read_log, write_jsonl
-from prefgpt import GPT, generate, load_checkpoint, load_model, load_rows
+from prefgpt import GPT, UserError, generate, load_checkpoint, load_model, load_rows
 
 LN2 = math.log(2)
 
@@ -178,6 +178,33 @@ def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
     golds = [row['eval_gold'] for row in read_log(tmp_path / 'judged', 'eval_gold')]
     assert len(golds) == 2 and golds[-1] == judged.pop('gold')
     assert judged == plain and not read_log(tmp_path / 'plain', 'eval_gold')
+
+
+@pytest.mark.parametrize('text, words', [
+    (None, 'no such file'),
+    ('reward = 1.0', r'no score\(prompt, response\)'),
+    ("def score(prompt, response):\n    return {'points': 1.0}", "not finite .* 'reward'"),
+    ("def score(prompt, response):\n    return {'reward': float('nan')}", 'nan.*not finite')],
+    ids=['missing', 'no function', 'no reward', 'nan'])
+def test_a_judge_that_cannot_judge_is_told_before_the_first_step(
+        shared_data, sft_run, rm_run, tmp_path, text, words):
+    """A judge is asked in evaluations alone: what is wrong with it must not wait for the first one,
+    or the steps before it would be lost."""
+    path = tmp_path / 'judge.py'
+    if text:
+        path.write_text(text + '\n')
+    with pytest.raises(UserError, match=words):
+        run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), reward=str(rm_run),
+            judge=str(path), steps=1, rollout_size=6, batch_size=6)
+    assert not (tmp_path / 'ppo' / 'log.jsonl').exists()
+
+
+def test_a_run_may_go_on_with_another_judge(shared_data, sft_run, rm_run, judge, tmp_path):
+    """--judge trains nothing, so it may be named, or left out, when a run goes on."""
+    options = dict(init=str(sft_run), reward=str(rm_run), rollout_size=12, batch_size=6, steps=2)
+    metrics = run(train_ppo, tmp_path / 'ppo', shared_data, **options)
+    assert run(train_ppo, tmp_path / 'ppo', shared_data, judge=judge, resume=True,
+               **options) == metrics
 
 
 def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):

@@ -80,6 +80,13 @@ def test_every_promise_can_fail():
     assert all(failed == [5] for failed in toy.check(rows).values())
 
 
+@pytest.mark.parametrize('seeds', ['', '5-9', 'five'])
+def test_seeds_that_are_none(seeds):
+    """A study of no seed, or of a word, is told in one line before anything runs."""
+    with pytest.raises(UserError, match='--seeds'):
+        toy.main(toy.Config(seeds=seeds))
+
+
 def test_toy_in_its_quick_form(tmp_path, monkeypatch, capsys):
     """Six rows a seed with the judge's columns, in a table beside the real one; a second call
     finds the seed there and runs nothing."""

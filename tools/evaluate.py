@@ -15,7 +15,7 @@ the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt onl
   - length in tokens with EOS, eos: the share that ended, distinct-1 and distinct-2: different
     words, and different pairs of successive words, over all of them (Li et al. 2016).
 
---best_of=N adds to the table at T=1 what needs no training at all: N samples of the first run for
+--best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first run for
 each prompt, of which --select picks one, and the judge judges that one. The selector is what one
 would have where the model is used, a reward model. Without --select it is the judge itself: then
 the row is no method, but an upper bound of what picking among N can reach. The picked one has the
@@ -60,6 +60,9 @@ class Config:
 
 # ----------------------------------------------------------------------------- columns
 
+OWN_COLUMNS = {'run', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos', 'distinct-1', 'distinct-2'}
+
+
 def distinct(texts, n):
     """The share of different ones among all runs of n successive words."""
     grams = [gram for words in map(str.split, texts)
@@ -97,7 +100,10 @@ def win_rate(responses, others):
 
 def summarize(run, responses, first_responses):
     """A run's row of the table, from its responses and the first run's to the same prompts."""
-    row = {'run': run, **mean_scores([response['judged'] for response in responses])}
+    judged = mean_scores([response['judged'] for response in responses])
+    if taken := OWN_COLUMNS & judged.keys():
+        raise UserError(f'the judge says {", ".join(sorted(taken))}: a column of the table itself')
+    row = {'run': run, **judged}
     if 'reward' in row:
         row['reward_se'] = standard_error([each['judged']['reward'] for each in responses])
         row['win'] = win_rate(responses, first_responses)
@@ -169,6 +175,8 @@ def best_of(policy, prompts, judge, select, tokenizer, cfg):
                                          1.0, generator)
         samples, ended = decode_responses(tokens, response_mask, tokenizer)
         scores = select(tokens, response_mask, texts, samples)                  # (B N,)
+        if not scores.isfinite().all():         # argmax would pick a nan
+            raise UserError(f'--select={cfg.select}: a score is not a finite number')
         scores = torch.where(ended.to(scores.device), scores,
                              scores.clamp(max=train_ppo.Config.no_eos_score))
         best = scores.view(len(asked), N).argmax(1)     # (B,), of equal scores the first
@@ -202,6 +210,8 @@ def main(cfg):
     if cfg.best_of < 0 or cfg.select and not cfg.best_of:
         raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
     device, autocast = set_up(cfg)
+    if cfg.json:
+        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
 
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
     data = cfg.data or saved[0]['config']['data']

@@ -6,11 +6,13 @@ user types, in --prompt or --chat, is put into the checkpoint's template.
 --out writes --n responses to each training prompt and what --reward says of them, {prompt,
 response, score}; with --pairs it writes the best against the worst of the n, as train_dpo.py reads
 them. A response without EOS is marked, "response_cut", and gets no EOS in training. Pairs count it
-as train_ppo.py does, min(score, no_eos_score), and never choose it: where all that ended score
-less, the policy would learn to go on and on. Nor can an empty response be chosen. A prompt without
-a response to choose, or whose best and worst have one score or one text, gives no pair.
+as train_ppo.py does, min(score, no_eos_score), and never choose it, not even where every response
+that ended scores less: the policy would learn not to end. An empty response is not written, nor
+chosen. A prompt without a response to choose, or whose best and worst have one score or one text,
+gives no pair.
 What it does not do: go on with an answer that was stopped, overwrite a file, or make sure that the
-text of a response encodes to the very ids that were sampled and scored.
+text of a response encodes to the very ids that were sampled and scored; and an --out that is
+interrupted leaves nothing.
 
     python -m tools.sample out/toy/sft out/toy/dpo out/toy/ppo
     python -m tools.sample out/toy/ppo --prompt="how do i clean a mirror?" --temperature=1 --n=3
@@ -20,10 +22,11 @@ Iterated DPO (Xu et al. 2024, section 4). Without --data a round would sample fo
 its run was trained on, those of the last round's pairs:
 
     run=out/toy/sft
-    for i in 1 2 3 4; do
+    for i in 1 2 3; do
         python -m tools.sample $run --pairs --n=4 --temperature=1 --seed=$i --data=data/toy \\
             --reward=out/toy/rm --out=out/toy/pairs-$i.jsonl
-        python train_dpo.py --data=out/toy/pairs-$i.jsonl --init=$run --out=out/toy/dpo-$i
+        python train_dpo.py --data=out/toy/pairs-$i.jsonl --init=$run --steps=100 \\
+            --out=out/toy/dpo-$i
         run=out/toy/dpo-$i
     done
 """
@@ -148,6 +151,8 @@ def chat(cfg, saved, device, autocast):
     if room < 1:
         raise UserError(f'block_size={policy.config.block_size} has no room for a prompt beside '
                         f'max_new_tokens={cfg.max_new_tokens}: lower --max_new_tokens')
+    if sys.stdin is None:
+        raise UserError('--chat: there is no standard input to read from')
     for stream in (sys.stdin, sys.stdout):      # bytes that are no text must not end the chat
         stream.reconfigure(errors='replace')
     print('Type a line and press Enter. Ctrl-C stops an answer, Ctrl-D leaves.')
@@ -231,11 +236,14 @@ def write(cfg, saved, device, autocast):
                 if cfg.pairs:
                     rows = filter(None, [make_pair(rows, cfg.no_eos_score, dropped)])
                 for row in rows:
+                    if not (cfg.pairs or row['response']):      # no row of training may be so
+                        dropped['empty response'] += 1
+                        continue
                     file.write(json.dumps(row) + '\n')
                     written += 1
         why = ''.join(f', {count} dropped: {reason}' for reason, count in dropped.items())
         if not written:
-            raise UserError(f'{cfg.out}: no pair of {len(ids)} prompts is left{why}')
+            raise UserError(f'{cfg.out}: nothing of {len(ids)} prompts is left{why}')
         temporary.replace(cfg.out)
     finally:
         temporary.unlink(missing_ok=True)

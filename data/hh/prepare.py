@@ -20,11 +20,13 @@ will follow it. Prompts stay whole here; encode_rows cuts them on the left, to t
 There is no judge (reward.py): what people prefer has no exact one. What a reward model has to
 beat is printed instead: a linear model of which words a reply holds and how long it is, on the
 same held-out pairs. What this file does not do: repair the labels, which are noisy, find
-near-duplicates, or mark replies that were cut when they were collected: one in twenty of those
-that stay whole here ends within a sentence, and all the same gets its EOS.
+near-duplicates, or mark replies that were cut when they were collected: some of those that stay
+whole here end within a sentence, and all the same get their EOS.
 
     python -m data.hh.prepare [--from=FOLDER] [--tokenizer=gpt2]
     baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 rightly; ...
+
+(that line is of the test files of helpful-base, -online and -rejection-sampled).
 """
 import gzip
 import json
@@ -39,7 +41,7 @@ import torch.nn.functional as F
 from data.bpe import train_bpe, write_tiktoken
 from data.download import download
 from data.rows import counted, shuffle, spread, write_rows
-from prefgpt import (HH_TEMPLATE, DataError, UserError, from_transcripts, load_tokenizer, run_cli,
+from prefgpt import (HH_TEMPLATE, RESPONSES, DataError, UserError, from_transcripts, load_tokenizer, run_cli,
                      string_of)
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/'
@@ -63,8 +65,9 @@ class Config:
 def find_files(folder, out):
     """The source files: those below `folder`, or the hub's two, downloaded into `out`."""
     if folder:
+        ours = [f'{part}.{kind}.jsonl' for part in ('train', 'val') for kind in RESPONSES]
         files = sorted(path for path in Path(folder).rglob('*.jsonl*')
-                       if path.name.endswith(('.jsonl', '.jsonl.gz')))
+                       if path.name.endswith(('.jsonl', '.jsonl.gz')) and path.name not in ours)
         if not files:
             raise DataError(f'--from={folder}: no *.jsonl.gz and no *.jsonl below it')
         return files

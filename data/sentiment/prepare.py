@@ -50,18 +50,22 @@ class Config:
 # --- reading ---
 
 def fetch_zip(path):
-    """Download the zip to `path`. Raises DataError, leaving nothing, if it is not a whole zip."""
+    """
+    Download the zip to `path`, unless it is there. Raises DataError, leaving nothing, if it is not
+    a whole zip.
+    """
     instead = (f'or fetch and unpack it elsewhere, and give the folder that holds {FILES[0]} '
                'with --from=FOLDER')
-    download(URL, path, instead=instead)
+    if not path.exists():
+        download(URL, path, instead=instead)
     try:
         with zipfile.ZipFile(path) as archive:  # a cut file has lost its table of contents
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(f'{bad} in it is damaged')
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         path.unlink()
-        raise DataError(f'{URL} is not a whole zip ({error}) and was deleted: try again, '
-                        f'{instead}') from error
+        raise DataError(f'{path}, from {URL}, is not a whole zip ({error}) and was deleted: try '
+                        f'again, {instead}') from error
 
 
 def read_files(folder, out):
@@ -72,8 +76,7 @@ def read_files(folder, out):
             raise DataError(f"--from={folder}: no {' and no '.join(missing)} there")
         return [(Path(folder) / name).read_bytes() for name in FILES]
     path = out / 'sentence_polarity.zip'
-    if not path.exists():
-        fetch_zip(path)
+    fetch_zip(path)
     with zipfile.ZipFile(path) as archive:
         members = [f'sentence_polarity/{name}' for name in FILES]
         if missing := set(members) - set(archive.namelist()):
