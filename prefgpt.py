@@ -436,7 +436,7 @@ def normalize(row, kind, template):
         row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
             string_of(row, 'chosen'), string_of(row, 'rejected'))
     for key in ('response', 'completion', 'chosen', 'rejected'):
-        if row.get(f'{key}_cut') and key not in row:        # its response would get an EOS after all
+        if row.get(f'{key}_cut') and key not in row:    # its response would get an EOS after all
             raise ValueError(f"'{key}_cut' marks a {key!r} that is not there")
     for other in ('completion', 'chosen'):
         if kind == 'sft' and other in row and 'response' not in row:

@@ -15,9 +15,9 @@ the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt onl
   - length in tokens with EOS, eos: the share that ended, distinct-1 and distinct-2: different
     words, and different pairs of successive words, over all of them (Li et al. 2016).
 
---best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first run for
-each prompt, of which --select picks one, and the judge judges that one. The selector is what one
-would have where the model is used, a reward model. Without --select it is the judge itself: then
+--best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first
+run for each prompt, of which --select picks one, and the judge judges that one. The selector is
+what one would have where the model is used, a reward model. Without --select it is the judge itself: then
 the row is no method, but an upper bound of what picking among N can reach. The picked one has the
 highest score, of equal ones the first; a response without EOS counts as min(score, -1), PPO's
 rule, so that what was cut off is not picked for what it might have become. The row's kl is
