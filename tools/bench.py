@@ -1,0 +1,305 @@
+"""
+Speed and memory, stage by stage: the scripts' own loops on random rows, and what bounds them.
+
+A stage's script runs on rows of exact lengths, from random weights, and its log.jsonl is read, so
+there is no second loop; what it prints goes to stderr. Last line: non-padding tokens (EOS is one) a
+second, the median step after two warm-ups. ppo counts episodes: twice the batch in a step, all of
+the longest length, 4 epochs of 2 minibatches. DPO's pass for the reference comes before its first
+step. generate times the sampler alone: twice the batch, the longest response for every row. Beside
+it, as a share, what the same machine does in the same run:
+  - training: the flops that the rows need, by the rate at which a batch's matrix products alone,
+    blocks and head, run forward and backward. Forward, n tokens take 24 n C^2 flops a block and
+    2 C n (n + 1) in attention, a response token 2 V C in the head; backward takes twice that.
+    Padding and what is computed a second time are no work;
+  - generate: the bytes that a token must move, the weights once and the keys and values so far, by
+    the rate at which as many are copied. Those of a small model stay in the processor's caches.
+--memory computes the largest micro_batch_size, in rows (DPO: pairs) of T=1024 response tokens and
+bfloat16 autocast, w=2 (without it 4). PPO holds four models, and kl_sft's frozen copy. In bytes:
+  - a trained model: 4 each for weight, gradient and AdamW's two moments, and w for autocast's copy
+    of the blocks' matrices; a frozen model: 4 a weight;
+  - a row: T ((8 + 14 w) C + 4 H + 16) a block: LayerNorms' inputs 8 C, statistics 16 and outputs
+    2 w C; q, k, v 3 w C; attention's output w C, and sums 4 H; both sides of GELU 8 w C. Then
+    T (8 C + 8) for the last LayerNorm. A pair is two rows; in PPO two models read a row;
+  - the head: three blocks of logits, 12 LOGITS_AT_ONCE, and two gradients of the embedding, 8 V C.
+Left out, so that the sizes are upper bounds: the CUDA context (about half a GB), what the allocator
+cannot use again, gradients within a block, and sampling: 'cache' is the keys and values of one
+response of T places, for all of rollout_size at once.
+What it does not do: run several processes, or compile the sampler. On a CPU peak memory is the
+process's so far: with --stage=all not each stage's own.
+
+    python -m tools.bench --stage=dpo --shape=small
+    python -m tools.bench --memory
+"""
+import base64, contextlib, itertools, json, random, statistics, string, sys, tempfile, time
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import train_dpo, train_ppo, train_rm, train_sft
+from prefgpt import (GPT, LOGITS_AT_ONCE, GPTConfig, ScalarGPT, UserError, build_tokenizer,
+                     generate, peak_memory, rng, run_cli, save_checkpoint, set_up, tokenizer_text)
+
+
+@dataclass
+class Config:
+    stage: str = 'all'              # sft, rm, dpo, ppo, generate; all: one after the other
+    shape: str = 'toy'              # toy, small or gpt2
+    steps: int = 10                 # steps of the script, the two warm-ups among them
+    json: str = ''                  # a file to write the results to; '': none
+    memory: bool = False            # instead: what fits on 8, 16, 24 and 80 GB, computed
+    seed: int = 0                   # of the rows, the weights and the samples
+    device: str = ''                # cuda, mps or cpu; '': the first that is there
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    compile: bool = False           # torch.compile the models' bodies
+
+
+# Tokens of a prompt; of a response, uniform in [shortest, longest], with EOS; rows or pairs
+Shape = namedtuple('Shape', 'model prompt shortest longest batch gpu_batch')
+SHAPES = {'toy': Shape(GPTConfig(128, 512, 4, 4, 128), 24, 16, 40, 32, 32),
+          'small': Shape(GPTConfig(256, 8192, 6, 6, 384), 64, 64, 128, 8, 8),
+          'gpt2': Shape(GPTConfig(1024, 50257, 12, 12, 768), 64, 64, 128, 4, 64)}
+SCRIPTS = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
+WARM_UPS, EPOCHS = 2, 4
+GPT2 = {'124M': (12, 12, 768), '355M': (24, 16, 1024), '774M': (36, 20, 1280),
+        '1.5B': (48, 25, 1600)}     # blocks, heads, channels
+
+
+# ----------------------------------------------------------------------------- the workload
+
+def make_tokenizer(vocab_size):
+    """The 256 bytes; words of a space and four letters, one token wherever they stand; EOS."""
+    words = (f' {"".join(w)}'.encode() for w in itertools.product(string.ascii_lowercase, repeat=4))
+    tokens = [bytes([i]) for i in range(256)] + list(itertools.islice(words, vocab_size - 257))
+    return build_tokenizer(''.join(f'{base64.b64encode(token).decode()} {i}\n'
+                                   for i, token in enumerate(tokens)))
+
+
+def random_rows(shape, n, seed):
+    """n rows (prompt, chosen, rejected), ids of words; a response's EOS is added by the script."""
+    draw, words = random.Random(seed), range(256, shape.model.vocab_size - 1)
+    return [(draw.choices(words, k=shape.prompt),
+             *(draw.choices(words, k=draw.randint(shape.shortest, shape.longest) - 1)
+               for _ in range(2))) for _ in range(n)]
+
+
+def prepare(stage, shape, rows, seed, folder):
+    """Writes what the stage's script starts from: data, a policy and a reward model, all random."""
+    tokenizer = make_tokenizer(shape.model.vocab_size)
+    texts = [[tokenizer.decode(ids) for ids in row] for row in rows]
+    assert [tuple(map(tokenizer.encode_ordinary, row)) for row in texts] == rows
+    lines = [json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), row))) + '\n' for row in texts]
+    kind = {'sft': 'sft', 'ppo': 'prompts'}.get(stage, 'pairs')     # SFT reads the chosen side
+    (folder / f'train.{kind}.jsonl').write_text(''.join(lines))
+    (folder / f'val.{kind}.jsonl').write_text(''.join(lines[:2]))   # for the evaluation at the end
+    (folder / 'tokenizer').write_text('bench.tiktoken')
+    (folder / 'bench.tiktoken').write_text(tokenizer_text(tokenizer))
+    torch.manual_seed(seed)
+    policy, reward_model = GPT(shape.model), ScalarGPT(shape.model)
+    if stage == 'ppo':
+        with torch.no_grad():       # EOS gets a logit near -2500: no response ends early
+            policy.ln_f.bias[0], policy.wte.weight[tokenizer.eot_token, 0] = 50.0, -50.0
+    for name, models in (('sft', {'policy': policy}), ('rm', {'reward_model': reward_model})):
+        (folder / name).mkdir()
+        save_checkpoint(folder / name / 'ckpt.pt', name, 1, train_sft.Config(data=str(folder)),
+                        tokenizer, '{}', {}, models, {}, shift=0.0)
+
+
+def run_script(stage, shape, rows, batch, cfg, folder):
+    """The script's main on the rows: what its log says of every step, (seconds, tokens)."""
+    prepare(stage, shape, rows, cfg.seed, folder)
+    flags = dict(data=str(folder), init=str(folder / 'sft'), out=str(folder / 'out'), lr=1e-6,
+                 batch_size=batch, steps=cfg.steps, eval_every=cfg.steps, save_every=cfg.steps,
+                 seed=cfg.seed, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile)
+    if stage == 'ppo':
+        flags |= dict(reward=str(folder / 'rm'), rollout_size=2 * batch, ppo_epochs=EPOCHS,
+                      max_new_tokens=shape.longest, value_lr=1e-6)
+    with contextlib.redirect_stdout(sys.stderr):
+        SCRIPTS[stage].main(SCRIPTS[stage].Config(**flags))
+    log = map(json.loads, (folder / 'out' / 'log.jsonl').read_text().splitlines())
+    return [(row['ms'] / 1e3, round(row['tok_per_s'] * row['ms'] / 1e3))
+            for row in log if 'ms' in row]
+
+
+# ----------------------------------------------------------------------------- work and bounds
+
+def passes(stage, shape, row):
+    """Of each forward pass: tokens as the log counts them, inputs, those that meet the head."""
+    if stage == 'ppo':
+        return [(shape.longest, shape.prompt + shape.longest - 1, shape.longest)]
+    prompt, *responses = row
+    counts = [(len(prompt) + len(response) + 1, len(response) + 1)
+              for response in responses[:1 if stage == 'sft' else 2]]
+    # A row's last token is no input, but to the reward model, which has no vocabulary
+    return [(n, n, 0) if stage == 'rm' else (n, n - 1, length) for n, length in counts]
+
+
+def forward_flops(config, n, heads=0):
+    """Of the matrix products of a forward pass over n tokens, heads of them to the vocabulary."""
+    L, C = config.n_layer, config.n_embd
+    return 24 * L * C * C * n + 2 * L * C * n * (n + 1) + 2 * config.vocab_size * C * heads
+
+
+def row_flops(stage, shape, row):
+    """Of all that a step does with a row: backward takes twice what forward takes."""
+    read = sum(forward_flops(shape.model, n, heads) for _, n, heads in passes(stage, shape, row))
+    if stage != 'ppo':
+        return 3 * read
+    n = shape.prompt + shape.longest
+    values, scores = forward_flops(shape.model, n - 1), forward_flops(shape.model, n)
+    # Sampled, read by policy and reference, valued, scored; then learned from in every epoch
+    return 3 * read + values + scores + EPOCHS * 3 * (read + values)
+
+
+def median_seconds(function, device, times=9):
+    """Of a call, after the warm-ups."""
+    seconds = []
+    for _ in range(WARM_UPS + times):
+        began = time.perf_counter()
+        function()
+        if device.type != 'cpu':
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UPS:])
+
+
+def product_rate(config, tokens, heads, device, dtype):
+    """Flops a second of the products of blocks and head alone, forward and backward."""
+    L, C, flops, seconds = config.n_layer, config.n_embd, 0, 0.0
+    for M, inputs, outputs, times, kind in (
+            (tokens, C, 3 * C, L, dtype), (tokens, C, C, L, dtype), (tokens, C, 4 * C, L, dtype),
+            (tokens, 4 * C, C, L, dtype), (heads, C, config.vocab_size, 1, torch.float32)):
+        if M:                           # the head in float32, as GPT.logits has it
+            x, weight, grad = (torch.randn(*size, device=device, dtype=kind) for size in
+                               ((M, inputs), (outputs, inputs), (M, outputs)))
+            seconds += times * median_seconds(
+                lambda: (x @ weight.T, grad @ weight, grad.T @ x), device)
+            flops += times * 6 * M * inputs * outputs
+    return flops / seconds
+
+
+def decode_bytes(config, B, prompt, new, width):
+    """Moved for a token of each of B rows, the mean over new of them; the head is in float32."""
+    L, C, places = config.n_layer, config.n_embd, prompt + (new - 1) / 2
+    return width * (12 * L * C * C + 2 * L * B * C * places) + 4 * config.vocab_size * C
+
+
+def bench_script(stage, shape, batch, cfg, device, dtype):
+    """Of a training stage: tokens or episodes a second, ms a step, flop/s, and what bounds them."""
+    at_once = 2 * batch if stage == 'ppo' else batch            # rows in a step
+    rows = random_rows(shape, cfg.steps * at_once, cfg.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = run_script(stage, shape, rows, batch, cfg, Path(folder))
+    counted, tokens, heads = map(sum, zip(*(p for row in rows for p in passes(stage, shape, row))))
+    # Every row was visited once, at the length that it was drawn with
+    assert sum(n for _, n in steps) == counted, f'{steps} add up to {counted} tokens?'
+    rate = statistics.median((at_once if stage == 'ppo' else n) / seconds
+                             for seconds, n in steps[WARM_UPS:])
+    ms = 1e3 * statistics.median(seconds for seconds, _ in steps[WARM_UPS:])
+    work = sum(row_flops(stage, shape, row) for row in rows)
+    bound = product_rate(shape.model, tokens * batch // len(rows), heads * batch // len(rows),
+                         device, dtype)
+    return rate, ms, rate * work / (len(rows) if stage == 'ppo' else counted), bound
+
+
+def bench_generate(shape, batch, cfg, device, dtype, autocast):
+    """Of the sampler: tokens a second, ms a token of every row, byte/s, and what bounds them."""
+    policy, B, new = GPT(shape.model).to(device), 2 * batch, shape.longest
+    prompts = [row[0] for row in random_rows(shape, B, cfg.seed)]
+
+    def sample():
+        with autocast:                  # eos=-1 is never drawn
+            _, mask = generate(policy, prompts, new, -1, generator=rng(cfg.seed, 0, 'rollout'))
+        assert mask.sum() == B * new
+    seconds = median_seconds(sample, device, cfg.steps - WARM_UPS) / new
+    size = decode_bytes(shape.model, B, shape.prompt, new, dtype.itemsize)
+    half = torch.ones(int(size / 2), dtype=torch.uint8, device=device)
+    copy = torch.ones_like(half)        # half of the bytes are read, half are written
+    copying = median_seconds(lambda: copy.copy_(half), device)
+    return B / seconds, 1e3 * seconds, size / seconds, size / copying
+
+
+def measure(stage, cfg, device, autocast):
+    """Prints two lines on a stage, in the docstring's terms, and returns the same as a dict."""
+    shape, generating = SHAPES[cfg.shape], stage == 'generate'
+    batch = shape.gpu_batch if device.type == 'cuda' else shape.batch
+    with autocast:
+        dtype = GPT(shape.model).to(device).empty_cache(1, 1).dtype     # of the blocks' products
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    arguments = shape, batch, cfg, device, dtype
+    rate, ms, done, bound = (bench_generate(*arguments, autocast) if generating else
+                             bench_script(stage, *arguments))
+    memory, name = peak_memory(), f'{stage} {cfg.shape}'
+    print(f'{name}: {ms:.2f} ms a {"token" if generating else "step"}, {done / bound:.0%} of '
+          f'{bound / 1e9:.1f} {"GB/s" if generating else "GFLOP/s"}, peak memory {memory}')
+    print(f'{name}:', f'{rate:.2f} episodes/s' if stage == 'ppo' else f'{rate:.0f} tokens/s')
+    return {'stage': stage, 'shape': cfg.shape, 'rate': rate, 'ms': ms, 'done': done,
+            'bound': bound, 'share': done / bound, 'peak_memory': memory}
+
+
+# ----------------------------------------------------------------------------- what fits
+
+def model_bytes(model, trained, width=2):
+    """Of weights; of a trained model's also gradients, AdamW's moments and autocast's copies."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return 4 * weights + (width * matrices if width < 4 else 0) if trained else weights
+
+
+def row_bytes(config, T, width=2):
+    """Of what a forward pass over a row of T tokens keeps for the backward pass."""
+    C, H = config.n_embd, config.n_head
+    return T * (config.n_layer * ((8 + 14 * width) * C + 4 * H + 16) + 8 * C + 8)
+
+
+def memory_rows(name, L, H, C, sizes):
+    """What SFT, DPO and PPO hold of one GPT-2, and the largest micro_batch_size by GB, as dicts."""
+    config = GPTConfig(n_layer=L, n_head=H, n_embd=C)
+    with torch.device('meta'):          # sizes without numbers
+        policy, scalar = GPT(config), ScalarGPT(config)
+    head = 12 * LOGITS_AT_ONCE + 8 * config.vocab_size * C
+    cache, row = 2 * 2 * L * C * config.block_size, row_bytes(config, config.block_size)
+    held = model_bytes(policy, True) + head
+    more = (model_bytes(scalar, True) + 2 * model_bytes(policy, False)     # value model; reference,
+            + model_bytes(scalar, False))                       # kl_sft's copy and reward model
+    return [{'model': name, 'method': method, 'held': held, 'row': row, 'cache': cache,
+             **{f'{size} GB': max(0, int((size * 2 ** 30 - held) // row)) for size in sizes}}
+            for method, held, row, cache in (('SFT', held, row, 0), ('DPO', held, 2 * row, 0),
+                                             ('PPO', held + more, 2 * row, cache))]
+
+
+def memory_table(sizes=(8, 16, 24, 80)):
+    """Prints one table of what fits; returns its rows."""
+    rows = [row for name, shape in GPT2.items() for row in memory_rows(name, *shape, sizes)]
+    print('GPT-2        held GB  row MB cache MB' + ''.join(f'{f"{size} GB":>7}' for size in sizes))
+    for row in rows:
+        print(f'{row["model"]} {row["method"]:6} {row["held"] / 2 ** 30:9.1f} '
+              f'{row["row"] / 2 ** 20:7.0f} {row["cache"] / 2 ** 20:8.0f}'
+              + ''.join(f'{row[f"{size} GB"] or "-":>7}' for size in sizes))
+    return rows
+
+
+def main(cfg):
+    """Measures, or with --memory computes; returns a list of dicts, which --json writes too."""
+    stages = [*SCRIPTS, 'generate']
+    for name, choices in (('stage', [*stages, 'all']), ('shape', SHAPES)):
+        if getattr(cfg, name) not in choices:
+            raise UserError(f'--{name}={getattr(cfg, name)}: one of {", ".join(choices)}')
+    if cfg.steps <= WARM_UPS:
+        raise UserError(f'--steps={cfg.steps}: the first {WARM_UPS} are warm-ups, so at least 3')
+    if cfg.memory:
+        results = memory_table()
+    else:
+        device, autocast = set_up(cfg)
+        results = [measure(stage, cfg, device, autocast)
+                   for stage in (stages if cfg.stage == 'all' else [cfg.stage])]
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps(results, indent=1) + '\n')
+    return results
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)
