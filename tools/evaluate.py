@@ -17,10 +17,10 @@ the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt onl
 
 --best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first
 run for each prompt, of which --select picks one, and the judge judges that one. The selector is
-what one would have where the model is used, a reward model. Without --select it is the judge itself: then
-the row is no method, but an upper bound of what picking among N can reach. The picked one has the
-highest score, of equal ones the first; a response without EOS counts as min(score, -1), PPO's
-rule, so that what was cut off is not picked for what it might have become. The row's kl is
+what one would have where the model is used, a reward model. Without --select it is the judge
+itself: then the row is no method, but an upper bound of what picking among N can reach. The picked
+one has the highest score, of equal ones the first; a response without EOS counts as min(score, -1),
+PPO's rule, so that what was cut off is not picked for what it might have become. The row's kl is
 log N - (N-1)/N, not measured, so its error is 0: an upper bound of KL(best of N, first run)
 (Beirami et al. 2024), reached where no response comes twice (Hilton and Gao 2022).
 
@@ -60,7 +60,8 @@ class Config:
 
 # ----------------------------------------------------------------------------- columns
 
-OWN_COLUMNS = {'run', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos', 'distinct-1', 'distinct-2'}
+OWN_COLUMNS = {'run', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos', 'distinct-1',
+               'distinct-2'}
 
 
 def distinct(texts, n):
