@@ -1,8 +1,8 @@
 """
 I25: would the suite notice? One-line mistakes, each made in a fresh copy of the project.
 
-    python tests/mutants.py                         # all of them, two at a time: some ten minutes
-    python tests/mutants.py shift-forgotten ...     # some of them
+    python tests/mutants.py                             # all of them, two at a time: minutes
+    python tests/mutants.py prefgpt/shift-forgotten     # some of them
 
 In each copy every stage still has to take two steps: a mutant that crashes proves nothing. Then the
 invariants are run, the tests whose docstring carries a number I1 to I24, those named with the

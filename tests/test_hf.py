@@ -245,6 +245,7 @@ BAD_FILES = {
     'a negative size': (raw({'x': entry('F32', [-1, -1], 0, 4)}, F), "'x'"),
     'a size that is no integer': (raw({'x': entry('F32', [1.0], 0, 4)}, F), "'x'"),
     'true as a size': (raw({'x': entry('F32', [True], 0, 4)}, F), "'x'"),
+    'an object for a shape': (raw({'x': entry('F32', {}, 0, 4)}, F), "'x'"),
     'no numbers': (raw({'x': entry('F32', [0], 0, 0)}, b''), "'x'"),
     'the shape does not fill the span': (raw({'x': entry('F32', [3], 0, 8)}, F + F), "'x'"),
     'offsets the wrong way round': (raw({'x': entry('F32', [1], 4, 0)}, F), "'x'"),
@@ -488,7 +489,7 @@ BAD_TOKENIZERS = {
     'a gap': (change_vocab, lambda v: v.update({'a': 999}), 'without a gap'),
     'an id twice': (change_vocab, lambda v: v.update({'a': 1}), 'without a gap'),
     'no integer': (change_vocab, lambda v: v.update({'a': 'b'}), 'without a gap'),
-    'true for an id': (change_vocab, lambda v: v.update({'!': None}), 'without a gap'),
+    'null for an id': (change_vocab, lambda v: v.update({'!': None}), 'without a gap'),
     'another alphabet': (change_vocab, lambda v: v.update({'\u4f60': v.pop('a')}), 'characters'),
     'a byte is missing': (change_vocab, lambda v: v.update({'zzz': v.pop('Ā')}), 'all bytes'),
     'not JSON': (lambda folder, _: (folder / 'vocab.json').write_text('{'), None, 'vocab.json'),
@@ -688,6 +689,60 @@ def test_an_export_touches_no_folder_of_downloads(random_run, tmp_path):
     (tmp_path / 'hf.download').mkdir()
     run('export', random_run, out=tmp_path / 'hf')
     assert (tmp_path / 'hf.download').is_dir()
+
+
+def test_a_failed_import_deletes_nothing_that_is_anothers(hub, tmp_path, monkeypatch):
+    """A folder that happens to be called NAME.download may hold what no download put there."""
+    (tmp_path / 'base.download').mkdir()
+    (tmp_path / 'base.download' / 'thesis.txt').write_text('all of it')
+
+    def fail(*arguments, **named):
+        raise UserError('could not download')
+    monkeypatch.setattr(tools.hf, 'download', fail)
+    with pytest.raises(UserError, match='could not download'):
+        run('import', 'gpt2', out=tmp_path / 'base')
+    assert (tmp_path / 'base.download' / 'thesis.txt').read_text() == 'all of it'
+
+
+def test_no_folder_above_out_stays_after_a_failure(tmp_path):
+    """--out=a/b/c that fails leaves neither c nor the a and b that were made for it."""
+    with pytest.raises(UserError):
+        run('import', tmp_path / 'nowhere', out=tmp_path / 'a' / 'b' / 'c')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('key, value', [('n_positions', 10 ** 30), ('n_embd', 2 ** 40),
+                                        ('n_layer', 2000)])
+def test_sizes_beyond_reason_are_refused(folder, tmp_path, key, value):
+    """A slip in config.json ends in one line, not in what torch says of such a size."""
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, key: value}))
+    refused(folder, tmp_path / 'out', 'not the shape of a model')
+
+
+@pytest.mark.parametrize('odd', ['number for a name', 'sparse', 'meta', 'nan'])
+def test_odd_tensors_of_a_bin_are_refused(folder, tmp_path, odd):
+    """Tensors without numbers, or with nan in them, must not become a checkpoint that looks done."""
+    weights = {'wte.weight': torch.zeros(2, 2)}
+    if odd == 'number for a name':
+        weights = {1: torch.zeros(2, 2)}
+    elif odd == 'sparse':
+        weights['wte.weight'] = weights['wte.weight'].to_sparse()
+    elif odd == 'meta':
+        weights['wte.weight'] = weights['wte.weight'].to('meta')
+    else:
+        weights['wte.weight'][0, 0] = float('nan')
+    (folder / 'model.safetensors').unlink(missing_ok=True)
+    torch.save(weights, folder / 'pytorch_model.bin')
+    refused(folder, tmp_path / 'out', 'pytorch_model.bin', 'nan' if odd == 'nan' else 'plain tensors')
+
+
+def test_a_tokenizer_in_another_form_is_not_taken_for_gpt2s(folder, tmp_path):
+    """tokenizer.json alone: its ids would silently be read as gpt2's."""
+    for name in ('vocab.json', 'merges.txt'):
+        (folder / name).unlink()
+    (folder / 'tokenizer.json').write_text('{}')
+    refused(folder, tmp_path / 'out', 'vocab.json and merges.txt')
 
 
 def test_a_folder_goes_before_a_hub_name(hub, folder, tmp_path):

@@ -290,6 +290,8 @@ def main(cfg):
             raise UserError(f'--{name}={getattr(cfg, name)}: one of {", ".join(choices)}')
     if cfg.steps <= WARM_UPS:
         raise UserError(f'--steps={cfg.steps}: the first {WARM_UPS} are warm-ups, so at least 3')
+    if cfg.json:                        # what is wrong with it shows before the measuring
+        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
     if cfg.memory:
         results = memory_table()
     else:

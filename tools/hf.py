@@ -14,7 +14,7 @@ or PPO's value model, or notice a flipped bit in a .safetensors file whose sha25
     python -m tools.hf import gpt2 --out=out/gpt2       # or gpt2-medium, -large, -xl, or a folder
     python -m tools.hf export out/toy/dpo --out=out/toy/dpo-hf
 """
-import base64, json, math, os, re, shutil, zipfile
+import base64, contextlib, json, math, os, re, shutil, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,8 @@ def header_entry(path, name, entry):
     """What a header says of one tensor: where it begins and ends, its name, dtype and shape."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
-        if (not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or begin == end
+        if (type(shape) is not list or begin == end
+                or not all(type(n) is int and n >= 0 for n in (begin, end, *shape))
                 or end - begin != math.prod(shape) * dtype.itemsize):
             raise ValueError
     except (KeyError, TypeError, ValueError):
@@ -237,9 +238,13 @@ def import_from_hub(name, downloads, out):
             {theirs: getattr(shape, ours) for ours, theirs in SHAPE.items()}))
         return import_folder(name, downloads, out)
     finally:
-        # A download that broke off goes on next time; whatever else went wrong, nothing stays
+        # A .part broke off and goes on next time. Else nothing stays, done or not, that was written
+        # here; what somebody else put into the folder does
         if not any(downloads.glob('*.part')):
-            shutil.rmtree(downloads)
+            for file in ('config.json', 'model.safetensors', *TOKENIZER):
+                (downloads / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):          # not empty
+                downloads.rmdir()
 
 
 def read_config(path):
@@ -249,7 +254,9 @@ def read_config(path):
         if config.get(key, value) != value:
             raise UserError(f'{path}: {key} is {config[key]!r}, and ours is always {value!r}')
     shape = {ours: config.get(theirs) for ours, theirs in SHAPE.items()}
-    whole = all(type(n) is int and n > 0 for n in shape.values())
+    # Upper ends too: a size beyond them is a slip, and would end in whatever torch says of it
+    whole = all(type(n) is int and 0 < n <= (1024 if ours == 'n_layer' else 2 ** 20)
+                for ours, n in shape.items())
     if not whole or shape['n_embd'] % shape['n_head']:
         raise UserError(f'{path}: not the shape of a model: '
                         + ', '.join(f'{key} {config.get(key)!r}' for key in SHAPE.values()))
@@ -264,8 +271,10 @@ def read_bin(path):
                 if (damaged := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f'checksum of {damaged}')
         tensors = torch.load(path, map_location='cpu', weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError('more than tensors in it')
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                   and tensor.layout == torch.strided and tensor.device.type == 'cpu'
+                   for name, tensor in tensors.items()):
+            raise ValueError('more than plain tensors by name in it')
     except Exception as error:      # a damaged pickle raises whatever it likes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f'{path}: damaged, or not weights alone ({reason})') from None
@@ -283,6 +292,8 @@ def to_gpt(path, tensors, config):
             raise UserError(f'{path}: {ours!r} is there twice, with and without transformer.')
         if not tensor.is_floating_point():
             raise UserError(f'{path}: {name!r} is {tensor.dtype}: weights are floating-point')
+        if not tensor.isfinite().all():
+            raise UserError(f'{path}: {name!r} holds nan or infinity')
         if CONV1D.search(name) and tensor.dim() == 2:
             tensor = tensor.t()                         # (in, out) -> (out, in)
         weights[ours] = tensor.float().contiguous()
@@ -310,6 +321,9 @@ def import_folder(where, folder, out):
                         'and model.safetensors or pytorch_model.bin, in one file')
     config = read_config(folder / 'config.json')
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
+    if not has_tokenizer and (folder / 'tokenizer.json').exists():     # it need not be gpt2's
+        raise UserError(f'{where}: its tokenizer is needed as {" and ".join(TOKENIZER)}, not as '
+                        'tokenizer.json alone')
     tokenizer = read_tokenizer(folder) if has_tokenizer else load_tokenizer('gpt2')
     if tokenizer.n_vocab != config.vocab_size:
         raise UserError(f'{where}: its tokenizer has {tokenizer.n_vocab} ids, and its config.json '
@@ -357,6 +371,7 @@ def main(cfg):
     if out.exists():
         raise UserError(f'{out} is there already: name another --out')
     temporary = out.with_name(f'{out.name}.{os.getpid()}.tmp')
+    made = [folder for folder in temporary.parents if not folder.exists()]
     temporary.mkdir(parents=True)
     try:
         if verb == 'export':
@@ -368,6 +383,9 @@ def main(cfg):
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:                             # the nearest first; one in use stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     print(f'{out}: {done}')
 
 

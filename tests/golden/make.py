@@ -205,7 +205,7 @@ def rm_arrays(models):
 
 
 def dpo_arrays(models):
-    """Summed logprobs of both sides under both models, four losses of them, and DPO's step."""
+    """Summed logprobs of both sides under both models, three losses of them, and DPO's step."""
     policy = copy.deepcopy(models['policy'])
     with torch.no_grad():
         ref = pair_logprobs(models['ref'], PAIRS, 'cpu')
