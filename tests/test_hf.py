@@ -722,7 +722,7 @@ def test_sizes_beyond_reason_are_refused(folder, tmp_path, key, value):
 
 @pytest.mark.parametrize('odd', ['number for a name', 'sparse', 'meta', 'nan'])
 def test_odd_tensors_of_a_bin_are_refused(folder, tmp_path, odd):
-    """Tensors without numbers, or with nan in them, must not become a checkpoint that looks done."""
+    """Tensors without numbers, or with nan in them, must not become a checkpoint that seems done."""
     weights = {'wte.weight': torch.zeros(2, 2)}
     if odd == 'number for a name':
         weights = {1: torch.zeros(2, 2)}
