@@ -722,7 +722,7 @@ def test_sizes_beyond_reason_are_refused(folder, tmp_path, key, value):
 
 @pytest.mark.parametrize('odd', ['number for a name', 'sparse', 'meta', 'nan'])
 def test_odd_tensors_of_a_bin_are_refused(folder, tmp_path, odd):
-    """Tensors without numbers, or with nan in them, must not become a checkpoint that seems done."""
+    """Tensors without numbers, or with nan in them, must not become a checkpoint."""
     weights = {'wte.weight': torch.zeros(2, 2)}
     if odd == 'number for a name':
         weights = {1: torch.zeros(2, 2)}
@@ -734,7 +734,8 @@ def test_odd_tensors_of_a_bin_are_refused(folder, tmp_path, odd):
         weights['wte.weight'][0, 0] = float('nan')
     (folder / 'model.safetensors').unlink(missing_ok=True)
     torch.save(weights, folder / 'pytorch_model.bin')
-    refused(folder, tmp_path / 'out', 'pytorch_model.bin', 'nan' if odd == 'nan' else 'plain tensors')
+    refused(folder, tmp_path / 'out', 'pytorch_model.bin',
+            'nan' if odd == 'nan' else 'plain tensors')
 
 
 def test_a_tokenizer_in_another_form_is_not_taken_for_gpt2s(folder, tmp_path):
