@@ -468,6 +468,21 @@ def test_halves_are_the_last_merge():
         tools.hf.halves(b'cba', ranks)
 
 
+@pytest.mark.parametrize('last', ['ab c', 'a bc'])
+def test_merges_that_tiktoken_would_not_follow_are_refused(tmp_path, last):
+    """With b c before a b, BPE by the list "ab c" leaves abc as a, bc; tiktoken joins a and bc, for
+    abc is a token. Catches ids that are quietly other ones than transformers'."""
+    vocab = {tools.hf.spell(bytes([i])): i for i in range(256)}
+    vocab |= {'bc': 256, 'ab': 257, 'abc': 258, '<|endoftext|>': 259}
+    (tmp_path / 'vocab.json').write_text(json.dumps(vocab), 'utf-8')
+    (tmp_path / 'merges.txt').write_text(f'b c\na b\n{last}\n')
+    if last == 'a bc':
+        assert tools.hf.read_tokenizer(tmp_path).encode_ordinary('abc') == [258]
+    else:
+        with pytest.raises(UserError, match="merges.txt:3: 'ab c', where .* join 'a bc'"):
+            tools.hf.read_tokenizer(tmp_path)
+
+
 def change_vocab(folder, change):
     path = folder / 'vocab.json'
     vocab = json.loads(path.read_text('utf-8'))

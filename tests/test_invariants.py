@@ -52,8 +52,8 @@ def both():
 
 def test_kl_estimators_by_enumeration(both):
     """I18: over the policy's own samples the means of k1 = logprobs - ref_logprobs and of
-    k3 = r - 1 - log r, r = ref / policy, are KL(policy, ref). Catches the ratio upside down, whose
-    mean is no KL, and KL(ref, policy), which is another number."""
+    k3 = r - 1 - log r, r = ref / policy, are KL(policy, ref). Shows which way round the ratio goes:
+    the other way its mean is no KL, and KL(ref, policy) is another number."""
     policy, ref, p = both
     (logprobs, _), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
     log_r = ref_logprobs - logprobs

@@ -188,8 +188,9 @@ def read_tokenizer(folder):
     """
     The tiktoken.Encoding of vocab.json and merges.txt; GPT-2's own give gpt2, by its fingerprint.
 
-    tiktoken joins lower ids first. So the merges must stand in the order of the ids they make, and
-    an id must be a single byte, a merge, or EOS, the last.
+    tiktoken joins any two neighbours that make a token, lower ids first; transformers only those
+    that merges.txt lists. So an id must be a single byte, a merge, or EOS, the last; the merges
+    must stand in the order of the ids they make; and each must join the halves that tiktoken would.
     """
     path = folder / 'vocab.json'
     vocab = parse_json(path, read_text(path))
@@ -209,9 +210,14 @@ def read_tokenizer(folder):
             continue
         try:
             left, right = map(unspell, line.split(' '))
-            made[left + right] = ranks[left], ranks[right], ranks[left + right]
+            if not {left, right, left + right} <= ranks.keys():
+                raise ValueError
         except (KeyError, ValueError):
             raise UserError(f'{path}:{number}: not two halves of a token: {line[:40]!r}') from None
+        if [left, right] != (ours := halves(left + right, ranks)):
+            raise UserError(f'{path}:{number}: {line[:40]!r}, where tiktoken would join '
+                            f'{" ".join(map(spell, ours))!r}')
+        made[left + right] = number
     if list(made) != [token for token in tokens if len(token) > 1]:
         raise UserError(f'{path}: its {len(made)} merges must make the tokens of vocab.json that '
                         'are longer than a byte, in the order of their ids')
