@@ -690,6 +690,14 @@ def write_atomically(path, contents):
         temporary.unlink(missing_ok=True)
 
 
+def check_archive(path):
+    """Raises BadZipFile if a record of a zip file, such as torch.save writes, is not as written."""
+    # torch.load reads flipped bytes without a word; the archive's checksums name them
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f'checksum of {damaged}')
+
+
 def load_checkpoint(path, kinds):
     """The contents of a run folder's (or file's) checkpoint, on the CPU, if of one of the kinds."""
     path = Path(path)
@@ -697,10 +705,7 @@ def load_checkpoint(path, kinds):
     if not path.is_file():
         raise UserError(f'{path}: no checkpoint there; has that stage been run?')
     try:
-        # torch.load reads flipped bytes without a word; the archive's checksums name them
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f'checksum of {damaged}')
+        check_archive(path)
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(saved, dict) or 'kind' not in saved:
             raise ValueError('not written by prefgpt')
@@ -832,7 +837,8 @@ def parse_config(Config, argv=None):
                                 default=field.default, metavar=kind.__name__,
                                 type=parse_bool if kind is bool else kind)
     argv = sys.argv[1:] if argv is None else argv
-    bools = {'--' + field.name for field in dataclasses.fields(Config) if field.type is bool}
+    bools = {'--' + field.name for field in dataclasses.fields(Config)
+             if type(field.default) is bool}
     # --resume alone is --resume=True: what stands after it may be a RUN
     argv = [f'{word}=True' if word in bools and after.lower() not in BOOLS else word
             for word, after in zip(argv, [*argv[1:], ''])]

@@ -161,8 +161,11 @@ def load_scorer(reward, saved_policy, device, size=0):
     model = load_model(ScalarGPT, saved, 'reward_model', device).requires_grad_(False)
 
     def score(tokens, response_mask, prompts, responses):
-        return in_parts(lambda *part: last_scores(model, *part), size or len(tokens), tokens,
-                        response_mask) - saved['shift']
+        scores = in_parts(lambda *part: last_scores(model, *part), size or len(tokens), tokens,
+                          response_mask) - saved['shift']
+        if not scores.isfinite().all():
+            raise UserError(f'{reward}: a score is not a finite number')
+        return scores
     return score, model.body.state_dict(), saved
 
 

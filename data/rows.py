@@ -5,6 +5,7 @@ Does not read a source or know a data set: what is kept, cut or dropped, each pr
 """
 import hashlib
 import json
+import os
 
 from prefgpt import DataError
 
@@ -15,11 +16,16 @@ def shuffle(items, text=str):
 
 
 def write_rows(path, rows):
-    """JSON Lines, UTF-8. Raises DataError instead of leaving an empty file for a later stage."""
+    """
+    JSON Lines, UTF-8, there whole or not at all. Raises DataError instead of leaving an empty file
+    for a later stage.
+    """
     if not rows:
         raise DataError(f'{path}: no rows left: there is too little text for it')
     lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
-    path.write_bytes(''.join(lines).encode())
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_bytes(''.join(lines).encode())
+    os.replace(temporary, path)
 
 
 def counted(counter):

@@ -61,16 +61,15 @@ QUICK = {'sft': dict(steps=8), 'rm': dict(steps=4), 'dpo': dict(steps=4),
 
 def run_seed(seed, quick):
     """The whole pipeline with one seed, as run.sh has it; its rows for the table."""
-    name = ('quick-' if quick else '') + ('toy' if seed == 0 else f'toy-{seed}')
-    data, out = f'data/{name.removeprefix("quick-")}', f'out/{name}'
+    name = 'toy' if seed == 0 else f'toy-{seed}'
+    data, out = f'data/{name}', f'out/quick-{name}' if quick else f'out/{name}'
     few = QUICK if quick else dict.fromkeys(QUICK, {})
     common = dict(data=data, seed=seed, resume=True)
     prepare.main(prepare.Config(seed=seed, out=data))
     train_sft.main(train_sft.Config(out=f'{out}/sft', **common, **few['sft']))
     rm = train_rm.main(train_rm.Config(init=f'{out}/sft', out=f'{out}/rm', **common, **few['rm']))
     train_ppo.main(train_ppo.Config(init=f'{out}/sft', reward=f'{out}/rm', out=f'{out}/ppo',
-                                    judge='data/toy/reward.py',
-                                    **common, **few['ppo']))
+                                    judge='data/toy/reward.py', **common, **few['ppo']))
     train_dpo.main(train_dpo.Config(init=f'{out}/sft', out=f'{out}/dpo', **common, **few['dpo']))
     tables = evaluate.main(evaluate.Config(
         runs=tuple(f'{out}/{stage}' for stage in ('sft', 'dpo', 'ppo')),

@@ -334,8 +334,8 @@ train_ppo.py one-trunk-for-policy-and-value I19
 +       value_model.body = policy
 
 train_ppo.py shift-of-scores-forgotten I3
--                       response_mask) - saved['shift']
-+                       response_mask)
+-                         response_mask) - saved['shift']
++                         response_mask)
 
 train_ppo.py no-eos-score-by-max I16
 -   scores = torch.where(ended, raw_scores, raw_scores.clamp(max=cfg.no_eos_score))

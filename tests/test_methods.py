@@ -755,6 +755,18 @@ def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
                for key in weights)                      # where the value model starts
 
 
+def test_a_score_that_is_no_number_is_told_of_the_reward_model(rm_run, sft_run, tmp_path):
+    """nan from a reward model names its run, in PPO and in the tools alike: as a nan of the loss it
+    would be blamed on the learning rate, and argmax would pick it as the best of N."""
+    saved = load_checkpoint(rm_run, ['rm'])
+    saved['weights']['reward_model']['score.weight'].fill_(math.nan)
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    score, *_ = load_scorer(str(tmp_path), load_checkpoint(sft_run, ['sft']), torch.device('cpu'))
+    tokens, _, _, mask = prefgpt.make_batch([([1, 2], [3, EOS])])
+    with pytest.raises(UserError, match=f'{tmp_path}: a score is not a finite number'):
+        score(tokens, mask, [], [])
+
+
 def hand_made_batch(pad=0):
     """A rollout batch of three rows: 3, 5 and 1 response tokens."""
     zeros = torch.zeros(3, 6)

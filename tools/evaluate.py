@@ -176,8 +176,6 @@ def best_of(policy, prompts, judge, select, tokenizer, cfg):
                                          1.0, generator)
         samples, ended = decode_responses(tokens, response_mask, tokenizer)
         scores = select(tokens, response_mask, texts, samples)                  # (B N,)
-        if not scores.isfinite().all():         # argmax would pick a nan
-            raise UserError(f'--select={cfg.select}: a score is not a finite number')
         scores = torch.where(ended.to(scores.device), scores,
                              scores.clamp(max=train_ppo.Config.no_eos_score))
         best = scores.view(len(asked), N).argmax(1)     # (B,), of equal scores the first

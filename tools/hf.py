@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from data.download import download, sha256_of
-from prefgpt import (GPT, POLICIES, GPTConfig, UserError, build_tokenizer, load_checkpoint,
-                     load_tokenizer, read_text, refuse_constant, run_cli, save_checkpoint,
-                     unique_keys)
+from prefgpt import (GPT, POLICIES, GPTConfig, UserError, build_tokenizer, check_archive,
+                     load_checkpoint, load_tokenizer, read_text, refuse_constant, run_cli,
+                     save_checkpoint, unique_keys)
 
 
 @dataclass
@@ -272,10 +272,8 @@ def read_config(path):
 def read_bin(path):
     """The tensors in a pytorch_model.bin by name."""
     try:
-        if zipfile.is_zipfile(path):                    # torch.load does not look at checksums
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f'checksum of {damaged}')
+        if zipfile.is_zipfile(path):                    # files before torch 1.6 are none
+            check_archive(path)
         tensors = torch.load(path, map_location='cpu', weights_only=True)
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
                    and tensor.layout == torch.strided and tensor.device.type == 'cpu'

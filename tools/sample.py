@@ -189,8 +189,6 @@ def scored_samples(policy, score, prompts, ids, tokenizer, cfg):
         tokens, response_mask, texts, ended = out
         asked = [prompt for prompt in prompts[i:i + cfg.batch_size] for _ in range(cfg.n)]
         scores = score(tokens, response_mask, asked, texts)                     # (B,)
-        if not scores.isfinite().all():
-            raise UserError(f'{cfg.reward}: a score is not a finite number')
         rows = [{'prompt': prompt, 'response': text, 'score': number,
                  **({} if end else {'response_cut': True})}
                 for prompt, text, number, end in zip(asked, texts, scores.tolist(), ended)]

@@ -9,15 +9,15 @@ A fifth of the keys (verb x noun, template x topic, bad verb x target) is held o
 every seed, as are the validation prompts. The seed moves every other draw. Nothing is trained
 here but the tokenizer, and no file says what the judge thinks of a row.
 """
-import json
 import math
 import os
 import random
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.bpe import train_bpe, write_tiktoken
-from data.rows import shuffle
+from data.rows import shuffle, write_rows
 from data.toy.language import (ALTERNATIVE_FORM, BAD_STEPS, BAD_TOOLS, FACTS, MEANINGS, PHRASES,
                                POPULAR_ERRORS, REQUESTS, STEPS, TEMPLATE, TOOL_FORMS, TOOLS,
                                TARGETS, TWO_STEP_FORMS)
@@ -342,8 +342,7 @@ def main(cfg):
     os.makedirs(cfg.out, exist_ok=True)
     rows = draw_rows(cfg.seed)
     for name, listed in rows.items():
-        write_text(os.path.join(cfg.out, f'{name}.jsonl'),
-                   ''.join(json.dumps(row) + '\n' for row in listed))
+        write_rows(Path(cfg.out) / f'{name}.jsonl', listed)
         print(f"{name + '.jsonl':<20} {len(listed):5} rows")
     training = [row for name in ('train.sft', 'train.pairs') for row in rows[name]]
     ranks = train_bpe((row[key] for row in training for key in row if key != 'edit'), VOCAB_SIZE)
