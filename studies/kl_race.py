@@ -2,14 +2,13 @@
 Forward against reverse KL on the way to one target, and when DPO lowers the chosen response too.
 
 The paper's claims (Tajwar et al. 2024, section 6). On-policy RL descends the reverse KL to its
-optimum, imitation of good samples the forward one. Both end at the same policy; on the way there
+optimum, imitation of good samples the forward one. Both end at the same policy, but on the way
 (A) reverse moves mass sooner from one likely bin to another, and (B) of two bins that should grow
-it grows the larger first, where forward grows both. DPO raises the chosen response if it differs
-enough from the rejected one, the model is large and the reference suits; if not, both fall.
+it grows the larger first, forward both. DPO raises the chosen response if it differs enough from
+the rejected one, the model is large and the reference suits; if not, both fall.
 
-    p = softmax(theta), target q, plain descent:
-    forward   d KL(q||p) / d theta = p - q
-    reverse   d KL(p||q) / d theta = p (log(p / q) - KL(p||q))
+    p = softmax(theta), target q, plain descent: the gradients in theta are
+    p - q of KL(q||p), forward, and p (log(p / q) - KL(p||q)) of KL(p||q), reverse.
     A step changes log(p_i / p_j) by exactly lr (g_j - g_i), g the gradient, so that
     (A) from p_i = p_j reverse's change is p_i log(q_i / q_j) / (q_i - q_j) times forward's: it is
         ahead where the bins are likelier than the q's logarithmic mean, behind where rarer;
@@ -29,12 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from prefgpt import rng, run_cli
 from studies.curves import COLORS, GREY
-from studies.table import (append_rows, parse_seeds, read_rows, save_picture, show_claims,
-                           show_means)
+from studies.table import append_rows, parse_seeds, read_rows, save_picture, show_claims, show_means
 from train_dpo import dpo_loss
 
 
@@ -45,7 +42,7 @@ class Config:
     quick: bool = False             # the first seed, no picture, a table of its own
 
 
-BETA, DIRECTIONS, METHODS = 0.1, ('forward', 'reverse'), ('DPO', 'SFT')
+BETA, WAYS, METHODS = 0.1, ('forward', 'reverse'), ('DPO', 'SFT')
 RACES = {           # start p, target q; in A p_1 = p_2, in B q_1 = q_2
     'A, likely': ((.45, .45, .05, .05), (.88, .02, .05, .05)),
     'A, rare': ((.10, .10, .40, .40), (.88, .02, .05, .05)),
@@ -54,46 +51,36 @@ RACES = {           # start p, target q; in A p_1 = p_2, in B q_1 = q_2
 TRIPLES = {         # ref, and a row of features for each of chosen, rejected, other
     'distinct': ((.2, .2, .6), ((1, 0, 0), (0, 1, 0), (0, 0, 1))),
     'near-duplicates': ((.2, .2, .6), ((1, .2), (1, -.2), (0, 1))),
-    'likely near-duplicates': ((.48, .48, .04), ((1, .2), (1, -.2), (0, 1)))}
+    'likely duplicates': ((.48, .48, .04), ((1, .2), (1, -.2), (0, 1)))}
 PAIRS, RESPONSES = 32, 8                    # the map: prompts with a pair each; responses to each
 DISTANCES = (0.1, 0.2, 0.5, 1.0, 1.4)       # |phi_w - phi_l|; random ones are 1.4 apart
 WIDTHS = (8, 32, 128, 512)                  # features, and parameters; 512: more than responses
-NUMBERS = ('p1', 'ratio', 'off', 'mean', 'sd', 'chosen', 'rejected', 'other', 'fell', 'fell_at_once')
-TITLES = {          # panels: title, x axis
-    'A': ('(A) probability of bin 1', 'steps'), 'B': ('(B) bin 1 / bin 2', 'steps'),
-    'C': ('(C) one Gaussian for two modes', 'bin'),
-    'triples': ('three responses after 100 steps', 'log pi / ref, nats'),
-    'map': ('share of chosen that DPO lowered', 'distance of chosen and rejected')}
+NUMBERS = ('p1', 'ratio', 'off', 'mean', 'sd', 'chosen', 'rejected', 'other', 'fell')
+TITLES = (('(A) probability of bin 1', 'steps'), ('(B) bin 1 / bin 2', 'steps'),
+          ('(C) one Gaussian for two modes', 'bin'),
+          ('three responses after 100 steps', 'log pi / ref, nats'),
+          ('share of chosen that DPO lowered', 'distance of chosen and rejected'))
 
 
-def gradient(p, q, direction):
+def gradient(p, q, way):
     """(K,) d KL / d theta at p = softmax(theta): of KL(q||p) if forward, of KL(p||q) if reverse."""
-    if direction == 'forward':
-        return p - q
     log_ratio = (p / q).log()
-    return p * (log_ratio - (p * log_ratio).sum())
+    return p - q if way == 'forward' else p * (log_ratio - (p * log_ratio).sum())
 
 
-def race(p, q, direction, steps, lr=1.0):
+def race(p, q, way, steps, lr=1.0):
     """The probabilities (steps + 1, K) on the way from p towards q."""
     path = [p]
     for _ in range(steps):
-        path.append((path[-1].log() - lr * gradient(path[-1], q, direction)).softmax(0))
+        path.append((path[-1].log() - lr * gradient(path[-1], q, way)).softmax(0))
     return torch.stack(path)
 
 
-def nudge(probs, seed, number):
-    """probs (K,) with each one moved by a factor exp(0.2 z) and normalized; seed 0: as they are."""
-    z = torch.randn(len(probs), generator=rng(seed, number, 'batch'), dtype=torch.float64)
-    return (torch.tensor(probs, dtype=torch.float64).log() + (0.2 if seed else 0) * z).softmax(0)
-
-
-def draw_race(setting, seed):
-    """p, q (4,) of RACES, moved; what should be equal still is."""
-    p, q = (nudge(probs, seed, number) for number, probs in enumerate(RACES[setting]))
-    equal = p if setting[0] == 'A' else q
-    equal[:2] = equal[:2].mean()
-    return p, q
+def nudge(probs, seed, number=0):
+    """probs (K,), each moved by a factor exp(0.2 z), equal ones by one z; seed 0: as they are."""
+    logits, which = torch.tensor(probs, dtype=torch.float64).log().unique(return_inverse=True)
+    z = torch.randn(len(logits), generator=rng(seed, number, 'batch'), dtype=torch.float64)
+    return (logits + (0.2 if seed else 0) * z)[which].softmax(0)
 
 
 def gaussian(mean, sd):
@@ -106,67 +93,61 @@ def two_modes(seed):
     return nudge((1 / 2.3, 1.3 / 2.3), seed, 2) @ gaussian(torch.tensor([[20], [70]]), 5)
 
 
-def best_gaussian(q, direction):
-    """(mean, sd), whole numbers, of the Gaussian that is nearest to q in this direction."""
-    sds = torch.arange(1, 61, dtype=torch.float64)[:, None]
-    p = gaussian(torch.arange(100)[:, None, None], sds)                             # (100, 60, 100)
+def best_gaussian(q, way):
+    """(mean, sd), whole numbers, of the Gaussian that is nearest to q, forward or reverse."""
+    p = gaussian(torch.arange(100)[:, None, None], torch.arange(1, 61)[:, None])    # (100, 60, 100)
     # A narrow one's tails are 0 in float64: KL(q||p) is infinite then, and 0 log 0 is 0
-    kl = q * (q / p).log() if direction == 'forward' else torch.xlogy(p, p / q)
+    kl = q * (q / p).log() if way == 'forward' else torch.xlogy(p, p / q)
     mean, sd = divmod(kl.sum(-1).argmin().item(), 60)
     return mean, sd + 1
 
 
 def descend(method, ref, features, lr, steps=100):
     """
-    The log-ratios log pi / ref (N, K) after steps of DPO, or of SFT on response 0, the chosen one.
-
-    ref (N, K), logprobs of K responses to N prompts; features (N, K, d). Response 1 is rejected.
+    Log-ratios log pi / ref (N, K) after DPO on responses 0, chosen, and 1, rejected, or SFT on 0.
+    ref (N, K), logprobs of K responses to N prompts; features (N, K, d).
     """
     theta = torch.zeros(features.shape[-1], dtype=torch.float64, requires_grad=True)    # (d,)
     for _ in range(steps):
         chosen, rejected = (ref + features @ theta).log_softmax(1).T[:2]                # (N,) each
-        loss = (-chosen if method == 'SFT'
-                else dpo_loss(chosen, rejected, ref[:, 0], ref[:, 1], BETA)).mean()
-        slope, = torch.autograd.grad(loss, theta)
+        losses = -chosen if method == 'SFT' else dpo_loss(chosen, rejected, *ref.T[:2], BETA)
+        slope, = torch.autograd.grad(losses.mean(), theta)
         theta = (theta - lr * slope).detach().requires_grad_()
     return ((ref + features @ theta).log_softmax(1) - ref).detach()
 
 
 def draw_pairs(seed, distance, width):
     """ref (N, K) and features (N, K, d): random but for the distance of chosen and rejected."""
-    generator = rng(seed, 0, 'shuffle')
-    ref = torch.randn(PAIRS, RESPONSES, generator=generator, dtype=torch.float64).log_softmax(1)
-    features = torch.randn(PAIRS, RESPONSES, width, generator=generator, dtype=torch.float64)
-    shared, apart = (features := F.normalize(features, dim=-1))[:, :2].clone().unbind(1)
+    z = torch.randn(PAIRS, RESPONSES, 1 + width, generator=rng(seed, 0, 'shuffle')).double()
+    ref, features = z[..., 0].log_softmax(1), torch.nn.functional.normalize(z[..., 1:], dim=-1)
+    shared, apart = features[:, :2].clone().unbind(1)                                   # (N, d)
     features[:, 0], features[:, 1] = shared + distance / 2 * apart, shared - distance / 2 * apart
     return ref, features
 
 
 def experiments(seed):
     """(setting, method, step, numbers) of the races, the Gaussians, the triples and the map."""
-    for direction in DIRECTIONS:
-        for setting in RACES:
-            p, q = draw_race(setting, seed)
-            path = race(p, q, direction, 200)
+    for way in WAYS:
+        for setting, (start, target) in RACES.items():
+            p, q = nudge(start, seed, 0), nudge(target, seed, 1)
+            path = race(p, q, way, 200)
             for step in (0, 1, 2, 10, 200):
-                yield setting, direction, step, dict(
+                yield setting, way, step, dict(
                     p1=path[step, 0].item(), ratio=(path[step, 0] / path[step, 1]).item(),
                     off=(path[step] - q).abs().max().item())
-        mean, sd = best_gaussian(two_modes(seed), direction)
-        yield 'C', direction, '', dict(mean=mean, sd=sd)
-    worlds = [(setting, nudge(probs, seed, 3).log()[None],                  # (1, 3), (1, 3, d)
-               torch.tensor([features], dtype=torch.float64), 1.0)
+        yield 'C', way, '', dict(zip(('mean', 'sd'), best_gaussian(two_modes(seed), way)))
+    worlds = [(setting, nudge(probs, seed, 3).log()[None],                              # (1, 3)
+               torch.tensor([features], dtype=torch.float64), 1.0)                      # (1, 3, d)
               for setting, (probs, features) in TRIPLES.items()]
     # At this rate a pair on its own gains as much margin whatever its distance
-    worlds += [(f'{width} features, {distance}', *draw_pairs(seed, distance, width),
+    worlds += [(f'{width} x {distance}', *draw_pairs(seed, distance, width),
                 0.1 * PAIRS / (BETA * distance ** 2)) for width in WIDTHS for distance in DISTANCES]
     for setting, ref, features, lr in worlds:
         for method, rate in (('DPO', lr), ('SFT', 0.05 * len(ref))):
-            once, moved = (descend(method, ref, features, rate, steps) for steps in (1, 100))
+            moved = descend(method, ref, features, rate)                                # (N, K)
             yield setting, method, 100, dict(
                 zip(('chosen', 'rejected', 'other'), moved.mean(0).tolist()),
-                fell=(moved[:, 0] < 0).double().mean().item(),
-                fell_at_once=(once[:, 0] < 0).double().mean().item())
+                fell=(moved[:, 0] < 0).double().mean().item())
 
 
 # Of the numbers of one seed, r[name, setting, method, step]: claim -> whether it holds
@@ -178,75 +159,66 @@ CHECKS = {
         r['ratio', 'B, far', 'reverse', 10] > r['ratio', 'B, far', 'reverse', 0]
         and r['ratio', 'B, far', 'forward', 10] < 1.5),
     '(B) near: a step of either narrows the gap': lambda r: all(
-        abs(r['ratio', 'B, near', way, 1] - 1) < abs(r['ratio', 'B, near', way, 0] - 1)
-        for way in DIRECTIONS),
+        abs(r['ratio', 'B, near', w, 1] - 1) < abs(r['ratio', 'B, near', w, 0] - 1) for w in WAYS),
     '(A), (B), 200 steps: all are within 0.01 of the target': lambda r: all(
-        r['off', race, way, 200] < 0.01 for race in RACES for way in DIRECTIONS),
+        r['off', setting, way, 200] < 0.01 for setting in RACES for way in WAYS),
     '(C) the forward Gaussian has sd > 25, the reverse one sd < 8': lambda r: (
         r['sd', 'C', 'forward', ''] > 25 and r['sd', 'C', 'reverse', ''] < 8),
     'distinct: DPO and SFT raise the chosen, lower the rejected': lambda r: all(
-        r['chosen', 'distinct', method, 100] > 0 > r['rejected', 'distinct', method, 100]
-        for method in METHODS),
+        r['chosen', 'distinct', m, 100] > 0 > r['rejected', 'distinct', m, 100] for m in METHODS),
     'near-duplicates: DPO lowers both, SFT raises both': lambda r: all(
         r[side, 'near-duplicates', 'DPO', 100] < 0 < r[side, 'near-duplicates', 'SFT', 100]
         for side in ('chosen', 'rejected')),
-    'near-duplicates, but likely: DPO raises the chosen': lambda r: (
-        r['chosen', 'likely near-duplicates', 'DPO', 100] > 0),
-    'map, any width: DPO lowers more of the nearest than of the farthest': lambda r: all(
-        r['fell', f'{width} features, 0.1', 'DPO', 100]
-        > r['fell', f'{width} features, 1.4', 'DPO', 100] for width in WIDTHS),
-    'map, farthest: DPO lowers more with 8 features than with 512': lambda r: (
-        r['fell', '8 features, 1.4', 'DPO', 100] > r['fell', '512 features, 1.4', 'DPO', 100]),
-    'map, nearest: DPO lowers most of them even with 512 features': lambda r: (
-        r['fell', '512 features, 0.1', 'DPO', 100] > 0.5)}
-
-
-def draw_races(axes):
-    """The cases as they are written, seed 0's."""
-    for direction, color in zip(DIRECTIONS, COLORS):
-        for setting, dash in zip(RACES, ('-', '--', '-', '--')):
-            path = race(*draw_race(setting, 0), direction, 12 if setting[0] == 'A' else 50)
-            axes[setting[0]].plot(path[:, 0] / (1 if setting[0] == 'A' else path[:, 1]),
-                                  color=color, ls=dash, label=f'{direction}, {setting[3:]}')
-        member = gaussian(*best_gaussian(two_modes(0), direction))
-        axes['C'].plot(member, color=color, label=direction)
-    axes['C'].fill_between(range(100), two_modes(0), color=GREY, alpha=0.3, lw=0, label='target')
+    'likely duplicates: DPO raises the chosen': lambda r: (
+        r['chosen', 'likely duplicates', 'DPO', 100] > 0),
+    'map: DPO lowers more of the nearest than of the farthest, at any width': lambda r: all(
+        r['fell', f'{w} x 0.1', 'DPO', 100] > r['fell', f'{w} x 1.4', 'DPO', 100] for w in WIDTHS),
+    'map: of the farthest it lowers more with 8 features than with 512': lambda r: (
+        r['fell', '8 x 1.4', 'DPO', 100] > r['fell', '512 x 1.4', 'DPO', 100]),
+    'map: of the nearest it lowers most, even with 512 features': lambda r: (
+        r['fell', '512 x 0.1', 'DPO', 100] > 0.5)}
 
 
 def draw_displacement(axes, rows):
     """Three responses' log-ratios, the map's shares: means and standard deviations over seeds."""
     def over_seeds(name, arms):
         values = torch.tensor([[row[name] for row in rows if (row['setting'], row['method']) == arm]
-                               for arm in arms])
-        return values.mean(1), values.std(1, correction=0)
+                               for arm in arms])                                    # (arms, seeds)
+        return values.mean(1).tolist(), values.std(1, correction=values.shape[1] > 1).tolist()
     arms = [(setting, method) for setting in TRIPLES for method in METHODS]
     for i, name in enumerate(('chosen', 'rejected', 'other')):
         means, spreads = over_seeds(name, arms)
-        axes['triples'].barh(torch.arange(6) + 0.25 * (i - 1), means, 0.25, xerr=spreads,
+        axes['triples'].barh([y + (i - 1) / 4 for y in range(6)], means, 0.25, xerr=spreads,
                              color=(*COLORS[2:4], GREY)[i], label=name, error_kw=dict(lw=1))
-    axes['triples'].set_yticks(range(6), map(', '.join, arms))
+    axes['triples'].set_yticks(range(6), map('\n'.join, arms))
     for width, color in zip(WIDTHS, COLORS):
-        arms = [(f'{width} features, {distance}', 'DPO') for distance in DISTANCES]
+        arms = [(f'{width} x {distance}', 'DPO') for distance in DISTANCES]
         axes['map'].errorbar(range(5), *over_seeds('fell', arms), color=color, marker='o',
                              markersize=4, capsize=2, label=f'{width} features')
     axes['map'].set_xticks(range(5), DISTANCES)
 
 
 def draw(rows):
-    """The picture, a matplotlib Figure: the races above, displacement below."""
+    """The picture, a Figure: the cases as they are written (seed 0's) above, displacement below."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 8), dpi=150, layout='constrained')
     axes = figure.subplot_mosaic([['A', 'B', 'C'], ['triples', 'triples', 'map']])
-    draw_races(axes)
+    for way, color in zip(WAYS, COLORS):
+        for setting, dash in zip(RACES, ('-', '--', '-', '--')):
+            path = race(*(nudge(probs, 0) for probs in RACES[setting]), way, 30)
+            ax, below = (axes['A'], 1) if setting[0] == 'A' else (axes['B'], path[:, 1])
+            ax.plot(path[:, 0] / below, color=color, ls=dash, label=f'{way}, {setting[3:]}')
+        axes['C'].plot(gaussian(*best_gaussian(two_modes(0), way)), color=color, label=way)
+    axes['C'].fill_between(range(100), two_modes(0), color=GREY, alpha=0.3, lw=0, label='target')
+    axes['B'].set(yscale='log', yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
     draw_displacement(axes, rows)
-    axes['B'].set_yscale('log')
+    axes['triples'].axvline(0, color=GREY, lw=0.8)
     axes['triples'].invert_yaxis()
-    for name, (title, below) in TITLES.items():
-        axes[name].set_title(title, loc='left', fontsize=11)
-        axes[name].set_xlabel(below, fontsize=10)
-        axes[name].legend(frameon=False, fontsize=10)
-        axes[name].spines[['top', 'right']].set_visible(False)
-        axes[name].tick_params(labelsize=10, color=GREY)
+    for ax, (title, below) in zip(axes.values(), TITLES):
+        ax.set_title(title, loc='left', fontsize=11)
+        ax.set_xlabel(below)
+        ax.legend(frameon=False)
+        ax.spines[['top', 'right']].set_visible(False)
     return figure
 
 
