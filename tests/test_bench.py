@@ -274,7 +274,8 @@ def test_the_table(capsys, tmp_path):
 def test_two_programs_in_turn(capsys, monkeypatch):
     """Theirs, ours, theirs, ours, theirs, ours; the medians' ratio, and not the ratios' median."""
     commands, rates = [], iter([100.0, 150.0, 300.0, 600.0, 200.0, 100.0])
-    monkeypatch.setattr(bench, 'rate_of', lambda command, unit: commands.append(command) or next(rates))
+    monkeypatch.setattr(bench, 'rate_of',
+                        lambda command, unit: commands.append(command) or next(rates))
     [result] = bench.main(bench.Config(stage='dpo', shape='small', steps=7, against="run 'a b'"))
     assert result['theirs'] == [100, 300, 200] and result['ours'] == [150, 600, 100]
     assert result['ratio'] == 150 / 200
@@ -303,7 +304,8 @@ def test_the_rate_of_a_program():
 
 
 @pytest.mark.parametrize('wrong, told', [
-    (dict(against='true'), 'name it with --stage'), (dict(stage='sft', against=' '), 'blank'),
+    (dict(against='true'), 'name it with --stage'),
+    (dict(stage='sft', against=' '), 'blank'),
     (dict(stage='sft', against="a 'b"), 'No closing quotation'),
     (dict(stage='sft', against='true', rounds=0), '--rounds is 1 or more')])
 def test_what_cannot_be_compared(wrong, told):
