@@ -147,6 +147,9 @@ def test_one_gaussian_covers_or_seeks():
     (m_forward, s_forward), (m_reverse, s_reverse) = (best_gaussian(q, way) for way in WAYS)
     assert abs(m_forward - 47) <= 2 and s_forward > 25
     assert abs(m_reverse - 70) <= 1 and s_reverse < 8
+    bins, p = torch.arange(100), gaussian(40, 6)
+    assert abs((p * bins).sum() - 40) < 1e-8 and abs((p * (bins - 40) ** 2).sum() - 36) < 1e-6
+
     def by_loop(way):
         divergences = {}
         for mean in range(0, 100):
@@ -263,6 +266,7 @@ def test_pairs_that_share_parameters():
     """The descent on all pairs is that of the mean of the project's dpo_loss: finite differences
     in theta give its first step, to 1e-8."""
     ref, features = draw_pairs(1, 0.5, 8)
+
     def loss(theta):
         logprobs = (ref + features @ theta).log_softmax(1)
         return dpo_loss(logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], BETA).mean()
