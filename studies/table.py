@@ -14,6 +14,14 @@ from pathlib import Path
 from prefgpt import UserError
 
 
+def parse_seeds(text):
+    """'5 6,7' -> [5, 6, 7]; UserError if there is none, or a word that is no whole number."""
+    words = text.replace(',', ' ').split()
+    if not words or not all(word.isdigit() for word in words):
+        raise UserError(f'--seeds={text!r}: whole numbers with spaces between them')
+    return [int(word) for word in words]
+
+
 def number_or_text(cell):
     """'0.5' -> 0.5, '3' -> 3, 'ppo' -> 'ppo'; '' stays '' (a number that the row does not have)."""
     for kind in (int, float):
