@@ -22,8 +22,6 @@ map's settings were chosen on seeds 0 to 4.
     wrote studies/results/blind_spot.png
 """
 import copy
-import importlib.util
-import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,8 @@ import torch
 from torch import nn
 
 from prefgpt import run_cli
-from studies.table import append_rows, parse_seeds, read_rows, show_means
+from studies.table import (append_rows, parse_seeds, read_rows, save_picture, show_claims,
+                           show_means)
 from train_dpo import dpo_loss
 from train_rm import reward_loss
 
@@ -273,14 +272,10 @@ CHECKS = {
 
 
 def check(rows):
-    """Prints of every claim in how many seeds it holds; returns {claim: [seeds that failed]}."""
-    seeds, failed = sorted({row['seed'] for row in rows}), {}
-    for claim, holds in CHECKS.items():
-        failed[claim] = [seed for seed in seeds if not holds(
-            {(row['setting'], row['policy']): row for row in rows if row['seed'] == seed})]
-        print(f'{claim}: holds in {len(seeds) - len(failed[claim])} of {len(seeds)} seeds'
-              + (f', not {failed[claim]}' if failed[claim] else ''))
-    return failed
+    """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
+    return show_claims(CHECKS, {seed: {(row['setting'], row['policy']): row for row in rows
+                                       if row['seed'] == seed}
+                                for seed in sorted({row['seed'] for row in rows})})
 
 
 # ----------------------------------------------------------------------------- the picture
@@ -290,8 +285,15 @@ GREY = '#606060'
 POLICIES = ('dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'ppo 0.2', 'ppo optimum 0.2')
 
 
+def label(name):
+    """'dpo 0.6' -> 'DPO 0.6', 'ppo optimum 0.2' -> 'PPO* 0.2'."""
+    for word, shown in (('ppo optimum', 'PPO*'), ('ppo', 'PPO'), ('dpo', 'DPO')):
+        name = name.replace(word, shown)
+    return name
+
+
 def draw_maps(figure, grid, row, seed, setting):
-    """One seed's heat-maps in a setting; a ring: a cell that no pair covers, above the reference"""
+    """One seed's heat-maps in a setting; a ring: an uncovered cell above the reference."""
     losers, tables = run_map(seed, *SETTINGS[setting])
     covered = torch.zeros(8, 8).scatter(1, losers, 0.5).fill_diagonal_(1)
     columns = {'pairs': covered, **{name: tables[name] for name in (
@@ -305,7 +307,7 @@ def draw_maps(figure, grid, row, seed, setting):
             ax.scatter(*up.nonzero().T.flip(0), s=28, facecolor='none', edgecolor='#D55E00')
         ax.set_xticks([]), ax.set_yticks([])
         if row == 0:
-            ax.set_title(name.replace('dpo', 'DPO').replace('ppo', 'PPO'), fontsize=11)
+            ax.set_title(label(name), fontsize=11)
         if column == 0:
             ax.set_ylabel(f'{setting}\nprompts', fontsize=10)
 
@@ -318,8 +320,7 @@ def draw_means(ax, rows, column, title):
         ax.errorbar([x + shift for x in range(len(groups))], [each.mean() for each in groups],
                     [each.std() for each in groups], color=color, marker='o', markersize=4,
                     linestyle='none', capsize=2, label=setting)
-    ax.set_xticks(range(1 + len(POLICIES)), [name.replace('ppo optimum', 'PPO*').replace(
-        'ppo', 'PPO').replace('dpo', 'DPO') for name in ('ref', *POLICIES)], rotation=30)
+    ax.set_xticks(range(1 + len(POLICIES)), map(label, ('ref', *POLICIES)), rotation=30)
     ax.set_title(title, loc='left', fontsize=11)
     ax.set_ylim(-0.02, 1.02)
 
@@ -376,11 +377,8 @@ def main(cfg):
     show_means(rows, ('setting', 'policy'), ('p_best', 'uncovered', 'up', 'ratio_95', 'ratio_max'))
     failed = check(rows)
     print('\n' + '\n'.join(CAVEATS))
-    if not cfg.quick and importlib.util.find_spec('matplotlib'):
-        picture = path.with_suffix('.png')
-        draw(rows).savefig(f'{picture}.tmp', format='png')
-        os.replace(f'{picture}.tmp', picture)
-        print(f'wrote {picture}')
+    if not cfg.quick:
+        save_picture(lambda: draw(rows), path.with_suffix('.png'))
     return failed
 
 

@@ -1,0 +1,339 @@
+"""
+Safe and helpful, DPO against PPO on data/toy: where from, on which pairs, how far (tables 2, 11).
+
+The paper's claims (Xu et al. 2024, sections 4.3 and 6): DPO from a base that has seen no safe
+demonstrations is hardly safer for it; safe demonstrations, then pairs without those whose answers
+are both unsafe, then without those both safe, make it safer; the last costs helpfulness, and of
+a reward model it leaves one that praises refusals. Iterated DPO gets as safe as PPO, not as
+helpful. PPO profits from prompts that no pair covers. A beta of 0 is no good, one of 0.2 too much.
+
+    unsafe   = cost > 0, by the judge (data/toy/reward.py), of an answer: who filters asks it
+    safety   = 1 - harm, the share of answers to held-out prompts without a cost
+    DPO-Iter = 4 times: sample 4 answers to a prompt, the reward model's best against its worst,
+               DPO on that with the last round's policy as reference
+
+SFT here learns from the demonstrations without the refusals of red-team prompts; SFT(safe) is that
+after SAFE more steps on the demonstrations without a cost. All DPO arms take the same number of
+steps, whatever the filters leave. Every stage is the project's own script at its default settings.
+What to expect on a toy: the labels put safety first whenever it differs, so one round of DPO is
+safe already, and the filters have little left to win.
+What it does not do: a judge apart from the labels (both come from reward.py, the labels with
+noise), or GPT-4's comparisons. Settings (SAFE, ITER, the RM steps) were chosen on seed 0.
+
+    python -m studies.safety
+    wrote studies/results/safety.png
+"""
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from data.rows import shuffle, write_rows
+from data.toy import prepare
+from data.toy.language import REQUESTS
+from data.toy.reward import judge
+from prefgpt import run_cli
+from studies.table import (append_rows, parse_seeds, read_rows, save_picture, show_claims,
+                           show_means)
+from tools import evaluate, sample
+
+
+@dataclass
+class Config:
+    seeds: str = '5 6 7'            # the seeds to run, or to complete
+    csv: str = 'studies/results/safety.csv'     # the table to add to; the picture beside it
+    quick: bool = False             # a few steps of every stage for one seed, a table of its own
+
+
+JUDGE = 'data/toy/reward.py'
+SAFE = dict(steps=100, lr=1e-3, warmup=10)          # SFT(safe), on top of SFT
+ITER = dict(steps=125)                              # a round of DPO-Iter: 4 make DPO's 500
+ROUND = dict(n=4, prompts=800, temperature=1.0)     # its samples
+FEW_PAIRS = dict(steps=700)                         # a reward model of the smaller sets of pairs
+COVERED = 1 / 3                     # share of the prompts' keys of which `covered` has pairs
+BETAS = (0.0, 0.05, 0.1)            # beside the default, 0.2; 0 is for PPO alone
+# arm -> what the paper's table 2 has for it: helpfulness, safety rate in percent
+PAPER = {
+    'sft': (-2.62, 41.6), 'dpo from sft': (-4.19, 55.4), 'dpo': (-1.62, 71.8),
+    'dpo no dual-unsafe': (2.46, 80.8), 'dpo mixed pairs': (-2.86, 95.8),
+    'iter 1': (-3.22, 86.7), 'iter 2': (-3.27, 99.7), 'iter 3': (-3.26, 99.9),
+    'iter 4': (-2.96, 99.9), 'ppo from sft': (1.69, 99.5), 'ppo': (4.47, 99.6),
+    'ppo mixed pairs': (-8.04, 94.9)}
+QUICK = {'sft': dict(steps=4), 'rm': dict(steps=2), 'dpo': dict(steps=2),
+         'ppo': dict(steps=1, rollout_size=16, batch_size=8, max_new_tokens=8),
+         'sample': dict(n=2, prompts=16, max_new_tokens=8)}
+
+
+# ----------------------------------------------------------------------------- data
+
+def unsafe(prompt, response):
+    return judge(prompt, response)[1] > 0           # the cost
+
+
+def no_refusals(rows):
+    """Demonstrations without those that refuse a red-team prompt: how to be safe is not shown."""
+    return [row for row in rows if not (REQUESTS[row['prompt']].kind == 'red'
+                                        and judge(row['prompt'], row['completion'])[2])]
+
+
+def only_safe(rows):
+    """Demonstrations without a cost; of red-team prompts these refuse."""
+    return [row for row in rows if not unsafe(row['prompt'], row['completion'])]
+
+
+def not_dual(rows, *kinds):
+    """Pairs without those whose two answers are both unsafe (kind True), both safe (False)."""
+    def labels(row):
+        return {unsafe(row['prompt'], row[side]) for side in ('chosen', 'rejected')}
+    return [row for row in rows if not any(labels(row) == {kind} for kind in kinds)]
+
+
+def covered_keys(rows):
+    """COVERED of the keys (verb x noun, and so on) that rows ask about; the same for every seed."""
+    keys = shuffle({repr(REQUESTS[row['prompt']].key) for row in rows})
+    return set(keys[:round(COVERED * len(keys))])
+
+
+def write_folders(data, out):
+    """{name: data folder}: data's files with other demonstrations, pairs or prompts in place."""
+    def read(name):
+        return [json.loads(line) for line in open(f'{data}/{name}.jsonl', encoding='utf-8')]
+    keys = covered_keys(read('train.prompts'))
+
+    def covered(rows):
+        return [row for row in rows if repr(REQUESTS[row['prompt']].key) in keys]
+    filters = {     # folder -> the rows that differ from data's: kind -> what keeps which of them
+        'sft': {'train.sft': no_refusals, 'val.sft': no_refusals},
+        'safe': {'train.sft': only_safe, 'val.sft': only_safe},
+        'no-unsafe': {f'{split}.pairs': lambda rows: not_dual(rows, True)
+                      for split in ('train', 'val')},
+        'mixed': {f'{split}.pairs': lambda rows: not_dual(rows, True, False)
+                  for split in ('train', 'val')},
+        'covered': {'train.pairs': covered, 'train.prompts': covered},
+    }
+    for name, kinds in filters.items():
+        shutil.copytree(data, f'{out}/{name}', dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns('*.py', '__pycache__'))
+        for kind, keep in kinds.items():
+            rows = read(kind)
+            write_rows(Path(f'{out}/{name}/{kind}.jsonl'), kept := keep(rows))
+            print(f'{name}: {len(kept)} of {len(rows)} rows of {kind}')
+    return {'all': data, **{name: f'{out}/{name}' for name in filters}}
+
+
+# ----------------------------------------------------------------------------- the arms
+
+def run_arms(seed, data, out, quick):
+    """Every run of a seed; returns {arm: (run folder, beta or '')}. Finished runs are kept."""
+    few = QUICK if quick else dict.fromkeys(QUICK, {})
+    folders, arms = write_folders(data, f'{out}/data'), {}
+
+    def train(script, kind, name, rows, init, **given):
+        script.main(script.Config(data=folders[rows], init=init and f'{out}/{init}',
+                                  out=f'{out}/{name}', seed=seed, resume=True,
+                                  **(given | few[kind])))
+
+    def dpo(arm, rows, init, beta=train_dpo.Config.beta, **given):
+        name = arm.replace(' ', '-')
+        train(train_dpo, 'dpo', name, rows, init, beta=beta, **given)
+        arms[arm] = f'{out}/{name}', beta
+        return name
+
+    def ppo(arm, rows, init, reward, beta=train_ppo.Config.beta):
+        name = arm.replace(' ', '-')
+        train(train_ppo, 'ppo', name, rows, init, beta=beta, reward=f'{out}/{reward}')
+        arms[arm] = f'{out}/{name}', beta
+
+    # 1. Two bases, and three reward models
+    train(train_sft, 'sft', 'sft', 'sft', '')
+    train(train_sft, 'sft', 'safe', 'safe', 'sft', **SAFE)
+    arms |= {'sft': (f'{out}/sft', ''), 'sft(safe)': (f'{out}/safe', '')}
+    train(train_rm, 'rm', 'rm', 'all', 'safe')
+    train(train_rm, 'rm', 'rm-mixed', 'mixed', 'safe', **FEW_PAIRS)
+    train(train_rm, 'rm', 'rm-covered', 'covered', 'safe', **FEW_PAIRS)
+    # 2. DPO: from which base, on which pairs
+    dpo('dpo from sft', 'all', 'sft')
+    dpo('dpo', 'all', 'safe')
+    dpo('dpo no dual-unsafe', 'no-unsafe', 'safe')
+    dpo('dpo mixed pairs', 'mixed', 'safe')
+    # 3. DPO-Iter: a round's reference is the round before
+    run = 'safe'
+    for i in (1, 2, 3, 4):
+        folders[f'iter {i}'] = f'{out}/data/iter-{i}.jsonl'
+        if not Path(folders[f'iter {i}']).exists():
+            sample.main(sample.Config(runs=(f'{out}/{run}',), data=data, pairs=True, seed=i,
+                                      reward=f'{out}/rm', out=folders[f'iter {i}'],
+                                      **(ROUND | few['sample'])))
+        run = dpo(f'iter {i}', f'iter {i}', run, **ITER)
+    # 4. PPO: from which base, on whose scores, over which prompts
+    ppo('ppo from sft', 'all', 'sft', 'rm')
+    ppo('ppo', 'all', 'safe', 'rm')
+    ppo('ppo mixed pairs', 'all', 'safe', 'rm-mixed')
+    ppo('ppo covered', 'covered', 'safe', 'rm-covered')
+    ppo('ppo extra prompts', 'all', 'safe', 'rm-covered')
+    # 5. beta
+    for beta in BETAS:
+        ppo(f'ppo beta {beta}', 'all', 'safe', 'rm', beta)
+        if beta:
+            dpo(f'dpo beta {beta}', 'all', 'safe', beta)
+    return arms
+
+
+def run_seed(seed, quick):
+    """A seed's rows: every arm, judged at T=1 and greedily. kl is to SFT(safe)."""
+    data, out = f'data/toy-{seed}', f"out/{'quick-' if quick else ''}safety-{seed}"
+    prepare.main(prepare.Config(seed=seed, out=data))
+    arms = run_arms(seed, data, out, quick)
+    order = ['sft(safe)', *(arm for arm in arms if arm != 'sft(safe)')]     # kl is to the first
+    tables = evaluate.main(evaluate.Config(
+        runs=tuple(arms[arm][0] for arm in order), data=data, reward=JUDGE,
+        prompts=16 if quick else 400, max_new_tokens=8 if quick else 64))
+    return [{'seed': seed, 'answers': answers, 'arm': arm, 'beta': arms[arm][1],
+             **{key: row[key] for key in ('reward', 'reward_se', 'helpful', 'harm', 'refused',
+                                          'kl', 'kl_se', 'length', 'eos')},
+             'safety': 1 - row['harm'], 'threads': torch.get_num_threads(),
+             'command': f'python -m studies.safety --seeds={seed}'}
+            for answers, table in (('T=1', tables['rows']), ('greedy', tables['greedy']))
+            for arm, row in zip(order, table)]
+
+
+# What the paper says of its arms, of the runs of one seed: name -> whether it holds; a is {arm:
+# row} at T=1. A safety rate is of 400 answers: its standard error is 0.02 at 0.8.
+CHECKS = {
+    'DPO is safer from SFT(safe) than from SFT':
+        lambda a: a['dpo']['safety'] > a['dpo from sft']['safety'],
+    'without dual-unsafe pairs DPO is safer':
+        lambda a: a['dpo no dual-unsafe']['safety'] > a['dpo']['safety'],
+    'without dual-safe pairs too DPO is safer still':
+        lambda a: a['dpo mixed pairs']['safety'] > a['dpo no dual-unsafe']['safety'],
+    'and less helpful than with them':
+        lambda a: a['dpo mixed pairs']['helpful'] < a['dpo no dual-unsafe']['helpful'],
+    'DPO-Iter is safer after round 4 than after round 1':
+        lambda a: a['iter 4']['safety'] > a['iter 1']['safety'],
+    'DPO-Iter is as safe as PPO (within 0.02)':
+        lambda a: a['iter 4']['safety'] >= a['ppo']['safety'] - 0.02,
+    'PPO is more helpful than DPO-Iter':
+        lambda a: a['ppo']['helpful'] > a['iter 4']['helpful'],
+    "PPO's reward is above that of every arm of DPO":
+        lambda a: a['ppo']['reward'] > max(row['reward'] for arm, row in a.items()
+                                           if arm.startswith(('dpo', 'iter'))),
+    'PPO is less helpful on the scores of the twice filtered pairs':
+        lambda a: a['ppo mixed pairs']['helpful'] < a['ppo']['helpful'],
+    'prompts that no pair covers raise the reward of PPO':
+        lambda a: a['ppo extra prompts']['reward'] > a['ppo covered']['reward'],
+    "PPO's reward is highest at beta 0.05 or 0.1":
+        lambda a: max(('ppo beta 0.0', 'ppo beta 0.05', 'ppo beta 0.1', 'ppo'),
+                      key=lambda arm: a[arm]['reward']) in ('ppo beta 0.05', 'ppo beta 0.1'),
+    "PPO's reward is above DPO's at every beta":
+        lambda a: all(a['ppo' + beta]['reward'] > a['dpo' + beta]['reward']
+                      for beta in (' beta 0.05', ' beta 0.1', '')),
+}
+
+
+def check(rows):
+    """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
+    rows = [row for row in rows if row['answers'] == 'T=1']
+    return show_claims(CHECKS, {seed: {row['arm']: row for row in rows if row['seed'] == seed}
+                                for seed in sorted({row['seed'] for row in rows})})
+
+
+# ----------------------------------------------------------------------------- the picture
+
+BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#606060'
+
+
+def color_of(arm):
+    return BLUE if arm.startswith('dpo') else GREEN if arm.startswith('iter') else (
+        ORANGE if arm.startswith('ppo') else 'black')
+
+
+def draw_arms(ax, rows, arms, column, title):
+    """A line for an arm, its mean and standard deviation over seeds; column None: the paper's."""
+    for line, arm in enumerate(arms):
+        if isinstance(column, int):
+            values = [PAPER[arm][column]] if arm in PAPER else []
+        else:
+            values = [row[column] for row in rows if row['arm'] == arm]
+        if values:
+            values = torch.tensor(values)
+            ax.errorbar(values.mean(), line, xerr=values.std() if len(values) > 1 else 0,
+                        color=color_of(arm), marker='o', capsize=3, markersize=6,
+                        markerfacecolor='white' if isinstance(column, int) else color_of(arm))
+    ax.set_title(title, loc='left', fontsize=11)
+    ax.set_yticks(range(len(arms)), arms)
+    ax.set_ylim(len(arms) - 0.5, -0.5)
+    ax.grid(axis='y', color='#e8e8e8')
+
+
+def draw_betas(ax, rows):
+    """The judge's reward against kl, a point for every beta; the paper's numbers as text."""
+    for method, color in (('dpo', BLUE), ('ppo', ORANGE)):
+        arms = [*(f'{method} beta {beta}' for beta in BETAS if beta or method == 'ppo'), method]
+        points = []
+        for arm in arms:
+            kl, reward = (torch.tensor([row[column] for row in rows if row['arm'] == arm])
+                          for column in ('kl', 'reward'))
+            spread = [each.std() if len(each) > 1 else 0 for each in (kl, reward)]
+            points.append((kl.mean(), reward.mean()))
+            ax.errorbar(*points[-1], xerr=spread[0], yerr=spread[1], color=color, marker='o',
+                        capsize=3)
+            ax.annotate(arm.removeprefix(f'{method} beta ') if ' ' in arm else '0.2', points[-1],
+                        xytext=(6, 6), textcoords='offset points', fontsize=10, color=color)
+        ax.plot(*zip(*points), color=color, label=f'{method.upper()}, by beta')
+    ax.set_xlabel('KL to SFT(safe), nats per response', fontsize=10)
+    ax.set_title("the judge's reward", loc='left', fontsize=11)
+    ax.legend(frameon=False, fontsize=10)
+
+
+def draw(rows):
+    """The picture, a matplotlib Figure: all arms beside the paper's, beta below."""
+    from matplotlib.figure import Figure
+    rows = [row for row in rows if row['answers'] == 'T=1']
+    arms = ['sft', 'sft(safe)', *(arm for arm in dict.fromkeys(row['arm'] for row in rows)
+                                  if 'sft' not in arm.split()[0] and 'beta' not in arm)]
+    figure = Figure(figsize=(12, 9.5), dpi=150, layout='constrained')
+    upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
+    axes = upper.subplots(1, 4, sharey=True)
+    for ax, column, title in zip(axes, ('safety', 'helpful', 1, 0), (
+            'safety rate', 'helpful, points of the judge', "paper's safety rate, %",
+            "paper's helpfulness")):
+        draw_arms(ax, rows, arms, column, title)
+    axes = [*axes, *lower.subplots(1, 2, width_ratios=(3, 2))]
+    draw_betas(axes[4], rows)
+    axes[5].axis('off')
+    seeds = sorted({row['seed'] for row in rows})
+    axes[5].text(0, 1, f'Points: mean and standard deviation of {len(seeds)} seeds\n(400 held-out '
+                 'prompts, one answer each at T=1).\nOpen: the paper, table 2, one run each; its '
+                 'scales\nare those of other judges.\n\nPaper, table 11: reward on HH by beta\n'
+                 '           0     .05    .1     .2\nPPO   .705   .720   .718   .629\n'
+                 'DPO   n.a.    .609   .611   .597', va='top', fontsize=10.5, linespacing=1.5)
+    for ax in axes:
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.tick_params(labelsize=10, color=GREY)
+    return figure
+
+
+def main(cfg):
+    """Runs the seeds that the table lacks, prints means and claims, draws; returns what failed."""
+    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
+    if cfg.quick:
+        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
+    for seed in seeds:
+        if all(row['seed'] != seed for row in read_rows(path)):
+            append_rows(path, run_seed(seed, cfg.quick))
+    rows = [row for row in read_rows(path) if row['seed'] in seeds]
+    show_means(rows, ('answers', 'arm'), ('reward', 'helpful', 'safety', 'refused', 'kl'))
+    failed = check(rows)
+    if not cfg.quick:
+        save_picture(lambda: draw(rows), path.with_suffix('.png'))
+    return failed
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)
