@@ -65,9 +65,9 @@ PAPER = {
     'iter 1': (-3.22, 86.7), 'iter 2': (-3.27, 99.7), 'iter 3': (-3.26, 99.9),
     'iter 4': (-2.96, 99.9), 'ppo from sft': (1.69, 99.5), 'ppo': (4.47, 99.6),
     'ppo mixed pairs': (-8.04, 94.9)}
-QUICK = {'sft': dict(steps=4), 'rm': dict(steps=2), 'dpo': dict(steps=2),
-         'ppo': dict(steps=1, rollout_size=16, batch_size=8, max_new_tokens=8),
-         'sample': dict(n=2, prompts=16, max_new_tokens=8)}
+QUICK = {'sft': dict(steps=60), 'safe': dict(steps=2), 'rm': dict(steps=2), 'dpo': dict(steps=2),
+         'ppo': dict(steps=1, rollout_size=8, batch_size=8, max_new_tokens=8),
+         'sample': dict(n=2, prompts=20)}
 
 
 # ----------------------------------------------------------------------------- data
@@ -100,15 +100,19 @@ def covered_keys(rows):
     return set(keys[:round(COVERED * len(keys))])
 
 
-def write_folders(data, out):
-    """{name: data folder}: data's files with other demonstrations, pairs or prompts in place."""
-    def read(name):
-        return [json.loads(line) for line in open(f'{data}/{name}.jsonl', encoding='utf-8')]
+def write_folders(data, out, most):
+    """
+    {name: data folder}: data's files with other demonstrations, pairs or prompts in place, of
+    each file the first `most` rows.
+    """
+    def read(kind):
+        return [json.loads(line) for line in open(f'{data}/{kind}.jsonl', encoding='utf-8')][:most]
     keys = covered_keys(read('train.prompts'))
 
     def covered(rows):
         return [row for row in rows if repr(REQUESTS[row['prompt']].key) in keys]
     filters = {     # folder -> the rows that differ from data's: kind -> what keeps which of them
+        'all': {},
         'sft': {'train.sft': no_refusals, 'val.sft': no_refusals},
         'safe': {'train.sft': only_safe, 'val.sft': only_safe},
         'no-unsafe': {f'{split}.pairs': lambda rows: not_dual(rows, True)
@@ -119,12 +123,14 @@ def write_folders(data, out):
     }
     for name, kinds in filters.items():
         shutil.copytree(data, f'{out}/{name}', dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns('*.py', '__pycache__'))
-        for kind, keep in kinds.items():
-            rows = read(kind)
-            write_rows(Path(f'{out}/{name}/{kind}.jsonl'), kept := keep(rows))
-            print(f'{name}: {len(kept)} of {len(rows)} rows of {kind}')
-    return {'all': data, **{name: f'{out}/{name}' for name in filters}}
+                        ignore=shutil.ignore_patterns('*.jsonl', '*.py', '__pycache__'))
+        for path in sorted(Path(data).glob('*.jsonl')):
+            rows = read(path.stem)
+            kept = kinds[path.stem](rows) if path.stem in kinds else rows
+            write_rows(Path(f'{out}/{name}/{path.name}'), kept)
+            if path.stem in kinds:
+                print(f'{name}: {len(kept)} of {len(rows)} rows of {path.stem}')
+    return {name: f'{out}/{name}' for name in filters}
 
 
 # ----------------------------------------------------------------------------- the arms
@@ -132,7 +138,7 @@ def write_folders(data, out):
 def run_arms(seed, data, out, quick):
     """Every run of a seed; returns {arm: (run folder, beta or '')}. Finished runs are kept."""
     few = QUICK if quick else dict.fromkeys(QUICK, {})
-    folders, arms = write_folders(data, f'{out}/data'), {}
+    folders, arms = write_folders(data, f'{out}/data', most=300 if quick else None), {}
 
     def train(script, kind, name, rows, init, **given):
         script.main(script.Config(data=folders[rows], init=init and f'{out}/{init}',
@@ -152,7 +158,7 @@ def run_arms(seed, data, out, quick):
 
     # 1. Two bases, and three reward models
     train(train_sft, 'sft', 'sft', 'sft', '')
-    train(train_sft, 'sft', 'safe', 'safe', 'sft', **SAFE)
+    train(train_sft, 'safe', 'safe', 'safe', 'sft', **SAFE)
     arms |= {'sft': (f'{out}/sft', ''), 'sft(safe)': (f'{out}/safe', '')}
     train(train_rm, 'rm', 'rm', 'all', 'safe')
     train(train_rm, 'rm', 'rm-mixed', 'mixed', 'safe', **FEW_PAIRS)
@@ -167,7 +173,7 @@ def run_arms(seed, data, out, quick):
     for i in (1, 2, 3, 4):
         folders[f'iter {i}'] = f'{out}/data/iter-{i}.jsonl'
         if not Path(folders[f'iter {i}']).exists():
-            sample.main(sample.Config(runs=(f'{out}/{run}',), data=data, pairs=True, seed=i,
+            sample.main(sample.Config(runs=(f'{out}/{run}',), data=folders['all'], pairs=True, seed=i,
                                       reward=f'{out}/rm', out=folders[f'iter {i}'],
                                       **(ROUND | few['sample'])))
         run = dpo(f'iter {i}', f'iter {i}', run, **ITER)
