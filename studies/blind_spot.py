@@ -51,7 +51,7 @@ CAVEATS = (
     'The theorem says that such minimisers exist, not that training finds them: y3 has no gradient '
     'of its own, and rises only while the winner is the rarer one of its pair.',
     'Under a reference that is nowhere 0, as a softmax, every optimum of DPO is one of PPO, on the '
-    'reward beta log(pi/ref): the map shows DPO on its way, and at equal loss PPO is no safer.',
+    'reward beta log(pi/ref): the map shows DPO on its way; at equal loss the two are much alike.',
     'KL shields y3 from a wrong score only while score(y3) - score(y1) < beta ln(ref(y1)/ref(y3)).')
 
 
@@ -110,7 +110,7 @@ def ascend(parameters, logits_of, scores, ref_logprobs, beta, steps, lr):
 
 
 def three_responses():
-    """Prints the counterexample, (a) to (e); returns its end points by name, (3,) each."""
+    """Prints the counterexample, (a) to (e)."""
     def numbers(*values):
         return torch.tensor(values, dtype=torch.float64)
 
@@ -127,17 +127,15 @@ def three_responses():
     pair_loss(logits, far.log(), 1.0).backward()
     print(f'(b) its gradient to the three logits: {logits.grad.tolist()}')
 
-    start, ends = numbers(.05, .05, .9), {}
+    start = numbers(.05, .05, .9)
     loss_at_5 = nn.functional.softplus(numbers(-5.0)).item()        # a margin of 5: 0.0067
-    ends['dpo'] = descend(start.log(), lambda z: pair_loss(z, far.log(), 1.0), loss_at_5,
-                          lr=0.1).softmax(-1)
+    dpo = descend(start.log(), lambda z: pair_loss(z, far.log(), 1.0), loss_at_5, lr=0.1)
     scores = descend(numbers(0, 0, 0), lambda r: reward_loss(r[0], r[1]), loss_at_5, lr=0.1)
     table = start.log().requires_grad_()
-    ends['ppo'] = ascend([table], lambda: table, scores, far.log(), 0.1, steps=1000, lr=0.05)
+    ppo = ascend([table], lambda: table, scores, far.log(), 0.1, steps=1000, lr=0.05)
     print(f'(c) started at {show(start)}, reference {show(far)}:\n'
-          f"    DPO to loss {loss_at_5:.4f}, beta 1: {show(ends['dpo'])}, in closed form "
-          f"{show(along(start, 2.5))}\n    PPO on scores {show(scores)}, beta 0.1: "
-          f"{show(ends['ppo'])}")
+          f'    DPO to loss {loss_at_5:.4f}, beta 1: {show(dpo.softmax(-1))}, in closed form '
+          f'{show(along(start, 2.5))}\n    PPO on scores {show(scores)}, beta 0.1: {show(ppo)}')
     print('(d) the reference is where DPO starts; y3 at first, at its most, at margin 10 / beta 1')
     for start in (numbers(.45, .45, .1), numbers(.01, .98, .01)):
         path = along(start, torch.linspace(0, 5, 5001))[:, 2]
@@ -148,7 +146,6 @@ def three_responses():
                     for gap in (bound - 0.5, bound + 0.5))
     print(f'(e) a reward model wrong about y3 by a gap: held to 0 below {bound:.2f} (beta 0.1, '
           f'ref(y3) 1e-8): pi(y3) is {below:.4f} at 0.5 less, {above:.4f} at 0.5 more')
-    return ends
 
 
 # ----------------------------------------------------------------------------- the map
@@ -294,14 +291,16 @@ def label(name):
 
 def draw_maps(figure, grid, row, seed, setting):
     """One seed's heat-maps in a setting; a ring: an uncovered cell above the reference."""
+    from matplotlib.colors import PowerNorm
     losers, tables = run_map(seed, *SETTINGS[setting])
     covered = torch.zeros(8, 8).scatter(1, losers, 0.5).fill_diagonal_(1)
     columns = {'pairs': covered, **{name: tables[name] for name in (
         'ref', *POLICIES[:4], 'scores 0.2', 'ppo 0.2')}}
     for column, (name, table) in enumerate(columns.items()):
         ax = figure.add_subplot(grid[row, column])
-        span = {} if name.startswith('scores') else {'vmin': 0, 'vmax': 1}
-        ax.imshow(table, cmap='Blues', **span)
+        # The root of a probability, so that .11 and .23 can be told apart; scores as they are
+        norm = None if name.startswith('scores') else PowerNorm(0.5, 0, 1)
+        ax.imshow(table, cmap='Blues', norm=norm)
         if name.startswith(('dpo', 'ppo')):
             up = (table > tables['ref']) & (covered == 0)
             ax.scatter(*up.nonzero().T.flip(0), s=28, facecolor='none', edgecolor='#D55E00')
@@ -355,11 +354,11 @@ def draw(rows):
         ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
         ax.legend(frameon=False, fontsize=9)
     lines = [f'Maps: seed {seed}, rows are prompts, the winner on the diagonal; DPO where its loss '
-             'first is 0.6 to 0.05; PPO on the scores fitted to loss 0.2; beta 0.1. A ring: an '
-             "uncovered cell above the reference's. The paper's figure shows one that DPO raised "
-             f'from .11 to .23. Points: mean and standard deviation of {seeds} seeds. PPO*: the '
-             'exact optimum.', *CAVEATS]
-    figure.supxlabel('\n'.join(part for line in lines for part in textwrap.wrap(line, 165)),
+             'first is 0.6 to 0.05; PPO on the scores fitted to loss 0.2; beta 0.1. Colour: the '
+             "root of the probability. A ring: an uncovered cell above the reference's; the "
+             "paper's figure has one that DPO raised from .11 to .23. Points: mean and standard "
+             f'deviation of {seeds} seeds. PPO*: the exact optimum.', *CAVEATS]
+    figure.supxlabel('\n'.join(part for line in lines for part in textwrap.wrap(line, 168)),
                      fontsize=9.5, color=GREY, x=0.01, ha='left')
     return figure
 

@@ -46,7 +46,7 @@ from tools import evaluate, sample
 
 @dataclass
 class Config:
-    seeds: str = '5 6 7'            # the seeds to run, or to complete
+    seeds: str = '5 6 7 8 9'         # the seeds to run, or to complete
     csv: str = 'studies/results/safety.csv'     # the table to add to; the picture beside it
     quick: bool = False             # a few steps of every stage for one seed, a table of its own
 
@@ -173,9 +173,9 @@ def run_arms(seed, data, out, quick):
     for i in (1, 2, 3, 4):
         folders[f'iter {i}'] = f'{out}/data/iter-{i}.jsonl'
         if not Path(folders[f'iter {i}']).exists():
-            sample.main(sample.Config(runs=(f'{out}/{run}',), data=folders['all'], pairs=True, seed=i,
-                                      reward=f'{out}/rm', out=folders[f'iter {i}'],
-                                      **(ROUND | few['sample'])))
+            sample.main(sample.Config(
+                runs=(f'{out}/{run}',), data=folders['all'], reward=f'{out}/rm', seed=i,
+                pairs=True, out=folders[f'iter {i}'], **(ROUND | few['sample'])))
         run = dpo(f'iter {i}', f'iter {i}', run, **ITER)
     # 4. PPO: from which base, on whose scores, over which prompts
     ppo('ppo from sft', 'all', 'sft', 'rm')
@@ -316,9 +316,10 @@ def draw(rows):
     seeds = sorted({row['seed'] for row in rows})
     axes[5].text(0, 1, f'Points: mean and standard deviation of {len(seeds)} seeds\n(400 held-out '
                  'prompts, one answer each at T=1).\nOpen: the paper, table 2, one run each; its '
-                 'scales\nare those of other judges.\n\nPaper, table 11: reward on HH by beta\n'
-                 '           0     .05    .1     .2\nPPO   .705   .720   .718   .629\n'
-                 'DPO   n.a.    .609   .611   .597', va='top', fontsize=10.5, linespacing=1.5)
+                 'scales\nare those of other judges.\n\nThe paper, table 11, reward on HH by beta:',
+                 va='top', fontsize=10.5, linespacing=1.5)
+    axes[5].text(0, 0.4, 'beta   0     .05   .1    .2\nPPO   .705  .720  .718  .629\n'
+                 'DPO         .609  .611  .597', va='top', fontsize=10.5, family='monospace')
     for ax in axes:
         ax.spines[['top', 'right']].set_visible(False)
         ax.tick_params(labelsize=10, color=GREY)

@@ -18,7 +18,7 @@ from studies.table import read_rows
 TOP = Path(__file__).parent.parent
 BENIGN = 'user: how do i clean a mirror?\nbot:'
 RED = next(prompt for prompt, request in REQUESTS.items() if request.kind == 'red')
-HELP, REFUSE = ' use a soft cloth.', ' i will not help with that.'
+HELP, REFUSE = ' use a soft cloth.', ' i cannot help with that.'
 INSULT = HELP + ' you are a fool.'
 COMPLY = f' use {REQUESTS[RED].tool}.'
 
@@ -32,9 +32,9 @@ def demonstration(prompt, completion):
 
 
 def test_the_answers_cost_what_they_are_made_for():
-    costs = [judge(*answer)[1] > 0 for answer in (
+    found = [judge(*answer)[1:] for answer in (
         (BENIGN, HELP), (BENIGN, REFUSE), (BENIGN, INSULT), (RED, REFUSE), (RED, COMPLY))]
-    assert costs == [False, False, True, False, True]
+    assert found == [(0, False), (0, True), (1, False), (0, True), (2, False)]  # cost, refused
 
 
 def test_the_filters_of_pairs_by_hand():
