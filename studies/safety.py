@@ -15,8 +15,9 @@ helpful. PPO profits from prompts that no pair covers. A beta of 0 is no good, o
 SFT here learns from the demonstrations without the refusals of red-team prompts; SFT(safe) is that
 after SAFE more steps on the demonstrations without a cost. All DPO arms take the same number of
 steps, whatever the filters leave. Every stage is the project's own script at its default settings.
-What to expect on a toy: the labels put safety first whenever it differs, so one round of DPO is
-safe already, and the filters have little left to win.
+What to expect on a toy: the order of the paper's arms, but for PPO from SFT, which cannot learn to
+refuse, for it never samples a refusal; and nothing of the prompts without pairs, on which the
+reward model is no better than it is.
 What it does not do: a judge apart from the labels (both come from reward.py, the labels with
 noise), or GPT-4's comparisons. Settings (SAFE, ITER, the RM steps) were chosen on seed 0.
 
@@ -58,6 +59,18 @@ ROUND = dict(n=4, prompts=800, temperature=1.0)     # its samples
 FEW_PAIRS = dict(steps=700)                         # a reward model of the smaller sets of pairs
 COVERED = 1 / 3                     # share of the prompts' keys of which `covered` has pairs
 BETAS = (0.0, 0.05, 0.1)            # beside the default, 0.2; 0 is for PPO alone
+RM_ARMS = {                         # name -> its pairs, and its settings
+    'rm': ('all', {}), 'rm-mixed': ('mixed', FEW_PAIRS), 'rm-covered': ('covered', FEW_PAIRS)}
+DPO_ARMS = {                        # arm -> its pairs, where it starts, beta
+    'dpo from sft': ('all', 'sft', 0.2), 'dpo': ('all', 'safe', 0.2),
+    'dpo no dual-unsafe': ('no-unsafe', 'safe', 0.2), 'dpo mixed pairs': ('mixed', 'safe', 0.2),
+    **{f'dpo beta {beta}': ('all', 'safe', beta) for beta in BETAS if beta}}
+PPO_ARMS = {                        # arm -> its prompts, where it starts, whose scores, beta
+    'ppo from sft': ('all', 'sft', 'rm', 0.2), 'ppo': ('all', 'safe', 'rm', 0.2),
+    'ppo mixed pairs': ('all', 'safe', 'rm-mixed', 0.2),
+    'ppo covered': ('covered', 'safe', 'rm-covered', 0.2),
+    'ppo extra prompts': ('all', 'safe', 'rm-covered', 0.2),
+    **{f'ppo beta {beta}': ('all', 'safe', 'rm', beta) for beta in BETAS}}
 # arm -> what the paper's table 2 has for it: helpfulness, safety rate in percent
 PAPER = {
     'sft': (-2.62, 41.6), 'dpo from sft': (-4.19, 55.4), 'dpo': (-1.62, 71.8),
@@ -135,60 +148,45 @@ def write_folders(data, out, most):
 
 # ----------------------------------------------------------------------------- the arms
 
+def folder_of(arm):
+    return arm.replace(' ', '-')
+
+
 def run_arms(seed, data, out, quick):
     """Every run of a seed; returns {arm: (run folder, beta or '')}. Finished runs are kept."""
     few = QUICK if quick else dict.fromkeys(QUICK, {})
-    folders, arms = write_folders(data, f'{out}/data', most=300 if quick else None), {}
+    folders = write_folders(data, f'{out}/data', most=300 if quick else None)
 
     def train(script, kind, name, rows, init, **given):
-        script.main(script.Config(data=folders[rows], init=init and f'{out}/{init}',
-                                  out=f'{out}/{name}', seed=seed, resume=True,
-                                  **(given | few[kind])))
-
-    def dpo(arm, rows, init, beta=train_dpo.Config.beta, **given):
-        name = arm.replace(' ', '-')
-        train(train_dpo, 'dpo', name, rows, init, beta=beta, **given)
-        arms[arm] = f'{out}/{name}', beta
-        return name
-
-    def ppo(arm, rows, init, reward, beta=train_ppo.Config.beta):
-        name = arm.replace(' ', '-')
-        train(train_ppo, 'ppo', name, rows, init, beta=beta, reward=f'{out}/{reward}')
-        arms[arm] = f'{out}/{name}', beta
+        script.main(script.Config(data=rows, init=init and f'{out}/{init}', out=f'{out}/{name}',
+                                  seed=seed, resume=True, **(given | few[kind])))
 
     # 1. Two bases, and three reward models
-    train(train_sft, 'sft', 'sft', 'sft', '')
-    train(train_sft, 'safe', 'safe', 'safe', 'sft', **SAFE)
-    arms |= {'sft': (f'{out}/sft', ''), 'sft(safe)': (f'{out}/safe', '')}
-    train(train_rm, 'rm', 'rm', 'all', 'safe')
-    train(train_rm, 'rm', 'rm-mixed', 'mixed', 'safe', **FEW_PAIRS)
-    train(train_rm, 'rm', 'rm-covered', 'covered', 'safe', **FEW_PAIRS)
-    # 2. DPO: from which base, on which pairs
-    dpo('dpo from sft', 'all', 'sft')
-    dpo('dpo', 'all', 'safe')
-    dpo('dpo no dual-unsafe', 'no-unsafe', 'safe')
-    dpo('dpo mixed pairs', 'mixed', 'safe')
+    train(train_sft, 'sft', 'sft', folders['sft'], '')
+    train(train_sft, 'safe', 'safe', folders['safe'], 'sft', **SAFE)
+    for name, (rows, given) in RM_ARMS.items():
+        train(train_rm, 'rm', name, folders[rows], 'safe', **given)
+    # 2. DPO: from which base, on which pairs, at which beta
+    for arm, (rows, init, beta) in DPO_ARMS.items():
+        train(train_dpo, 'dpo', folder_of(arm), folders[rows], init, beta=beta)
     # 3. DPO-Iter: a round's reference is the round before
     run = 'safe'
     for i in (1, 2, 3, 4):
-        folders[f'iter {i}'] = f'{out}/data/iter-{i}.jsonl'
-        if not Path(folders[f'iter {i}']).exists():
+        pairs = f'{out}/data/iter-{i}.jsonl'
+        if not Path(pairs).exists():
             sample.main(sample.Config(
                 runs=(f'{out}/{run}',), data=folders['all'], reward=f'{out}/rm', seed=i,
-                pairs=True, out=folders[f'iter {i}'], **(ROUND | few['sample'])))
-        run = dpo(f'iter {i}', f'iter {i}', run, **ITER)
-    # 4. PPO: from which base, on whose scores, over which prompts
-    ppo('ppo from sft', 'all', 'sft', 'rm')
-    ppo('ppo', 'all', 'safe', 'rm')
-    ppo('ppo mixed pairs', 'all', 'safe', 'rm-mixed')
-    ppo('ppo covered', 'covered', 'safe', 'rm-covered')
-    ppo('ppo extra prompts', 'all', 'safe', 'rm-covered')
-    # 5. beta
-    for beta in BETAS:
-        ppo(f'ppo beta {beta}', 'all', 'safe', 'rm', beta)
-        if beta:
-            dpo(f'dpo beta {beta}', 'all', 'safe', beta)
-    return arms
+                pairs=True, out=pairs, **(ROUND | few['sample'])))
+        train(train_dpo, 'dpo', f'iter-{i}', pairs, run, **ITER)
+        run = f'iter-{i}'
+    # 4. PPO: from which base, on whose scores, over which prompts, at which beta
+    for arm, (rows, init, reward, beta) in PPO_ARMS.items():
+        train(train_ppo, 'ppo', folder_of(arm), folders[rows], init, beta=beta,
+              reward=f'{out}/{reward}')
+    betas = {'sft': '', 'sft(safe)': '', **{f'iter {i}': 0.2 for i in (1, 2, 3, 4)},
+             **{arm: given[-1] for arm, given in (DPO_ARMS | PPO_ARMS).items()}}
+    return {arm: (f"{out}/{'safe' if arm == 'sft(safe)' else folder_of(arm)}", beta)
+            for arm, beta in betas.items()}
 
 
 def run_seed(seed, quick):
@@ -301,8 +299,8 @@ def draw(rows):
     """The picture, a matplotlib Figure: all arms beside the paper's, beta below."""
     from matplotlib.figure import Figure
     rows = [row for row in rows if row['answers'] == 'T=1']
-    arms = ['sft', 'sft(safe)', *(arm for arm in dict.fromkeys(row['arm'] for row in rows)
-                                  if 'sft' not in arm.split()[0] and 'beta' not in arm)]
+    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:4], *(f'iter {i}' for i in (1, 2, 3, 4)),
+            *list(PPO_ARMS)[:5]]
     figure = Figure(figsize=(12, 9.5), dpi=150, layout='constrained')
     upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
     axes = upper.subplots(1, 4, sharey=True)
@@ -318,7 +316,7 @@ def draw(rows):
                  'prompts, one answer each at T=1).\nOpen: the paper, table 2, one run each; its '
                  'scales\nare those of other judges.\n\nThe paper, table 11, reward on HH by beta:',
                  va='top', fontsize=10.5, linespacing=1.5)
-    axes[5].text(0, 0.4, 'beta   0     .05   .1    .2\nPPO   .705  .720  .718  .629\n'
+    axes[5].text(0, 0.5, 'beta   0     .05   .1    .2\nPPO   .705  .720  .718  .629\n'
                  'DPO         .609  .611  .597', va='top', fontsize=10.5, family='monospace')
     for ax in axes:
         ax.spines[['top', 'right']].set_visible(False)
