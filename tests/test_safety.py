@@ -11,6 +11,7 @@ import pytest
 
 from data.toy.language import REQUESTS
 from data.toy.reward import judge
+from prefgpt import load_checkpoint
 from studies import safety
 from studies.safety import covered_keys, no_refusals, not_dual, only_safe
 from studies.table import read_rows
@@ -106,7 +107,23 @@ def test_safety_in_its_quick_form(tmp_path, monkeypatch):
     betas = {row['arm']: row['beta'] for row in rows}
     assert betas['ppo beta 0.05'] == betas['dpo beta 0.05'] == 0.05 and betas['ppo'] == 0.2
 
-    folder = Path('out/quick-safety-3/data')
+    # Each arm is what its name says: its data, where it started, whose scores it sought
+    out = 'out/quick-safety-3'
+    for run, kind, given in (
+            ('safe', 'sft', {'data': f'{out}/data/safe', 'init': f'{out}/sft'}),
+            ('rm-mixed', 'rm', {'data': f'{out}/data/mixed', 'init': f'{out}/safe'}),
+            ('dpo-from-sft', 'dpo', {'data': f'{out}/data/all', 'init': f'{out}/sft'}),
+            ('dpo-no-dual-unsafe', 'dpo', {'data': f'{out}/data/no-unsafe'}),
+            ('iter-1', 'dpo', {'data': f'{out}/data/iter-1.jsonl', 'init': f'{out}/safe'}),
+            ('iter-3', 'dpo', {'data': f'{out}/data/iter-3.jsonl', 'init': f'{out}/iter-2'}),
+            ('ppo-mixed-pairs', 'ppo', {'data': f'{out}/data/all', 'reward': f'{out}/rm-mixed'}),
+            ('ppo-covered', 'ppo', {'data': f'{out}/data/covered', 'reward': f'{out}/rm-covered'}),
+            ('ppo-extra-prompts', 'ppo', {'data': f'{out}/data/all',
+                                          'reward': f'{out}/rm-covered'}),
+            ('ppo-beta-0.0', 'ppo', {'beta': 0.0, 'reward': f'{out}/rm', 'init': f'{out}/safe'})):
+        config = load_checkpoint(f'{out}/{run}', [kind])['config']
+        assert {key: config[key] for key in given} == given, run
+    folder = Path(f'{out}/data')
     def read(name):
         return [json.loads(line) for line in open(folder / f'{name}.jsonl', encoding='utf-8')]
     assert not_dual(read('mixed/train.pairs'), True, False) == read('mixed/train.pairs')
