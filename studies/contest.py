@@ -9,8 +9,8 @@ advantages are normalized, batches are large and the reference follows:
 
 What each arm is:
   - sft; early sft, stopped at a fifth of the steps: what "pretrained" stands for in table 9;
-  - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT; dpo on-policy
-    LR: over pairs of the policy's own samples, five at a time, the tests choose;
+  - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
+    dpo on-policy LR: over pairs of SFT's own samples, five at a time, the tests choose;
   - iter, iter + winners: four rounds of sampling and DPO, each from the last one's policy; a five
     without a correct sample is left out, or gets the data set's winner, as in the paper;
   - ppo, four rungs at two learning rates and equal rollouts: rung baseline (64 responses a step,
@@ -29,6 +29,7 @@ import json
 import statistics
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -40,6 +41,7 @@ import train_sft
 from data.contest import prepare
 from data.contest.language import LEVELS
 from prefgpt import UserError, load_checkpoint, load_rows, run_cli
+from studies.curves import COLORS, GREY
 from studies.table import append_rows, read_rows, show_means
 from tools import evaluate, sample
 
@@ -55,13 +57,15 @@ class Config:
     quick: bool = False             # a few steps of every stage, into a table of its own
 
 
-FULL = dict(sft_steps=2200, dpo_steps=78, rounds=4, round_steps=30, rollouts=20_480, batches=(64, 512),
-            sampled=500, prompts=400, samples=60, data={})
-QUICK = dict(sft_steps=40, dpo_steps=2, rounds=2, round_steps=2, rollouts=32, batches=(8, 16),
-             sampled=10, prompts=4, samples=10, data=dict(sft=400, pairs=100, prompts=64))
+FULL = dict(sft_steps=1500, early_steps=1000, dpo_steps=78, own_steps=15, rounds=4,
+            rollouts=20_480, batches=(64, 512), sampled=500, n=20, prompts=400, samples=60, data={})
+QUICK = dict(sft_steps=40, early_steps=20, dpo_steps=2, own_steps=2, rounds=2, rollouts=32,
+             batches=(8, 16), sampled=10, n=10, prompts=4, samples=10,
+             data=dict(sft=400, pairs=100, prompts=64))
 DPO_LRS = (1e-4, 1e-3, 3e-3)
 PPO_LRS = (1e-3, 3e-4)
 BINDING = dict(beta=0.25)       # reward / beta is 4: the optimum is e^4 times the odds, not e^100
+NO_VALUE = dict(value_lr=0.0, grad_clip=1e9)    # values stay 0, as they begin; nothing is clipped
 
 
 # ----------------------------------------------------------------------------- the arms
@@ -83,10 +87,12 @@ class Arms:
             data=self.data, batch_size=64, lr=4e-3, block_size=32, **self.common(name, steps)))
         return f'{self.out}/{name}'
 
-    def dpo(self, name, init, lr, data='', steps=0):
+    def dpo(self, name, init, lr, own_pairs=''):
+        """One pass, about, over the data set's pairs or over own ones."""
+        steps = self.sizes['own_steps' if own_pairs else 'dpo_steps']
         train_dpo.main(train_dpo.Config(
-            data=data or self.data, init=init, beta=0.1, lr=lr, batch_size=64, warmup=5,
-            **self.common(name, steps or self.sizes['dpo_steps'])))
+            data=own_pairs or self.data, init=init, beta=0.1, lr=lr, batch_size=64, warmup=3,
+            **self.common(name, steps)))
         return f'{self.out}/{name}'
 
     def ppo(self, name, init, lr, rollout_size, beta=0.01, **changes):
@@ -95,7 +101,7 @@ class Arms:
         train_ppo.main(train_ppo.Config(
             data=self.data, init=init, reward=JUDGE, no_eos_score=0.0, beta=beta, gae_lambda=1.0,
             rollout_size=rollout_size, batch_size=rollout_size // 4, ppo_epochs=1, lr=lr,
-            value_lr=lr, warmup=steps // 20, **{'ref_ema': 0.0, **changes},
+            warmup=steps // 20, **{'value_lr': lr, 'ref_ema': 0.0, **changes},
             **self.common(name, steps)))
         return f'{self.out}/{name}'
 
@@ -109,8 +115,8 @@ class Arms:
         rows, path = Path(self.out, f'{name}.rows.jsonl'), Path(self.out, f'{name}.pairs.jsonl')
         if not rows.exists():
             sample.main(sample.Config(
-                runs=(run,), data=self.data, out=str(rows), reward=JUDGE, n=15, temperature=1.0,
-                max_new_tokens=TOKENS, prompts=self.sizes['sampled'], batch_size=100, seed=seed))
+                runs=(run,), data=self.data, out=str(rows), reward=JUDGE, n=self.sizes['n'],
+                temperature=1.0, max_new_tokens=TOKENS, prompts=self.sizes['sampled'], seed=seed))
         pairs, left_out = [], Counter()
         lines = [json.loads(line) for line in rows.read_text().splitlines()]
         for prompt, group in groupby(lines, key=lambda row: row['prompt']):
@@ -129,7 +135,7 @@ class Arms:
         for number in range(1, self.sizes['rounds'] + 1):
             pairs = self.own_pairs(f'{name}-{number}', run, 100 * self.seed + number, winners)
             if pairs:
-                run = self.dpo(f'{name}-{number}', run, lr, pairs, self.sizes['round_steps'])
+                run = self.dpo(f'{name}-{number}', run, lr, pairs)
         return run
 
 
@@ -138,7 +144,7 @@ def train_arms(arms):
     sizes = arms.sizes
     small, large = sizes['batches']
     sft = arms.sft('sft', sizes['sft_steps'])
-    early = arms.sft('early', sizes['sft_steps'] // 5)
+    early = arms.sft('early', sizes['early_steps'])
     runs = {'sft': sft, 'early sft': early}
     for lr in DPO_LRS:
         runs[f'dpo {lr:g}'] = arms.dpo(f'dpo-{lr:g}', sft, lr)
@@ -158,6 +164,8 @@ def train_arms(arms):
                 f"ppo-{rung.replace('+ ', '')}-{lr:g}", sft, lr, rollout_size, **changes)
     runs['ppo binding fixed'] = arms.ppo('binding-fixed', sft, 1e-3, large, **BINDING)
     runs['ppo binding ema'] = arms.ppo('binding-ema', sft, 1e-3, large, ref_ema=0.1, **BINDING)
+    runs['ppo no value'] = arms.ppo('no-value', sft, 1e-3, small, whiten=False, **NO_VALUE)
+    runs['ppo no value + norm'] = arms.ppo('no-value-norm', sft, 1e-3, small, **NO_VALUE)
     runs['ppo + ema, early ref'] = arms.ppo('ppo-early', early, 1e-3, large, ref_ema=0.02)
     return runs
 
@@ -240,6 +248,8 @@ CHECKS = {
         lambda t: t[SMALL]['last_quarter'] > t['ppo baseline 0.001']['last_quarter'],
     'normalization above the baseline at lr 3e-4: last quarter of training':
         lambda t: t['ppo + norm 0.0003']['last_quarter'] > t['ppo baseline 0.0003']['last_quarter'],
+    'normalization above plain advantages without a value model and gradient clipping: pass@1':
+        lambda t: t['ppo no value + norm']['pass@1'] > t['ppo no value']['pass@1'],
     'the baseline below SFT, as in table 3: pass@1 at lr 1e-3':
         lambda t: t['ppo baseline 0.001']['pass@1'] < t['sft']['pass@1'],
     "PPO's 10@k is above SFT's, as in table 8":
@@ -262,8 +272,105 @@ def check(rows):
     return missing
 
 
+# ----------------------------------------------------------------------------- the picture
+
+# What stands in the first panels: arm -> its name there, with the paper's number where it has one:
+# pass@5 on APPS, interview level, CodeLlama-34B (table 7); DPO's is 10@1k on CodeContests (table 8)
+SHOWN = {'sft': 'SFT (10.1 %)', 'dpo 0.0001': 'DPO 1e-4', 'dpo 0.001': 'DPO 1e-3',
+         'dpo 0.003': 'DPO 3e-3 (0.0 %)', 'dpo on-policy 0.0003': 'DPO on-policy 3e-4',
+         'dpo on-policy 0.001': 'DPO on-policy 1e-3', 'iter': 'DPO-Iter',
+         'iter + winners': 'DPO-Iter + winners (9.3 %)', PPO: 'PPO (18.0 %)'}
+RUNGS = ('baseline', '+ norm', '+ batch', '+ ema')
+PAPER_RUNGS = (2.4, 11.4, 14.6, 18.0)       # table 3: pass@5, APPS, interview level; SFT 10.1
+
+
+def mean_and_spread(rows, arm, column, level='interview'):
+    """Over the seeds, of one arm."""
+    values = [row[column] for row in rows if row['arm'] == arm and row['level'] == level]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_bars(ax, rows, column, title):
+    """An arm a line; the bar is the mean over seeds, its whisker the standard deviation."""
+    numbers = [mean_and_spread(rows, arm, column) for arm in SHOWN]
+    colors = [COLORS[1 if 'DPO' in name else 0] for name in SHOWN.values()]
+    ax.barh(list(SHOWN.values()), [mean for mean, _ in numbers], color=colors, height=0.6,
+            xerr=[spread for _, spread in numbers], error_kw=dict(lw=1, ecolor=GREY))
+    ax.invert_yaxis()
+    ax.set_title(title, loc='left', fontsize=10)
+
+
+def draw_ladder(ax, rows):
+    """pass@1 by rung, as a multiple of SFT's in the same seed, beside the paper's."""
+    for lr, color in zip(PPO_LRS, COLORS):
+        ratios = [[row['pass@1'] / sft['pass@1'] for row, sft in zip(
+            [row for row in rows if row['level'] == 'interview' and row['arm'] == arm],
+            [row for row in rows if row['level'] == 'interview' and row['arm'] == 'sft'])]
+            for arm in (f'ppo {rung} {lr:g}' for rung in RUNGS)]
+        ax.errorbar(RUNGS, [statistics.fmean(each) for each in ratios],
+                    [statistics.stdev(each) if len(each) > 1 else 0 for each in ratios],
+                    color=color, marker='o', capsize=3, label=f'lr {lr:g}')
+    ax.plot(RUNGS, [rung / 10.1 for rung in PAPER_RUNGS], color=GREY, marker='s', ls='--',
+            label='paper, APPS')
+    ax.axhline(1, color=GREY, lw=0.8)
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_title("the ladder: pass@1 / SFT's", loc='left', fontsize=10)
+
+
+def draw_logprobs(ax, rows):
+    """How far DPO moved chosen and rejected responses, in nats, on held-out pairs."""
+    arms = [arm for arm in SHOWN if 'dpo' in arm]
+    for side, color, shift in (('chosen', COLORS[2], -0.2), ('rejected', COLORS[3], 0.2)):
+        moved = [{**row, 'moved': row[side] - row[f'{side}_before']} for row in rows
+                 if row['arm'] in arms]
+        numbers = [mean_and_spread(moved, arm, 'moved') for arm in arms]
+        ax.barh([place + shift for place in range(len(arms))], [mean for mean, _ in numbers], 0.4,
+                xerr=[spread for _, spread in numbers], color=color, label=side,
+                error_kw=dict(lw=1, ecolor=GREY))
+    ax.set_yticks(range(len(arms)), [SHOWN[arm].split(' (')[0] for arm in arms])
+    ax.invert_yaxis()
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_title('log pi - log ref of held-out pairs, nats', loc='left', fontsize=10)
+
+
+def draw_pairs(ax, rows, columns, arms, title):
+    """Two arms side by side, at each (label, column, level)."""
+    for arm, color, shift in zip(arms, COLORS, (-0.2, 0.2)):
+        numbers = [mean_and_spread(rows, arm, column, level) for _, column, level in columns]
+        ax.bar([place + shift for place in range(len(columns))], [mean for mean, _ in numbers], 0.4,
+               yerr=[spread for _, spread in numbers], color=color, label=arms[arm],
+               error_kw=dict(lw=1, ecolor=GREY))
+    ax.set_xticks(range(len(columns)), [label for label, *_ in columns])
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_title(title, loc='left', fontsize=10)
+
+
+def draw(rows):
+    """The picture of the table, a matplotlib Figure."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 7), dpi=150, layout='constrained')
+    axes = figure.subplots(2, 3).flat
+    draw_bars(axes[0], rows, 'pass@1', 'pass@1, interview level (paper)')
+    draw_bars(axes[1], rows, 'valid', 'share of valid programs')
+    draw_logprobs(axes[2], rows)
+    draw_ladder(axes[3], rows)
+    levels = LEVELS[1:]
+    draw_pairs(axes[4], rows, [(f'{name}\n{level}', name, level) for level in levels
+                               for name in ('pass@1', '10@k')],
+               {'sft': 'SFT', PPO: 'PPO'}, 'PPO sharpens: pass@1 and 10@60')
+    draw_pairs(axes[5], rows, [('training score,\nlast quarter', 'last_quarter', 'interview'),
+                               ('pass@1\ninterview', 'pass@1', 'interview'),
+                               ('pass@1\ncompetition', 'pass@1', 'competition')],
+               {'ppo binding fixed': 'fixed reference', 'ppo binding ema': 'EMA 0.1'},
+               'where the KL binds (reward / beta = 4)')
+    for ax in figure.axes:
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return figure
+
+
 def main(cfg):
-    """Runs the seeds that the table lacks, prints means and findings, draws; returns what failed."""
+    """Runs the seeds that the table lacks, prints, draws, and returns what failed."""
     path = Path(cfg.csv)
     path = path.with_stem(path.stem + '-quick') if cfg.quick else path
     words = cfg.seeds.replace(',', ' ').split()
@@ -280,6 +387,8 @@ def main(cfg):
         print(f'\n{level}', end='')
         show_means([row for row in rows if row['level'] == level], ('arm',),
                    ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
+    if not cfg.quick and find_spec('matplotlib'):
+        draw(rows).savefig(path.with_suffix('.png'))
     return check(rows)
 
 
