@@ -66,18 +66,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, positions=None, visible=None):
         B, T, C = x.shape                                           # x (B, T, C)
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                   for z in (q, k, v))                              # (B, H, T, C/H)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, C/H)
         if positions is None:
             if cache is not None:                                   # prefill: keep keys, values
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:                                                       # decode: T is 1
             rows = torch.arange(B, device=x.device)
-            # Each row at its own place; two indices around a ':' bring B to the front: (B, H, C/H)
-            cache[0, rows, :, positions] = k[:, :, 0]
-            cache[1, rows, :, positions] = v[:, :, 0]
+            # Each row at its own place. Two indices with a ':' between them bring B to the front
+            cache[:, rows, :, positions] = qkv[:, 0, 1:]            # k and v: (B, 2, H, C/H)
             out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=visible)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
 
@@ -127,6 +125,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=config.init_std * scale)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # The same matrix with its columns contiguous: a product with few rows, as in
+                # sampling, reads it in that order, and a CPU then spends half the time on it
+                pass
 
     def forward(self, tokens, cache=None, positions=None):
         """
@@ -220,7 +223,9 @@ def token_logprobs(model, x, y, mask, temperature=1.0):
     """
     def logprobs_of(hidden, targets):
         logits = model.logits(hidden)                               # (M, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature != 1:                    # a pass over all of (M, V) that changes nothing
+            logits = logits / temperature
         return -F.cross_entropy(logits, targets, reduction='none')  # log_softmax, gathered: (M,)
 
     hidden, targets = model(x)[mask], y[mask]                       # (M, C), (M,)

@@ -63,8 +63,8 @@ prefgpt.py logprobs-of-x I6
 +   hidden, targets = model(x)[mask], x[mask]
 
 prefgpt.py logprobs-without-temperature I6 I14
--       logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-+       logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+-           logits = logits / temperature
++           pass
 
 prefgpt.py sampler-without-temperature I14
 -   logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -99,8 +99,8 @@ prefgpt.py not-causal I2 I24
 +           out = F.scaled_dot_product_attention(q, k, v)
 
 prefgpt.py cache-written-one-late I4
--           cache[0, rows, :, positions] = k[:, :, 0]
-+           cache[0, rows, :, (positions + 1).clamp(max=cache.size(3) - 1)] = k[:, :, 0]
+-           cache[:, rows, :, positions] = qkv[:, 0, 1:]            # k and v: (B, 2, H, C/H)
++           cache[:, rows, :, (positions + 1).clamp(max=cache.size(3) - 1)] = qkv[:, 0, 1:]
 
 prefgpt.py decode-mask-one-narrow I4
 -           visible = (places <= positions[:, None])[:, None, None]         # (B, 1, 1, S)

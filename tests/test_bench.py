@@ -1,6 +1,7 @@
 """tools/bench.py: its workload is what it says, its formulas are counts, its lines are readable."""
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -242,6 +243,37 @@ def test_row_bytes_are_what_autograd_keeps(autocast):
         hidden = hidden[torch.ones(1, 24, dtype=torch.bool)]
     last = hidden.numel() * 4                           # what the head reads
     assert sum(kept.values()) + last == bench.row_bytes(policy.config, 24, 2 if autocast else 4)
+
+
+# ----------------------------------------------------------------------------- side by side
+
+def test_two_programs_in_turn(capsys, monkeypatch):
+    """Theirs, ours, theirs, ours, theirs, ours; the medians' ratio, and not the ratios' median."""
+    commands, rates = [], iter([100.0, 150.0, 300.0, 600.0, 200.0, 100.0])
+    monkeypatch.setattr(bench, 'rate_of', lambda command: commands.append(command) or next(rates))
+    [result] = bench.main(bench.Config(stage='dpo', shape='small', steps=7, against="run 'a b'"))
+    assert result['theirs'] == [100, 300, 200] and result['ours'] == [150, 600, 100]
+    assert result['ratio'] == 150 / 200
+    assert commands[::2] == [['run', 'a b']] * 3
+    assert all({'--stage=dpo', '--shape=small', '--steps=7'} <= set(ours) for ours in commands[1::2])
+    assert not any('--against' in word for word in commands[1])
+    assert 'dpo small: 150 against 200, 0.75x' in capsys.readouterr().out
+
+
+def test_the_rate_of_a_program():
+    """The last one it prints; a program that fails, prints none or is not there is one line."""
+    def python(program):
+        return [sys.executable, '-c', program]
+    assert bench.rate_of(python("print('1 tokens/s'); print('ppo: 24.5 episodes/s (x)')")) == 24.5
+    with pytest.raises(UserError, match='exit status 3, and a line'):
+        bench.rate_of(python("print('1 tokens/s'); raise SystemExit(3)"))
+    with pytest.raises(UserError, match='exit status 0, and no line'):
+        bench.rate_of(python('pass'))
+    with pytest.raises(UserError, match='no-such-program'):
+        bench.rate_of(['no-such-program'])
+    with pytest.raises(UserError, match='name it with --stage'):
+        bench.main(bench.Config(against='true'))
+
 
 
 def test_the_table(capsys, tmp_path):

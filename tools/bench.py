@@ -24,13 +24,17 @@ bfloat16 autocast, w=2 (without it 4). PPO holds four models, and kl_sft's froze
 Left out, so that the sizes are upper bounds: the CUDA context (about half a GB), what the allocator
 cannot use again, gradients within a block, and sampling: 'cache' is the keys and values of one
 response of T places, for all of rollout_size at once.
-What it does not do: run several processes, or compile the sampler. On a CPU peak memory is the
-process's so far: with --stage=all not each stage's own.
+--against names another program that does the same work and prints its rate as we print ours. The
+two then run in turn, each in a process of its own, and the ratio is that of their medians.
+What it does not do: run several processes at once, or compile the sampler. On a CPU peak memory is
+the process's so far: with --stage=all not each stage's own.
 
     python -m tools.bench --stage=dpo --shape=small
+    python -m tools.bench --stage=sft --steps=42 --against="python trl_bench.py sft toy 42"
     python -m tools.bench --memory
 """
-import base64, contextlib, itertools, json, random, statistics, string, sys, tempfile, time
+import base64, contextlib, itertools, json, random, re, shlex, statistics, string, subprocess, sys
+import tempfile, time
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +52,8 @@ class Config:
     stage: str = 'all'              # sft, rm, dpo, ppo, generate; all: one after the other
     shape: str = 'toy'              # toy, small or gpt2
     steps: int = 10                 # steps of the script, the two warm-ups among them
+    against: str = ''               # the command of another program: run in turn, and compare
+    rounds: int = 3                 # runs of either, with --against
     json: str = ''                  # a file to write the results to; '': none
     memory: bool = False            # instead: what fits on 8, 16, 24 and 80 GB, computed
     seed: int = 0                   # of the rows, the weights and the samples
@@ -240,6 +246,37 @@ def measure(stage, cfg, device, autocast):
             'bound': bound, 'share': done / bound, 'peak_memory': memory}
 
 
+# ----------------------------------------------------------------------------- side by side
+
+def rate_of(command):
+    """Runs a command, a list of words; returns the last rate it prints, as measure prints one."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise UserError(f'{shlex.join(command)}: {error.strerror}') from None
+    rates = re.findall(r'([0-9.]+) (?:tokens|episodes)/s', done.stdout)
+    if done.returncode or not rates:
+        raise UserError(f'{shlex.join(command)}: exit status {done.returncode}, and '
+                        f'{"a" if rates else "no"} line with a rate; run it alone to see why')
+    return float(rates[-1])
+
+
+def compare(cfg):
+    """Runs this stage and the command of --against in turn; returns both medians and the ratio."""
+    flags = ('stage', 'shape', 'steps', 'seed', 'device', 'dtype', 'compile')
+    ours = [sys.executable, '-m', 'tools.bench', *(f'--{f}={getattr(cfg, f)}' for f in flags)]
+    rates = {'ours': [], 'theirs': []}
+    for _ in range(cfg.rounds):         # in turn: what slows the machine slows both
+        rates['theirs'].append(rate_of(shlex.split(cfg.against)))
+        rates['ours'].append(rate_of(ours))
+    medians = {name: statistics.median(of_runs) for name, of_runs in rates.items()}
+    ratio, name = medians['ours'] / medians['theirs'], f'{cfg.stage} {cfg.shape}'
+    for whose, of_runs in rates.items():
+        print(f'{name} {whose}:', *(f'{rate:.10g}' for rate in of_runs))
+    print(f'{name}: {medians["ours"]:.10g} against {medians["theirs"]:.10g}, {ratio:.2f}x')
+    return {'stage': cfg.stage, 'shape': cfg.shape, **rates, 'ratio': ratio}
+
+
 # ----------------------------------------------------------------------------- what fits
 
 def model_bytes(model, trained, width=2):
@@ -292,8 +329,12 @@ def main(cfg):
         raise UserError(f'--steps={cfg.steps}: the first {WARM_UPS} are warm-ups, so at least 3')
     if cfg.json:                        # what is wrong with it shows before the measuring
         Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
+    if cfg.against and (cfg.stage == 'all' or cfg.rounds < 1):
+        raise UserError('--against compares one stage: name it with --stage; --rounds is 1 or more')
     if cfg.memory:
         results = memory_table()
+    elif cfg.against:
+        results = [compare(cfg)]
     else:
         device, autocast = set_up(cfg)
         results = [measure(stage, cfg, device, autocast)
