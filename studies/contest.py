@@ -11,7 +11,7 @@ What each arm is:
   - sft; early sft, stopped at a fifth of the steps: what "pretrained" stands for in table 9;
   - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
     dpo on-policy LR: over pairs of SFT's own samples, five at a time, the tests choose;
-  - iter, iter + winners: four rounds of sampling and DPO, each from the last one's policy; a five
+  - iter LR, iter + winners LR: four rounds of sampling and DPO, each from the last one's policy; a five
     without a correct sample is left out, or gets the data set's winner, as in the paper;
   - ppo, four rungs at two learning rates and equal rollouts: rung baseline (64 responses a step,
     plain advantages), + norm, + batch (512), + ema (0.02); and where the KL binds, beta 0.25, with
@@ -41,7 +41,7 @@ import train_sft
 from data.contest import prepare
 from data.contest.language import LEVELS
 from prefgpt import UserError, load_checkpoint, load_rows, run_cli
-from studies.curves import COLORS, GREY
+from studies.contest_picture import draw
 from studies.table import append_rows, read_rows, show_means
 from tools import evaluate, sample
 
@@ -63,6 +63,8 @@ QUICK = dict(sft_steps=40, early_steps=20, dpo_steps=2, own_steps=2, rounds=2, r
              batches=(8, 16), sampled=10, n=10, prompts=4, samples=10,
              data=dict(sft=400, pairs=100, prompts=64))
 DPO_LRS = (1e-4, 1e-3, 3e-3)
+OWN_LRS = (3e-4, 1e-3)          # of on-policy pairs, one round
+ITER_LRS = (1e-4, 3e-4)         # a round of DPO-Iter
 PPO_LRS = (1e-3, 3e-4)
 BINDING = dict(beta=0.25)       # reward / beta is 4: the optimum is e^4 times the odds, not e^100
 NO_VALUE = dict(value_lr=0.0, grad_clip=1e9)    # values stay 0, as they begin; nothing is clipped
@@ -149,13 +151,14 @@ def train_arms(arms):
     for lr in DPO_LRS:
         runs[f'dpo {lr:g}'] = arms.dpo(f'dpo-{lr:g}', sft, lr)
     pairs = arms.own_pairs('own', sft, 100 * arms.seed)
-    for lr in PPO_LRS:
+    for lr in OWN_LRS:
         runs[f'dpo on-policy {lr:g}'] = arms.dpo(f'own-{lr:g}', sft, lr, pairs) if pairs else sft
     runs['dpo on-policy, early ref'] = arms.dpo('own-early', early, 3e-4, pairs) if pairs else early
     winners = {row['prompt']: row['chosen']
                for row in load_rows(f'{arms.data}/train.pairs.jsonl', 'pairs')}
-    runs['iter'] = arms.iterate('iter', sft, 3e-4)
-    runs['iter + winners'] = arms.iterate('winners', sft, 3e-4, winners)
+    for lr in ITER_LRS:
+        runs[f'iter {lr:g}'] = arms.iterate(f'iter-{lr:g}', sft, lr)
+        runs[f'iter + winners {lr:g}'] = arms.iterate(f'winners-{lr:g}', sft, lr, winners)
     for lr in PPO_LRS:
         for rung, rollout_size, changes in (
                 ('baseline', small, dict(whiten=False)), ('+ norm', small, {}),
@@ -215,7 +218,7 @@ def run_seed(seed, cfg):
 # Of the interview rows of one seed, dict arm -> row: name of the finding -> whether it holds. The
 # first half is expected to hold in every seed; the second half, from "EMA", is reported as it falls
 PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
-ON_POLICY = [f'dpo on-policy {lr:g}' for lr in PPO_LRS]
+ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
     "PPO's pass@1 is 1.5 times SFT's at least":
         lambda t: t[PPO]['pass@1'] >= 1.5 * t['sft']['pass@1'],
@@ -226,12 +229,15 @@ CHECKS = {
                       and t[arm]['accuracy'] >= 0.70 for arm in DPO_ARMS),
     "PPO's pass@1 is above that of every plain DPO arm":
         lambda t: all(t[PPO]['pass@1'] > t[arm]['pass@1'] for arm in DPO_ARMS + ON_POLICY),
-    'DPO-Iter with dataset winners: pass@1 below 0.02, less than 60 % valid programs':
-        lambda t: t['iter + winners']['pass@1'] < 0.02 and t['iter + winners']['valid'] < 0.60,
-    'DPO-Iter without dataset winners: more than 90 % valid programs':
-        lambda t: t['iter']['valid'] > 0.90,
+    "DPO-Iter with dataset winners somewhere loses half of SFT's pass@1 and 10 points of valid "
+    'programs':
+        lambda t: any(t[f'iter + winners {lr:g}']['pass@1'] <= 0.5 * t['sft']['pass@1']
+                      and t[f'iter + winners {lr:g}']['valid'] <= t['sft']['valid'] - 0.10
+                      for lr in ITER_LRS),
+    'DPO-Iter without them, at the same lr and steps, stays within 5 points of valid programs':
+        lambda t: all(t[f'iter {lr:g}']['valid'] > t['sft']['valid'] - 0.05 for lr in ITER_LRS),
     "PPO's pass@1 is above DPO-Iter's without dataset winners":
-        lambda t: t[PPO]['pass@1'] > t['iter']['pass@1'],
+        lambda t: all(t[PPO]['pass@1'] > t[f'iter {lr:g}']['pass@1'] for lr in ITER_LRS),
     'large batch above small, both normalized, at lr 1e-3: first quarter of training':
         lambda t: t['ppo + batch 0.001']['first_quarter'] > t[SMALL]['first_quarter'],
     'the same: last quarter of training':
@@ -270,103 +276,6 @@ def check(rows):
         print(f'{finding}: {len(seeds) - len(missing[finding])} of {len(seeds)} seeds'
               + (f', not {missing[finding]}' if missing[finding] else ''))
     return missing
-
-
-# ----------------------------------------------------------------------------- the picture
-
-# What stands in the first panels: arm -> its name there, with the paper's number where it has one:
-# pass@5 on APPS, interview level, CodeLlama-34B (table 7); DPO's is 10@1k on CodeContests (table 8)
-SHOWN = {'sft': 'SFT (10.1 %)', 'dpo 0.0001': 'DPO 1e-4', 'dpo 0.001': 'DPO 1e-3',
-         'dpo 0.003': 'DPO 3e-3 (0.0 %)', 'dpo on-policy 0.0003': 'DPO on-policy 3e-4',
-         'dpo on-policy 0.001': 'DPO on-policy 1e-3', 'iter': 'DPO-Iter',
-         'iter + winners': 'DPO-Iter + winners (9.3 %)', PPO: 'PPO (18.0 %)'}
-RUNGS = ('baseline', '+ norm', '+ batch', '+ ema')
-PAPER_RUNGS = (2.4, 11.4, 14.6, 18.0)       # table 3: pass@5, APPS, interview level; SFT 10.1
-
-
-def mean_and_spread(rows, arm, column, level='interview'):
-    """Over the seeds, of one arm."""
-    values = [row[column] for row in rows if row['arm'] == arm and row['level'] == level]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def draw_bars(ax, rows, column, title):
-    """An arm a line; the bar is the mean over seeds, its whisker the standard deviation."""
-    numbers = [mean_and_spread(rows, arm, column) for arm in SHOWN]
-    colors = [COLORS[1 if 'DPO' in name else 0] for name in SHOWN.values()]
-    ax.barh(list(SHOWN.values()), [mean for mean, _ in numbers], color=colors, height=0.6,
-            xerr=[spread for _, spread in numbers], error_kw=dict(lw=1, ecolor=GREY))
-    ax.invert_yaxis()
-    ax.set_title(title, loc='left', fontsize=10)
-
-
-def draw_ladder(ax, rows):
-    """pass@1 by rung, as a multiple of SFT's in the same seed, beside the paper's."""
-    for lr, color in zip(PPO_LRS, COLORS):
-        ratios = [[row['pass@1'] / sft['pass@1'] for row, sft in zip(
-            [row for row in rows if row['level'] == 'interview' and row['arm'] == arm],
-            [row for row in rows if row['level'] == 'interview' and row['arm'] == 'sft'])]
-            for arm in (f'ppo {rung} {lr:g}' for rung in RUNGS)]
-        ax.errorbar(RUNGS, [statistics.fmean(each) for each in ratios],
-                    [statistics.stdev(each) if len(each) > 1 else 0 for each in ratios],
-                    color=color, marker='o', capsize=3, label=f'lr {lr:g}')
-    ax.plot(RUNGS, [rung / 10.1 for rung in PAPER_RUNGS], color=GREY, marker='s', ls='--',
-            label='paper, APPS')
-    ax.axhline(1, color=GREY, lw=0.8)
-    ax.legend(frameon=False, fontsize=8)
-    ax.set_title("the ladder: pass@1 / SFT's", loc='left', fontsize=10)
-
-
-def draw_logprobs(ax, rows):
-    """How far DPO moved chosen and rejected responses, in nats, on held-out pairs."""
-    arms = [arm for arm in SHOWN if 'dpo' in arm]
-    for side, color, shift in (('chosen', COLORS[2], -0.2), ('rejected', COLORS[3], 0.2)):
-        moved = [{**row, 'moved': row[side] - row[f'{side}_before']} for row in rows
-                 if row['arm'] in arms]
-        numbers = [mean_and_spread(moved, arm, 'moved') for arm in arms]
-        ax.barh([place + shift for place in range(len(arms))], [mean for mean, _ in numbers], 0.4,
-                xerr=[spread for _, spread in numbers], color=color, label=side,
-                error_kw=dict(lw=1, ecolor=GREY))
-    ax.set_yticks(range(len(arms)), [SHOWN[arm].split(' (')[0] for arm in arms])
-    ax.invert_yaxis()
-    ax.legend(frameon=False, fontsize=8)
-    ax.set_title('log pi - log ref of held-out pairs, nats', loc='left', fontsize=10)
-
-
-def draw_pairs(ax, rows, columns, arms, title):
-    """Two arms side by side, at each (label, column, level)."""
-    for arm, color, shift in zip(arms, COLORS, (-0.2, 0.2)):
-        numbers = [mean_and_spread(rows, arm, column, level) for _, column, level in columns]
-        ax.bar([place + shift for place in range(len(columns))], [mean for mean, _ in numbers], 0.4,
-               yerr=[spread for _, spread in numbers], color=color, label=arms[arm],
-               error_kw=dict(lw=1, ecolor=GREY))
-    ax.set_xticks(range(len(columns)), [label for label, *_ in columns])
-    ax.legend(frameon=False, fontsize=8)
-    ax.set_title(title, loc='left', fontsize=10)
-
-
-def draw(rows):
-    """The picture of the table, a matplotlib Figure."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 7), dpi=150, layout='constrained')
-    axes = figure.subplots(2, 3).flat
-    draw_bars(axes[0], rows, 'pass@1', 'pass@1, interview level (paper)')
-    draw_bars(axes[1], rows, 'valid', 'share of valid programs')
-    draw_logprobs(axes[2], rows)
-    draw_ladder(axes[3], rows)
-    levels = LEVELS[1:]
-    draw_pairs(axes[4], rows, [(f'{name}\n{level}', name, level) for level in levels
-                               for name in ('pass@1', '10@k')],
-               {'sft': 'SFT', PPO: 'PPO'}, 'PPO sharpens: pass@1 and 10@60')
-    draw_pairs(axes[5], rows, [('training score,\nlast quarter', 'last_quarter', 'interview'),
-                               ('pass@1\ninterview', 'pass@1', 'interview'),
-                               ('pass@1\ncompetition', 'pass@1', 'competition')],
-               {'ppo binding fixed': 'fixed reference', 'ppo binding ema': 'EMA 0.1'},
-               'where the KL binds (reward / beta = 4)')
-    for ax in figure.axes:
-        ax.spines[['top', 'right']].set_visible(False)
-        ax.tick_params(labelsize=8)
-    return figure
 
 
 def main(cfg):

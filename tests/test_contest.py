@@ -18,6 +18,7 @@ from data.contest.language import (FUNCTIONS, HIDDEN, LEVELS, LONGEST, PROBLEMS,
 from data.contest.reward import score
 from prefgpt import UserError, load_judge, load_tokenizer
 from studies import contest
+from studies.contest_picture import draw
 from studies.table import read_rows
 
 TOP = Path(__file__).parent.parent
@@ -264,29 +265,47 @@ def test_contest_in_its_quick_form(tmp_path, monkeypatch, capsys):
     rows = read_rows('studies/results/contest-quick.csv')
     arms = list(dict.fromkeys(row['arm'] for row in rows))
     assert [(row['level'], row['arm']) for row in rows] == list(itertools.product(LEVELS, arms))
-    assert {'sft', 'iter', 'iter + winners', contest.PPO, *contest.DPO_ARMS} <= set(arms)
+    assert {'sft', 'iter 0.0001', 'iter + winners 0.0001', contest.PPO} <= set(arms)
     assert not Path('studies/results/contest.csv').exists()
     assert not list(Path('studies/results').glob('*.png'))
     capsys.readouterr()
     contest.main(contest.Config(seeds='3', quick=True))
     shown = capsys.readouterr().out
-    assert 'step' not in shown and "PPO's pass@1" in shown
+    assert 'loss' not in shown and "PPO's pass@1" in shown
 
 
 def finding_rows(value):
     """Rows of one seed in which every number of every arm is value."""
-    arms = ['sft', 'early sft', 'iter', 'iter + winners', 'ppo binding fixed', 'ppo binding ema',
-            'dpo on-policy, early ref', 'ppo + ema, early ref', *contest.DPO_ARMS,
-            *contest.ON_POLICY, *(f'ppo {rung} {lr:g}' for lr in contest.PPO_LRS
-                                  for rung in ('baseline', '+ norm', '+ batch', '+ ema'))]
+    arms = ['sft', 'early sft', 'ppo binding fixed', 'ppo binding ema', 'ppo no value',
+            'ppo no value + norm', 'dpo on-policy, early ref', 'ppo + ema, early ref',
+            *contest.DPO_ARMS, *contest.ON_POLICY,
+            *(f'{name} {lr:g}' for lr in contest.ITER_LRS for name in ('iter', 'iter + winners')),
+            *(f'ppo {rung} {lr:g}' for lr in contest.PPO_LRS
+              for rung in ('baseline', '+ norm', '+ batch', '+ ema'))]
     numbers = ('pass@1', '10@k', 'valid', 'first_quarter', 'last_quarter', 'accuracy')
     return [{'seed': 5, 'level': 'interview', 'arm': arm, **dict.fromkeys(numbers, value)}
             for arm in arms]
 
 
 def test_every_finding_can_fail():
-    """With all arms alike no finding holds: none of them is true whatever happens."""
-    assert all(seeds == [5] for seeds in contest.check(finding_rows(0.5)).values())
+    """With all arms alike no finding holds, but that DPO-Iter keeps SFT's valid programs; where it
+    has none, that fails too: none of them is true whatever happens."""
+    rows = finding_rows(0.5)
+    held = [finding for finding, seeds in contest.check(rows).items() if not seeds]
+    assert len(held) == 1 and held[0].startswith('DPO-Iter without them')
+    rows = [{**row, 'valid': 0.0 if row['arm'].startswith('iter') else 0.5} for row in rows]
+    assert contest.check(rows)[held[0]] == [5]
+
+
+def test_the_picture_is_drawn_of_any_seeds():
+    """Six panels of one seed or of two; a column that an arm lacks is no zero in it."""
+    pytest.importorskip('matplotlib')
+    columns = ('chosen', 'chosen_before', 'rejected', 'rejected_before')
+    rows = [{**row, **dict.fromkeys(columns, 1.0), 'level': level, 'seed': seed}
+            for seed in (5, 6) for level in LEVELS for row in finding_rows(0.5)]
+    for some in (rows, [row for row in rows if row['seed'] == 5]):
+        figure = draw(some)
+        assert len(figure.axes) == 6 and all(ax.get_title('left') for ax in figure.axes)
 
 
 @pytest.mark.parametrize('changes', [dict(seeds=''), dict(seeds='five'), dict(split='train')])
