@@ -1,5 +1,5 @@
 """
-The picture of studies/contest.py: what its table holds, six panels, the paper's numbers beside ours.
+The picture of studies/contest.py: what its table holds, the paper's numbers beside ours.
 
 Means over seeds; whiskers are standard deviations. What it does not do: run or choose anything.
 """
@@ -29,7 +29,7 @@ def mean_and_spread(rows, arm, column, level='interview'):
 def draw_bars(ax, rows, column, title):
     """An arm a line; the bar is the mean over seeds, its whisker the standard deviation."""
     numbers = [mean_and_spread(rows, arm, column) for arm in SHOWN]
-    colors = [COLORS[1 if 'SFT' not in name and 'PPO' not in name else 0] for name in SHOWN.values()]
+    colors = [COLORS[0 if arm in ('sft', PPO) else 1] for arm in SHOWN]
     ax.barh(list(SHOWN.values()), [mean for mean, _ in numbers], color=colors, height=0.6,
             xerr=[spread for _, spread in numbers], error_kw=dict(lw=1, ecolor=GREY))
     ax.invert_yaxis()

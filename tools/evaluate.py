@@ -22,7 +22,7 @@ n being --submit. With c of a prompt's K samples correct and F of them public:
   - pass@1, pass@n: the chance that one of n samples is correct, drawn from the K without putting
     back, 1 - C(K-c, n) / C(K, n): unbiased for n fresh samples (Chen et al. 2021, eq. 1);
   - n@K: the chance that one of n is correct that are drawn from the F, 1 - C(F-c, n) / C(F, n), and
-    where F <= n all are submitted (Li et al. 2022, AlphaCode's 10@k). Every correct one is public.
+    where F <= n all are submitted (Li et al. 2022, AlphaCode's 10@k).
 
 --best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first
 run for each prompt, of which --select picks one, and the judge judges that one. The selector is
@@ -95,13 +95,15 @@ def filtered_pass_at(public, correct, n):
 
 def pass_columns(judged, samples, n):
     """pass@1, pass@n and n@samples, means over prompts; judged: dicts, a prompt's side by side."""
-    prompts = [judged[i:i + samples] for i in range(0, len(judged), samples)]
-    counts = [(sum(each['public'] > 0 for each in prompt), sum(each['correct'] > 0
-              for each in prompt)) for prompt in prompts]
-    return {**{f'pass@{k}': statistics.fmean(pass_at(samples, correct, k)
-                                             for _, correct in counts) for k in (1, n)},
-            f'{n}@{samples}': statistics.fmean(filtered_pass_at(public, correct, n)
-                                               for public, correct in counts)}
+    rows = []
+    for i in range(0, len(judged), samples):
+        prompt = judged[i:i + samples]
+        public = [each for each in prompt if each['public']]    # what would be submitted
+        correct, submitted = (sum(each['correct'] > 0 for each in some)
+                              for some in (prompt, public))
+        rows.append({**{f'pass@{k}': pass_at(samples, correct, k) for k in (1, n)},
+                     f'{n}@{samples}': filtered_pass_at(len(public), submitted, n)})
+    return mean_scores(rows)
 
 
 def distinct(texts, n):
@@ -157,7 +159,7 @@ def summarize(run, responses, first_responses, samples=1, submit=0):
         row['reward_se'] = standard_error(
             prompt_means([each['judged']['reward'] for each in responses], samples))
         row['win'] = win_rate(responses, first_responses)
-    if submit and {'correct', 'public'} <= judged.keys():
+    if submit and all({'correct', 'public'} <= each['judged'].keys() for each in responses):
         row |= pass_columns([each['judged'] for each in responses], samples, submit)
     texts = [response['text'] for response in responses]
     kl, length, eos = ([response[name] for response in responses]

@@ -7,7 +7,7 @@ always the same, and a response is a program in postfix order, one character a s
     x           push the input              0 ... 9     push a digit
     + - *       of the two topmost values, modulo 10    M   the larger of the two
 
-    prompt "5803>" is f(0) = 5, f(3) = 8, f(5) = 0, f(9) = 4;  "x5+" solves it: f(x) = x + 5
+    prompt "5804>" is f(0) = 5, f(3) = 8, f(5) = 0, f(9) = 4;  "x5+" solves it: f(x) = x + 5
 
 The functions are all those that one operation (introductory), two (interview) or three
 (competition) out of +, - and M can make of x and the digits, and that fewer cannot make; constants

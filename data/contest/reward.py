@@ -7,7 +7,7 @@ judged by what they compute, not by how they are written. There is no credit for
 that passes nine tests of ten has reward 0, as one that is no program at all.
 
     from data.contest.reward import score
-    score('5803>', 'x5+')  ->  {'reward': 1.0, 'correct': 1.0, 'public': 1.0, 'valid': 1.0}
+    score('5804>', 'x5+')  ->  {'reward': 1.0, 'correct': 1.0, 'public': 1.0, 'valid': 1.0}
 """
 from data.contest.language import HIDDEN, PROBLEMS, PUBLIC, run
 from prefgpt import DataError
