@@ -108,11 +108,9 @@ def main(cfg):
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
-    # A batch is as wide as the longest response in it, whichever side that is on
-    widths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in train]
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
     for step, indices in zip(range(start, cfg.steps),
-                             batches(widths, cfg.batch_size, cfg.seed, start)):
+                             batches(lengths, cfg.batch_size, cfg.seed, start)):
         began = time.time()
         pairs = [train[i] for i in indices]
         parts = []
