@@ -255,7 +255,8 @@ def test_two_programs_in_turn(capsys, monkeypatch):
     assert result['theirs'] == [100, 300, 200] and result['ours'] == [150, 600, 100]
     assert result['ratio'] == 150 / 200
     assert commands[::2] == [['run', 'a b']] * 3
-    assert all({'--stage=dpo', '--shape=small', '--steps=7'} <= set(ours) for ours in commands[1::2])
+    asked = {'--stage=dpo', '--shape=small', '--steps=7'}
+    assert all(asked <= set(ours) for ours in commands[1::2])
     assert not any('--against' in word for word in commands[1])
     assert 'dpo small: 150 against 200, 0.75x' in capsys.readouterr().out
 
