@@ -71,7 +71,7 @@ QUICK = dict(sft_steps=40, early_steps=20, dpo_steps=2, own_steps=2, rounds=2, r
              data=dict(sft=400, pairs=100, prompts=64))
 DPO_LRS = (1e-4, 1e-3, 3e-3)
 OWN_LRS = (3e-4, 1e-3)          # of on-policy pairs, one round
-ITER_LRS = (1e-4, 3e-4)         # a round of DPO-Iter
+ITER_LRS = (1e-4, 3e-4, 1e-3)   # a round of DPO-Iter
 PPO_LRS = (1e-3, 3e-4)
 BINDING = dict(beta=0.25)       # reward / beta is 4: the optimum is e^4 times the odds, not e^100
 NO_VALUE = dict(value_lr=0.0, grad_clip=1e9)    # values stay 0, as they begin; nothing is clipped
