@@ -223,8 +223,8 @@ def run_seed(seed, cfg):
 
 # ----------------------------------------------------------------------------- what is expected
 
-# Of the interview rows of one seed, dict arm -> row: name of the finding -> whether it holds. The
-# first half is expected to hold in every seed; the second half, from "EMA", is reported as it falls
+# Of the interview rows of one seed, t[arm]: a finding of the paper -> whether it holds. Nothing here
+# is asserted: what holds in few seeds is noise or a null, and is reported as such
 PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
@@ -269,8 +269,8 @@ CHECKS = {
     "PPO's 10@k is above SFT's, as in table 8":
         lambda t: t[PPO]['10@k'] > t['sft']['10@k'],
     'an early reference costs DPO more than PPO, as in table 9: share of pass@1 lost':
-        lambda t: (t['dpo on-policy, early ref']['pass@1'] / t['dpo on-policy 0.0003']['pass@1']
-                   < t['ppo + ema, early ref']['pass@1'] / t[PPO]['pass@1']),
+        lambda t: (t['dpo on-policy, early ref']['pass@1'] * t[PPO]['pass@1']
+                   < t['ppo + ema, early ref']['pass@1'] * t['dpo on-policy 0.0003']['pass@1']),
 }
 
 
@@ -297,9 +297,9 @@ def main(cfg):
         raise UserError(f'--split={cfg.split!r}: test or val')
     seeds = [int(word) for word in words]
     for seed in seeds:
-        if all(row['seed'] != seed for row in read_rows(path)):
+        if not any(row['seed'] == seed and row['split'] == cfg.split for row in read_rows(path)):
             append_rows(path, run_seed(seed, cfg))
-    rows = [row for row in read_rows(path) if row['seed'] in seeds]
+    rows = [row for row in read_rows(path) if row['seed'] in seeds and row['split'] == cfg.split]
     for level in LEVELS:
         print(f'\n{level}', end='')
         show_means([row for row in rows if row['level'] == level], ('arm',),

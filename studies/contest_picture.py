@@ -8,14 +8,16 @@ import statistics
 from data.contest.language import LEVELS
 from studies.curves import COLORS, GREY
 
+PPO = 'ppo + ema 0.001'
 # What stands in the first panels: arm -> its name there, with the paper's number where it has one:
 # pass@5 on APPS, interview level, CodeLlama-34B (table 7); DPO's is 10@1k on CodeContests (table 8)
-PPO = 'ppo + ema 0.001'
 SHOWN = {'sft': 'SFT (10.1 %)', 'dpo 0.0001': 'DPO 1e-4', 'dpo 0.001': 'DPO 1e-3',
          'dpo 0.003': 'DPO 3e-3 (0.0 %)', 'dpo on-policy 0.0003': 'DPO on-policy 3e-4',
          'dpo on-policy 0.001': 'DPO on-policy 1e-3', 'iter 0.0001': 'Iter 1e-4',
-         'iter 0.0003': 'Iter 3e-4', 'iter + winners 0.0001': 'Iter + winners 1e-4',
-         'iter + winners 0.0003': 'Iter + winners 3e-4 (9.3 %)', PPO: 'PPO (18.0 %)'}
+         'iter 0.0003': 'Iter 3e-4', 'iter 0.001': 'Iter 1e-3',
+         'iter + winners 0.0001': 'Iter + winners 1e-4',
+         'iter + winners 0.0003': 'Iter + winners 3e-4',
+         'iter + winners 0.001': 'Iter + winners 1e-3 (9.3 %)', PPO: 'PPO (18.0 %)'}
 RUNGS = ('baseline', '+ norm', '+ batch', '+ ema')
 PAPER_RUNGS = (2.4, 11.4, 14.6, 18.0)       # table 3: pass@5, APPS, interview level; SFT 10.1
 

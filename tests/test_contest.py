@@ -266,12 +266,39 @@ def test_contest_in_its_quick_form(tmp_path, monkeypatch, capsys):
     arms = list(dict.fromkeys(row['arm'] for row in rows))
     assert [(row['level'], row['arm']) for row in rows] == list(itertools.product(LEVELS, arms))
     assert {'sft', 'iter 0.0001', 'iter + winners 0.0001', contest.PPO} <= set(arms)
+    log = Path('out/contest-quick-3/ppo-ema-0.001/log.jsonl').read_text().splitlines()
+    row = next(row for row in rows if row['arm'] == contest.PPO)
+    assert row['first_quarter'] == pytest.approx(json.loads(log[0])['score'], abs=1e-4)
     assert not Path('studies/results/contest.csv').exists()
     assert not list(Path('studies/results').glob('*.png'))
     capsys.readouterr()
     contest.main(contest.Config(seeds='3', quick=True))
     shown = capsys.readouterr().out
     assert 'loss' not in shown and "PPO's pass@1" in shown
+
+
+def test_own_pairs_by_hand(tmp_path, monkeypatch):
+    """
+    Ten samples of each of three prompts, in fives. a: first five with correct c1, then none
+    correct; b: all correct, so nothing to compare; c: none correct. Winners of a and b are known.
+    """
+    monkeypatch.chdir(tmp_path)
+    arms = contest.Arms(3, contest.QUICK, 'contest-quick-3')
+    Path(arms.out).mkdir(parents=True)
+    scores = {'a': [0, 0, 1, 1, 0] + [0] * 5, 'b': [1] * 10, 'c': [0] * 10}
+    rows = [{'prompt': prompt, 'response': f'{prompt}{i}', 'score': float(number)}
+            for prompt, numbers in scores.items() for i, number in enumerate(numbers)]
+    Path(arms.out, 'own.rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+    def pairs(winners=None):
+        arms.own_pairs('own', 'no run is asked', 0, winners)
+        lines = Path(arms.out, 'own.pairs.jsonl').read_text().splitlines()
+        return [(row['prompt'], row['chosen'], row['rejected']) for row in map(json.loads, lines)]
+    assert pairs() == [('a', 'a2', 'a0')]
+    assert arms.own_pairs('own', '', 0) is None         # one prompt: none could be held out
+    assert pairs({'a': 'A', 'b': 'B'}) == [('a', 'a2', 'a0'), ('a', 'A', 'a5')]
+    assert pairs({'c': 'C'}) == [('a', 'a2', 'a0'), ('c', 'C', 'c0'), ('c', 'C', 'c5')]
+    assert arms.own_pairs('own', '', 0, {'c': 'C'}) == f'{arms.out}/own.pairs.jsonl'
 
 
 def finding_rows(value):
