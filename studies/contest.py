@@ -223,18 +223,18 @@ def run_seed(seed, cfg):
 
 # ----------------------------------------------------------------------------- what is expected
 
-# Of the interview rows of one seed, t[arm]: a finding of the paper -> whether it holds. Nothing here
-# is asserted: what holds in few seeds is noise or a null, and is reported as such
+# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing here is asserted:
+# what holds in few seeds is noise or a null, and is reported as such
 PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
     "PPO's pass@1 is 1.5 times SFT's at least":
         lambda t: t[PPO]['pass@1'] >= 1.5 * t['sft']['pass@1'],
-    "off-policy DPO somewhere loses half of SFT's pass@1 and 10 points of valid programs, while "
-    'its held-out pair accuracy is 0.70 at least':
-        lambda t: any(t[arm]['pass@1'] <= 0.5 * t['sft']['pass@1']
-                      and t[arm]['valid'] <= t['sft']['valid'] - 0.10
-                      and t[arm]['accuracy'] >= 0.70 for arm in DPO_ARMS),
+    "off-policy DPO somewhere loses half of SFT's pass@1, at a pair accuracy of 0.70 at least":
+        lambda t: any(t[arm]['pass@1'] <= 0.5 * t['sft']['pass@1'] and t[arm]['accuracy'] >= 0.70
+                      for arm in DPO_ARMS),
+    'off-policy DPO somewhere loses 10 points of valid programs':
+        lambda t: any(t[arm]['valid'] <= t['sft']['valid'] - 0.10 for arm in DPO_ARMS),
     "PPO's pass@1 is above that of every plain DPO arm":
         lambda t: all(t[PPO]['pass@1'] > t[arm]['pass@1'] for arm in DPO_ARMS + ON_POLICY),
     "DPO-Iter with dataset winners somewhere loses half of SFT's pass@1 and 10 points of valid "
@@ -248,8 +248,10 @@ CHECKS = {
         lambda t: all(t[PPO]['pass@1'] > t[f'iter {lr:g}']['pass@1'] for lr in ITER_LRS),
     'large batch above small, both normalized, at lr 1e-3: first quarter of training':
         lambda t: t['ppo + batch 0.001']['first_quarter'] > t[SMALL]['first_quarter'],
-    'the same: last quarter of training':
+    'large batch above small at lr 1e-3: last quarter of training':
         lambda t: t['ppo + batch 0.001']['last_quarter'] > t[SMALL]['last_quarter'],
+    'large batch above small at lr 1e-3: pass@1':
+        lambda t: t['ppo + batch 0.001']['pass@1'] > t[SMALL]['pass@1'],
     'large batch above small at lr 3e-4: last quarter of training':
         lambda t: t['ppo + batch 0.0003']['last_quarter'] > t['ppo + norm 0.0003']['last_quarter'],
     'EMA above a fixed reference where the KL binds: last quarter of training':
@@ -260,6 +262,8 @@ CHECKS = {
         lambda t: t['ppo + ema 0.001']['pass@1'] > t['ppo + batch 0.001']['pass@1'],
     'normalization above the baseline at lr 1e-3: last quarter of training':
         lambda t: t[SMALL]['last_quarter'] > t['ppo baseline 0.001']['last_quarter'],
+    'normalization above the baseline at lr 1e-3: pass@1':
+        lambda t: t[SMALL]['pass@1'] > t['ppo baseline 0.001']['pass@1'],
     'normalization above the baseline at lr 3e-4: last quarter of training':
         lambda t: t['ppo + norm 0.0003']['last_quarter'] > t['ppo baseline 0.0003']['last_quarter'],
     'normalization above plain advantages without a value model and gradient clipping: pass@1':

@@ -40,17 +40,18 @@ def draw_bars(ax, rows, column, title):
 
 def draw_ladder(ax, rows):
     """pass@1 by rung, as a multiple of SFT's in the same seed, beside the paper's."""
+    sft = {row['seed']: row['pass@1'] for row in rows
+           if row['level'] == 'interview' and row['arm'] == 'sft'}
+    ratios = [{**row, 'ratio': row['pass@1'] / sft[row['seed']]} for row in rows
+              if row['level'] == 'interview']
     for lr, color in zip((1e-3, 3e-4), COLORS):
-        ratios = [[row['pass@1'] / sft['pass@1'] for row, sft in zip(
-            [row for row in rows if row['level'] == 'interview' and row['arm'] == arm],
-            [row for row in rows if row['level'] == 'interview' and row['arm'] == 'sft'])]
-            for arm in (f'ppo {rung} {lr:g}' for rung in RUNGS)]
-        ax.errorbar(RUNGS, [statistics.fmean(each) for each in ratios],
-                    [statistics.stdev(each) if len(each) > 1 else 0 for each in ratios],
+        numbers = [mean_and_spread(ratios, f'ppo {rung} {lr:g}', 'ratio') for rung in RUNGS]
+        ax.errorbar(RUNGS, [mean for mean, _ in numbers], [spread for _, spread in numbers],
                     color=color, marker='o', capsize=3, label=f'lr {lr:g}')
     ax.plot(RUNGS, [rung / 10.1 for rung in PAPER_RUNGS], color=GREY, marker='s', ls='--',
             label='paper, APPS')
     ax.axhline(1, color=GREY, lw=0.8)
+    ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=8)
     ax.set_title("the ladder: pass@1 / SFT's", loc='left', fontsize=10)
 
@@ -88,7 +89,7 @@ def draw(rows):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 7.5), dpi=150, layout='constrained')
     axes = figure.subplots(2, 3).flat
-    draw_bars(axes[0], rows, 'pass@1', 'pass@1, interview level (paper)')
+    draw_bars(axes[0], rows, 'pass@1', 'pass@1, interview level (paper: pass@5)')
     draw_bars(axes[1], rows, 'valid', 'share of valid programs')
     draw_logprobs(axes[2], rows)
     draw_ladder(axes[3], rows)
