@@ -66,7 +66,7 @@ class Config:
 
 FULL = dict(sft_steps=1500, early_steps=1000, dpo_steps=78, own_steps=15, rounds=4,
             rollouts=20_480, batches=(64, 512), sampled=500, n=20, prompts=400, samples=60, data={})
-QUICK = dict(sft_steps=40, early_steps=20, dpo_steps=2, own_steps=2, rounds=2, rollouts=32,
+QUICK = dict(sft_steps=20, early_steps=10, dpo_steps=2, own_steps=2, rounds=2, rollouts=32,
              batches=(8, 16), sampled=10, n=10, prompts=4, samples=10,
              data=dict(sft=400, pairs=100, prompts=64))
 DPO_LRS = (1e-4, 1e-3, 3e-3)
@@ -205,17 +205,18 @@ def run_seed(seed, cfg):
     sizes = QUICK if cfg.quick else FULL
     arms = Arms(seed, sizes, f"contest-{'quick-' if cfg.quick else ''}{seed}")
     runs, rows = train_arms(arms), []
+    trained = {arm: training_numbers(run) for arm, run in runs.items()}
     for level in LEVELS:
         table = evaluate.main(evaluate.Config(
             runs=tuple(runs.values()), data=arms.data, split=f'{cfg.split}-{level}', reward=JUDGE,
             prompts=sizes['prompts'], samples=sizes['samples'], max_new_tokens=TOKENS,
             batch_size=2000))['rows']
-        for (arm, run), row in zip(runs.items(), table):
+        for arm, row in zip(runs, table):
             rows.append({'seed': seed, 'split': cfg.split, 'level': level, 'arm': arm,
                          **{name: row[name] for name in ('pass@1', 'pass@10')},
                          '10@k': row[f"10@{sizes['samples']}"], 'k': sizes['samples'],
                          **{name: row[name] for name in ('public', 'valid', 'kl', 'length')},
-                         **training_numbers(run), 'threads': torch.get_num_threads(),
+                         **trained[arm], 'threads': torch.get_num_threads(),
                          'command': 'python -m studies.contest '
                                     f'--seeds={seed} --split={cfg.split}'})
     return rows
