@@ -6,12 +6,21 @@ that are missing, and whoever doubts a mean finds the rows it was taken over.
 What it does not do: draw. Each study plots what it has found.
 """
 import csv
+import importlib.util
 import io
 import os
 import statistics
 from pathlib import Path
 
 from prefgpt import UserError
+
+
+def parse_seeds(text):
+    """'5 6,7' -> [5, 6, 7]; UserError if there is none, or a word that is no whole number."""
+    words = text.replace(',', ' ').split()
+    if not words or not all(word.isdigit() for word in words):
+        raise UserError(f'--seeds={text!r}: whole numbers with spaces between them')
+    return [int(word) for word in words]
 
 
 def number_or_text(cell):
@@ -53,6 +62,45 @@ def append_rows(path, rows):
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(old + new.getvalue(), encoding='utf-8')
     os.replace(temporary, path)
+
+
+def complete(cfg, run_seed):
+    """
+    The table of a study and its rows, cfg.seeds that it lacked being run and added one by one.
+
+    run_seed(seed, quick) gives a seed's rows. With cfg.quick: the first seed, a table of its own.
+    """
+    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
+    if cfg.quick:
+        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
+    for seed in seeds:
+        if all(row['seed'] != seed for row in read_rows(path)):
+            append_rows(path, run_seed(seed, cfg.quick))
+    return path, [row for row in read_rows(path) if row['seed'] in seeds]
+
+
+def save_picture(cfg, path, draw, rows):
+    """draw(rows), a Figure, as a PNG beside the table; none if quick or without matplotlib."""
+    if cfg.quick or not importlib.util.find_spec('matplotlib'):
+        return
+    picture = path.with_suffix('.png')
+    draw(rows).savefig(f'{picture}.tmp', format='png')
+    os.replace(f'{picture}.tmp', picture)       # a picture is there whole or not at all
+    print(f'wrote {picture}')
+
+
+def select(rows, **cells):
+    """The rows that hold these cells: select(rows, stage='ppo', seed=5)."""
+    return [row for row in rows if all(row[key] == cell for key, cell in cells.items())]
+
+
+def mean_and_spread(rows, by, column):
+    """Values of by, in the order they come, and column's means and standard deviations there."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(row[column])
+    return ([*groups], [statistics.fmean(group) for group in groups.values()],
+            [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups.values()])
 
 
 def show_means(rows, by, columns):
