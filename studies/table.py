@@ -3,7 +3,7 @@ The tables of the studies: CSV files in which every seed has its rows.
 
 A study adds a seed's rows when the seed is done, so an interrupted study goes on with the seeds
 that are missing, and whoever doubts a mean finds the rows it was taken over.
-What it does not do: draw. Each study plots what it has found.
+What it does not do: draw. Each study plots what it has found, and save_picture keeps it.
 """
 import csv
 import importlib.util
@@ -122,3 +122,32 @@ def show_means(rows, by, columns):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f'{statistics.mean(values):9.3f} ±{spread:.3f}', end='')
         print()
+
+
+def show_claims(claims, runs):
+    """
+    Prints of every claim in how many seeds it holds; returns {claim: [seeds in which it fails]}.
+
+    claims is {claim: holds(run)}, runs {seed: run}, a run being whatever the claims read.
+    """
+    failed = {claim: [seed for seed, run in runs.items() if not holds(run)]
+              for claim, holds in claims.items()}
+    print()
+    for claim, seeds in failed.items():
+        print(f'{claim}: holds in {len(runs) - len(seeds)} of {len(runs)} seeds'
+              + (f', not {seeds}' if seeds else ''))
+    return failed
+
+
+def save_picture(draw, path):
+    """
+    Writes draw(), a matplotlib Figure, to the PNG file path, whole or not at all.
+
+    Without matplotlib, which no study needs for its numbers, it says so instead.
+    """
+    if importlib.util.find_spec('matplotlib') is None:
+        print(f'{path} is drawn with matplotlib, which is not installed')
+        return
+    draw().savefig(f'{path}.tmp', format='png')
+    os.replace(f'{path}.tmp', path)
+    print(f'wrote {path}')
