@@ -64,31 +64,6 @@ def append_rows(path, rows):
     os.replace(temporary, path)
 
 
-def complete(cfg, run_seed):
-    """
-    The table of a study and its rows, cfg.seeds that it lacked being run and added one by one.
-
-    run_seed(seed, quick) gives a seed's rows. With cfg.quick: the first seed, a table of its own.
-    """
-    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
-    if cfg.quick:
-        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
-    for seed in seeds:
-        if all(row['seed'] != seed for row in read_rows(path)):
-            append_rows(path, run_seed(seed, cfg.quick))
-    return path, [row for row in read_rows(path) if row['seed'] in seeds]
-
-
-def save_picture(cfg, path, draw, rows):
-    """draw(rows), a Figure, as a PNG beside the table; none if quick or without matplotlib."""
-    if cfg.quick or not importlib.util.find_spec('matplotlib'):
-        return
-    picture = path.with_suffix('.png')
-    draw(rows).savefig(f'{picture}.tmp', format='png')
-    os.replace(f'{picture}.tmp', picture)       # a picture is there whole or not at all
-    print(f'wrote {picture}')
-
-
 def select(rows, **cells):
     """The rows that hold these cells: select(rows, stage='ppo', seed=5)."""
     return [row for row in rows if all(row[key] == cell for key, cell in cells.items())]

@@ -1,5 +1,5 @@
 """
-One algorithm and its losses: what PPO, DPO and fine-tuning on preferences share, and where they part.
+One algorithm and its losses: what PPO, DPO and imitation share, and the three axes they part on.
 
 Tajwar et al. 2024, "Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy Data":
 
@@ -222,11 +222,12 @@ class Table:
 
     @torch.no_grad()
     def log_ratios(self, batch):
-        """Mean log pi / ref of the best and of the worst response of every group of a batch."""
+        """Mean log pi / ref of a batch's best responses, group by group, and of its worst ones."""
         ratios = (self.logprobs_of(batch) - batch['ref_logprobs']).sum(-1)      # (G, N)
         best, worst = batch['scores'].argmax(1), batch['scores'].argmin(1)
         groups = torch.arange(len(best))
-        return ratios[groups, best].mean().item(), ratios[groups, worst].mean().item()
+        return {'chosen': ratios[groups, best].mean().item(),
+                'rejected': ratios[groups, worst].mean().item()}
 
 
 def train_table(table, loss, lr, samples, B, M, T):
