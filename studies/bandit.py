@@ -32,11 +32,11 @@ import torch
 
 from prefgpt import run_cli
 from studies.curves import COLORS, GREY
+from studies.policies import Table, best_of_n, optimum, peaked, reference, train_table
 from studies.table import (append_rows, mean_and_spread, parse_seeds, read_rows, save_picture,
                            select, show_claims, show_means)
-from studies.unified import (Table, best_of_n, best_of_n_loss, binary_feedme_loss, dpo_pairs_loss,
-                             ipo_pairs_loss, optimum, peaked, ppo_loss, reference, reinforce_loss,
-                             rwr_loss, train_table)
+from studies.unified import (best_of_n_loss, binary_feedme_loss, dpo_pairs_loss, ipo_pairs_loss,
+                             ppo_loss, reinforce_loss, rwr_loss)
 
 
 @dataclass

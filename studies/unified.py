@@ -29,11 +29,9 @@ of pairs are train_ppo.py's and train_dpo.py's own. log pi(y) is a sum over toke
 A minibatch is a dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages
 (G, N, T): G prompts, N responses to each, T tokens. Outside a response all three are 0, as are the
 logprobs, so that sums over T need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
-What it does not do: decide what is sampled and scored. bandit.py and kl_race.py train the Table
-below, whose mean reward and KL are exact sums; length.py trains a GPT.
+What it does not do: sample or score. policies.py has a table, which bandit.py trains, and a GPT,
+which length.py trains.
 """
-from functools import partial
-
 import torch
 
 from prefgpt import optimizer_step, rng
@@ -128,110 +126,3 @@ def train(policy, logprobs_of, collect, loss, optimizer, lr, seed, collections, 
                 mean.backward()
                 optimizer_step(optimizer, policy, lr, grad_clip, k + 1, loss=mean.item())
                 yield {**part, 'logprobs': logprobs.detach()}
-
-
-# ----------------------------------------------------------------------------- a policy to train
-
-def reference(actions=100):
-    """Probabilities of equal bins of tanh(y) on [-1, 1], y Cauchy at -0.7 with scale 0.4."""
-    edges = torch.atanh(torch.linspace(-1, 1, actions + 1, dtype=torch.float64))    # -inf to inf
-    return (0.5 + torch.atan((edges + 0.7) / 0.4) / torch.pi).diff()
-
-
-def peaked(center, actions=100):
-    """A reward for each action, exp(-((action - center) / 10)^2)."""
-    return torch.exp(-((torch.arange(actions, dtype=torch.float64) - center) / 10) ** 2)
-
-
-def best_of_n(probs, reward, n):
-    """
-    Probabilities of the best of n samples: where imitating it ends, however long it takes.
-
-    P(the best is no better than r) = P(reward <= r)^n; actions of equal reward share theirs.
-    """
-    no_better = torch.stack([probs[reward <= r].sum() for r in reward])
-    worse = torch.stack([probs[reward < r].sum() for r in reward])
-    return (no_better ** n - worse ** n) * probs / (no_better - worse)
-
-
-def optimum(probs, reward, beta):
-    """ref exp(r / beta) / Z, (actions,): the most reward there is at its KL."""
-    return (probs.log() + reward / beta).softmax(0)
-
-
-class Table:
-    """
-    L independent choices: a table of logits (L, actions), its reference, and what it samples.
-
-    reward (actions,) is that of a choice; a response's score is its mean over the L choices.
-    """
-
-    def __init__(self, seed, reward, L, N):
-        self.seed, self.reward, self.N = seed, reward, N
-        self.ref = reference().log().repeat(L, 1)                       # (L, actions)
-        self.logits = torch.nn.ParameterList([self.ref.clone()])
-        self.count = self.total = self.squares = 0.0        # of all scores so far
-        self.collected, self.kl_collect = self.ref, 0.0
-
-    def logprobs(self):
-        """log pi of every action, (L, actions)."""
-        return self.logits[0].log_softmax(1)
-
-    def logprobs_of(self, batch):
-        """log pi of responses (G, N, L), choice by choice."""
-        return self.gather(self.logprobs(), batch['responses'])
-
-    def gather(self, table, responses):
-        return table[torch.arange(len(table)), responses]
-
-    @torch.no_grad()
-    def collect(self, B, k):
-        """B responses of the policy as it is, in groups of N, with all that a loss asks for."""
-        self.note_kl_collect()
-        self.collected = table = self.logprobs()
-        responses = torch.multinomial(table.exp(), B, replacement=True,
-                                      generator=rng(self.seed, k, 'rollout'))   # (L, B)
-        responses = responses.T.reshape(B // self.N, self.N, len(table))        # (G, N, L)
-        scores = self.reward[responses].mean(-1)                                # (G, N)
-        # The baseline is the mean of all scores so far, the scale their standard deviation
-        self.count += B
-        self.total += scores.sum().item()
-        self.squares += (scores ** 2).sum().item()
-        mean = self.total / self.count
-        std = (self.squares / self.count - mean ** 2 + 1e-8) ** 0.5
-        return {'responses': responses, 'scores': scores,
-                'advantages': ((scores - mean) / std)[..., None].expand(responses.shape),
-                'old_logprobs': self.gather(table, responses),
-                'ref_logprobs': self.gather(self.ref, responses)}
-
-    @torch.no_grad()
-    def note_kl_collect(self):
-        """Keeps the most nats that the policy has moved from the one that sampled."""
-        table = self.logprobs()
-        moved = (table.exp() * (table - self.collected)).sum().item()
-        self.kl_collect = max(self.kl_collect, moved)
-
-    @torch.no_grad()
-    def measure(self):
-        """Exact numbers: mean reward; KL to the reference and entropy, summed over choices."""
-        self.note_kl_collect()
-        table = self.logprobs()
-        return {'reward': (table.exp() * self.reward).sum(1).mean().item(),
-                'kl': (table.exp() * (table - self.ref)).sum().item(),
-                'kl_collect': self.kl_collect, 'entropy': -(table.exp() * table).sum().item()}
-
-    @torch.no_grad()
-    def log_ratios(self, batch):
-        """Mean log pi / ref of a batch's best responses, group by group, and of its worst ones."""
-        ratios = (self.logprobs_of(batch) - batch['ref_logprobs']).sum(-1)      # (G, N)
-        best, worst = batch['scores'].argmax(1), batch['scores'].argmin(1)
-        groups = torch.arange(len(best))
-        return {'chosen': ratios[groups, best].mean().item(),
-                'rejected': ratios[groups, worst].mean().item()}
-
-
-def train_table(table, loss, lr, samples, B, M, T):
-    """The algorithm on a table by plain descent: samples / B collections; yields every step."""
-    sgd = torch.optim.SGD(table.logits.parameters(), lr=lr)
-    return train(table.logits, table.logprobs_of, partial(table.collect, B), loss, sgd, lr,
-                 table.seed, collections=samples // B, passes=T, batch_size=M)
