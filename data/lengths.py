@@ -57,7 +57,7 @@ def write_data(folder, seed):
 
 
 def write_pairs(folder, seed, task, policy, tokenizer, counts):
-    """A task's pairs into a data folder: counts {'train': ..., 'val': ...} of them, or some less."""
+    """A task's pairs into a data folder: at most counts, {'train': ..., 'val': ...}, of them."""
     generator = rng(seed, 0, 'shuffle')
     for split, count in counts.items():
         prompts = [p for p in itertools.islice(itertools.cycle(prompts_of(split)), count)

@@ -37,7 +37,7 @@ import train_sft
 from data.lengths import MOST, gold, write_data, write_pairs
 from data.toy import prepare
 from prefgpt import (GPT, UserError, encode_rows, load_checkpoint, load_judge, load_model,
-                     load_rows, load_text, run_cli)
+                     load_split, load_text, run_cli)
 from studies.curves import COLORS, GREY
 from studies.policies import Gpt, train_gpt
 from studies.table import (append_rows, mean_and_spread, parse_seeds, read_rows, save_picture,
@@ -59,7 +59,7 @@ LENGTH = dict(sft=800, rm=600, pairs=2000, collections=100, B=64, M=64, samples=
               model=dict(n_head=2, n_embd=32, block_size=64, batch_size=32, max_new_tokens=MOST))
 TOY = dict(sft=1250, rm=2000, pairs=4000, collections=60, B=128, M=64, samples=400, most=64,
            model={})
-QUICK = dict(sft=4, rm=4, pairs=40, collections=2, B=16, M=16, samples=16, most=8)
+QUICK = dict(sft=2, rm=2, pairs=30, collections=1, B=16, M=16, samples=8, most=8)
 COMMON = 3e-4                               # the learning rate of all methods, if not tuned
 # method -> its loss, passes T, whether it is offline, the common learning rate and its best one
 METHODS = {
@@ -76,41 +76,48 @@ METHODS = {
 
 # ----------------------------------------------------------------------------- the runs
 
-def run_task(seed, task, quick):
-    """A seed's rows of a task: the reference, then every method at both learning rates."""
-    size = (TOY if task == 'Toy' else LENGTH) | (QUICK if quick else {})
-    out = Path(f"out/{'quick-' if quick else ''}length-{seed}/{task.lower()}")
+def first_stages(seed, task, size, out):
+    """Data, SFT and reward model into out; returns gold(prompt, response) and what RM says last."""
     data, common = f'{out}/data', dict(seed=seed, resume=True, eval_every=9999, save_every=9999)
     if task == 'Toy':
         prepare.main(prepare.Config(seed=seed, out=data))
-        judge = load_judge('data/toy/reward.py')
     else:
         write_data(Path(data), seed)
     train_sft.main(train_sft.Config(data=data, out=f'{out}/sft', steps=size['sft'],
                                     **size['model'], **common))
-    tokenizer, template = load_text(data)
     if task != 'Toy':
-        policy = load_model(GPT, load_checkpoint(f'{out}/sft', ['sft']), 'policy', 'cpu')
-        write_pairs(Path(data), seed, task, policy, tokenizer,
-                    {'train': size['pairs'], 'val': size['pairs'] // 10})
+        saved = load_checkpoint(f'{out}/sft', ['sft'])
+        write_pairs(Path(data), seed, task, load_model(GPT, saved, 'policy', 'cpu'),
+                    load_text(data, saved)[0], {'train': size['pairs'], 'val': size['pairs'] // 10})
     rm = train_rm.main(train_rm.Config(data=data, init=f'{out}/sft', out=f'{out}/rm',
                                        steps=size['rm'], **common))
+    judge = load_judge('data/toy/reward.py') if task == 'Toy' else None
+    return (lambda prompt, response: judge(prompt, response)['reward'] if judge
+            else gold(task, response)), rm
 
-    def rows_of(split, kind, count=None):
-        rows = load_rows(f'{data}/{split}.{kind}.jsonl', kind, template)[:count]
-        return encode_rows(rows, kind, tokenizer, size['model'].get('block_size', 128), name=split)
-    pairs, held_out = rows_of('train', 'pairs', size['pairs']), rows_of('val', 'pairs', 200)
-    prompts, val = ([row[0] for row in rows_of(split, 'prompts')] for split in ('train', 'val'))
-    val = list(itertools.islice(itertools.cycle(val), size['samples']))
 
-    def reward(prompt, text):
-        return judge(prompt, text)['reward'] if task == 'Toy' else gold(task, text)
-    rows = []
+def rows_of(out, kind, size):
+    """Training rows and held-out rows of a kind as ids, those of pairs cut to the size."""
+    saved = load_checkpoint(f'{out}/sft', ['sft'])
+    tokenizer, template = load_text(f'{out}/data', saved)
+    count, room = (size['pairs'], 0) if kind == 'pairs' else (None, size['most'])
+    return [encode_rows(rows[:count], kind, tokenizer, saved['model']['block_size'], room, name)
+            for name, rows in zip(('train', 'val'), load_split(f'{out}/data', kind, template))]
+
+
+def run_task(seed, task, quick):
+    """A seed's rows of a task: the reference, then every method at both learning rates."""
+    size = (TOY if task == 'Toy' else LENGTH) | (QUICK if quick else {})
+    out = f"out/{'quick-' if quick else ''}length-{seed}/{task.lower()}"
+    judge, rm = first_stages(seed, task, size, out)
+    pairs, held_out = rows_of(out, 'pairs', size)
+    prompts, val = ([row[0] for row in rows] for rows in rows_of(out, 'prompts', size))
+    val, rows = list(itertools.islice(itertools.cycle(val), size['samples'])), []
     for method, (loss, T, offline, *lrs) in {'reference': (None, 0, True, 0, 0), **METHODS}.items():
         for lr in dict.fromkeys(lrs):
             gpt = Gpt(seed, f'{out}/sft', f'{out}/rm', prompts, size['most'], N, BETA)
             clip_frac = train_gpt(gpt, loss, lr, size, T, pairs if offline else None) if lr else 0.0
-            numbers = {**gpt.measure(reward, val, held_out), 'clip_frac': clip_frac}
+            numbers = {**gpt.measure(judge, val, held_out[:200]), 'clip_frac': clip_frac}
             print(f"{task} {method} {lr:g}: gold {numbers['gold']:.2f}, kl {numbers['kl']:.2f}")
             # A method whose best learning rate is the common one has run once, for both
             rows += [{'seed': seed, 'task': task, 'method': method, 'lr': f'{lr:g}', 'tuned': tuned,
