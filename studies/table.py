@@ -64,6 +64,20 @@ def append_rows(path, rows):
     os.replace(temporary, path)
 
 
+def select(rows, **cells):
+    """The rows that hold these cells: select(rows, stage='ppo', seed=5)."""
+    return [row for row in rows if all(row[key] == cell for key, cell in cells.items())]
+
+
+def mean_and_spread(rows, by, column):
+    """Values of by, in the order they come, and column's means and standard deviations there."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(row[column])
+    return ([*groups], [statistics.fmean(group) for group in groups.values()],
+            [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups.values()])
+
+
 def show_means(rows, by, columns):
     """
     Prints mean and standard deviation over seeds of the columns, a line for every value of by.
