@@ -2,7 +2,7 @@
 Safe and helpful, DPO against PPO on data/toy: where from, on which pairs, how far (tables 2, 11).
 
 The paper's claims (Xu et al. 2024, sections 4.3 and 6): DPO from a base that has seen no safe
-demonstrations is hardly safer for it; safe demonstrations, then pairs without those whose answers
+demonstrations is only a little safer; safe demonstrations, then pairs without those whose answers
 are both unsafe, then without those both safe, make it safer; the last costs helpfulness, and of
 a reward model it leaves one that praises refusals. Iterated DPO gets as safe as PPO, not as
 helpful. PPO profits from prompts that no pair covers. A beta of 0 is no good, one of 0.2 too much.
