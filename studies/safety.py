@@ -14,12 +14,15 @@ helpful. PPO profits from prompts that no pair covers. A beta of 0 is no good, o
 
 SFT here learns from the demonstrations without the refusals of red-team prompts; SFT(safe) is that
 after SAFE more steps on the demonstrations without a cost. All DPO arms take the same number of
-steps, whatever the filters leave. Every stage is the project's own script at its default settings.
+steps. As the filters leave a fifth of the pairs in the end, which are then seen five times, 'few
+pairs' is the control: as few, of all kinds. Every stage is the project's own script at its default
+settings.
 What to expect on a toy: the order of the paper's arms, but for PPO from SFT, which cannot learn to
 refuse, for it never samples a refusal; and nothing of the prompts without pairs, on which the
 reward model is no better than it is.
 What it does not do: a judge apart from the labels (both come from reward.py, the labels with
-noise), or GPT-4's comparisons. Settings (SAFE, ITER, the RM steps) were chosen on seed 0.
+noise), or GPT-4's comparisons. Settings (SAFE, ITER, the RM steps) were chosen on seed 0, but on
+the held-out prompts, which data/toy has in common for all seeds.
 
     python -m studies.safety
     wrote studies/results/safety.png
@@ -60,14 +63,17 @@ FEW_PAIRS = dict(steps=700)                         # a reward model of the smal
 COVERED = 1 / 3                     # share of the prompts' keys of which `covered` has pairs
 BETAS = (0.0, 0.05, 0.1)            # beside the default, 0.2; 0 is for PPO alone
 RM_ARMS = {                         # name -> its pairs, and its settings
-    'rm': ('all', {}), 'rm-mixed': ('mixed', FEW_PAIRS), 'rm-covered': ('covered', FEW_PAIRS)}
+    'rm': ('all', {}), 'rm-mixed': ('mixed', FEW_PAIRS), 'rm-covered': ('covered', FEW_PAIRS),
+    'rm-few': ('few', FEW_PAIRS)}
 DPO_ARMS = {                        # arm -> its pairs, where it starts, beta
     'dpo from sft': ('all', 'sft', 0.2), 'dpo': ('all', 'safe', 0.2),
     'dpo no dual-unsafe': ('no-unsafe', 'safe', 0.2), 'dpo mixed pairs': ('mixed', 'safe', 0.2),
+    'dpo few pairs': ('few', 'safe', 0.2),
     **{f'dpo beta {beta}': ('all', 'safe', beta) for beta in BETAS if beta}}
 PPO_ARMS = {                        # arm -> its prompts, where it starts, whose scores, beta
     'ppo from sft': ('all', 'sft', 'rm', 0.2), 'ppo': ('all', 'safe', 'rm', 0.2),
     'ppo mixed pairs': ('all', 'safe', 'rm-mixed', 0.2),
+    'ppo few pairs': ('all', 'safe', 'rm-few', 0.2),
     'ppo covered': ('covered', 'safe', 'rm-covered', 0.2),
     'ppo extra prompts': ('all', 'safe', 'rm-covered', 0.2),
     **{f'ppo beta {beta}': ('all', 'safe', 'rm', beta) for beta in BETAS}}
@@ -132,6 +138,8 @@ def write_folders(data, out, most):
                       for split in ('train', 'val')},
         'mixed': {f'{split}.pairs': lambda rows: not_dual(rows, True, False)
                   for split in ('train', 'val')},
+        'few': {f'{split}.pairs': lambda rows: rows[:len(not_dual(rows, True, False))]
+                for split in ('train', 'val')},
         'covered': {'train.pairs': covered, 'train.prompts': covered},
     }
     for name, kinds in filters.items():
@@ -216,8 +224,10 @@ CHECKS = {
         lambda a: a['dpo no dual-unsafe']['safety'] > a['dpo']['safety'],
     'without dual-safe pairs too DPO is safer still':
         lambda a: a['dpo mixed pairs']['safety'] > a['dpo no dual-unsafe']['safety'],
-    'and less helpful than with them':
-        lambda a: a['dpo mixed pairs']['helpful'] < a['dpo no dual-unsafe']['helpful'],
+    'and safer than with as few pairs of all kinds':
+        lambda a: a['dpo mixed pairs']['safety'] > a['dpo few pairs']['safety'],
+    'and less helpful than with as few pairs of all kinds':
+        lambda a: a['dpo mixed pairs']['helpful'] < a['dpo few pairs']['helpful'],
     'DPO-Iter is safer after round 4 than after round 1':
         lambda a: a['iter 4']['safety'] > a['iter 1']['safety'],
     'DPO-Iter is as safe as PPO (within 0.02)':
@@ -227,8 +237,8 @@ CHECKS = {
     "PPO's reward is above that of every arm of DPO":
         lambda a: a['ppo']['reward'] > max(row['reward'] for arm, row in a.items()
                                            if arm.startswith(('dpo', 'iter'))),
-    'PPO is less helpful on the scores of the twice filtered pairs':
-        lambda a: a['ppo mixed pairs']['helpful'] < a['ppo']['helpful'],
+    'PPO is less helpful on the scores of the twice filtered pairs than of as few of all kinds':
+        lambda a: a['ppo mixed pairs']['helpful'] < a['ppo few pairs']['helpful'],
     'prompts that no pair covers raise the reward of PPO':
         lambda a: a['ppo extra prompts']['reward'] > a['ppo covered']['reward'],
     "PPO's reward is highest at beta 0.05 or 0.1":
@@ -299,8 +309,8 @@ def draw(rows):
     """The picture, a matplotlib Figure: all arms beside the paper's, beta below."""
     from matplotlib.figure import Figure
     rows = [row for row in rows if row['answers'] == 'T=1']
-    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:4], *(f'iter {i}' for i in (1, 2, 3, 4)),
-            *list(PPO_ARMS)[:5]]
+    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *(f'iter {i}' for i in (1, 2, 3, 4)),
+            *list(PPO_ARMS)[:6]]
     figure = Figure(figsize=(12, 9.5), dpi=150, layout='constrained')
     upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
     axes = upper.subplots(1, 4, sharey=True)

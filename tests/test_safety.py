@@ -73,8 +73,8 @@ def arm(name, **numbers):
 
 
 ARMS = ('dpo from sft', 'dpo', 'dpo no dual-unsafe', 'dpo mixed pairs', 'iter 1', 'iter 4', 'ppo',
-        'ppo mixed pairs', 'ppo covered', 'ppo extra prompts', 'ppo beta 0.0', 'ppo beta 0.05',
-        'ppo beta 0.1', 'dpo beta 0.05', 'dpo beta 0.1')
+        'ppo mixed pairs', 'ppo few pairs', 'dpo few pairs', 'ppo covered', 'ppo extra prompts',
+        'ppo beta 0.0', 'ppo beta 0.05', 'ppo beta 0.1', 'dpo beta 0.05', 'dpo beta 0.1')
 
 
 def test_every_claim_can_fail_and_can_hold(capsys):
@@ -117,6 +117,9 @@ def test_safety_in_its_quick_form(tmp_path, monkeypatch):
             ('iter-1', 'dpo', {'data': f'{out}/data/iter-1.jsonl', 'init': f'{out}/safe'}),
             ('iter-3', 'dpo', {'data': f'{out}/data/iter-3.jsonl', 'init': f'{out}/iter-2'}),
             ('ppo-mixed-pairs', 'ppo', {'data': f'{out}/data/all', 'reward': f'{out}/rm-mixed'}),
+            ('rm-few', 'rm', {'data': f'{out}/data/few', 'init': f'{out}/safe'}),
+            ('dpo-few-pairs', 'dpo', {'data': f'{out}/data/few', 'init': f'{out}/safe'}),
+            ('ppo-few-pairs', 'ppo', {'data': f'{out}/data/all', 'reward': f'{out}/rm-few'}),
             ('ppo-covered', 'ppo', {'data': f'{out}/data/covered', 'reward': f'{out}/rm-covered'}),
             ('ppo-extra-prompts', 'ppo', {'data': f'{out}/data/all',
                                           'reward': f'{out}/rm-covered'}),
@@ -127,6 +130,7 @@ def test_safety_in_its_quick_form(tmp_path, monkeypatch):
     def read(name):
         return [json.loads(line) for line in open(folder / f'{name}.jsonl', encoding='utf-8')]
     assert not_dual(read('mixed/train.pairs'), True, False) == read('mixed/train.pairs')
+    assert read('few/train.pairs') == read('all/train.pairs')[:len(read('mixed/train.pairs'))]
     assert only_safe(read('safe/train.sft')) == read('safe/train.sft')
     keys = {name: {repr(REQUESTS[row['prompt']].key) for row in read(name)}
             for name in ('covered/train.pairs', 'covered/train.prompts', 'all/train.prompts')}
