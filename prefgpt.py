@@ -125,11 +125,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=config.init_std * scale)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                # The same matrix with its columns contiguous: a product with few rows, as in
-                # sampling, reads it in that order, and a CPU then spends half the time on it
-                pass
 
     def forward(self, tokens, cache=None, positions=None):
         """
@@ -224,7 +219,7 @@ def token_logprobs(model, x, y, mask, temperature=1.0):
     def logprobs_of(hidden, targets):
         logits = model.logits(hidden)                               # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperature != 1:                    # a pass over all of (M, V) that changes nothing
+        if temperature != 1:                    # at 1 it is a pass over (M, V) for nothing
             logits = logits / temperature
         return -F.cross_entropy(logits, targets, reduction='none')  # log_softmax, gathered: (M,)
 

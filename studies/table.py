@@ -3,15 +3,24 @@ The tables of the studies: CSV files in which every seed has its rows.
 
 A study adds a seed's rows when the seed is done, so an interrupted study goes on with the seeds
 that are missing, and whoever doubts a mean finds the rows it was taken over.
-What it does not do: draw. Each study plots what it has found.
+What it does not do: draw. Each study plots what it has found, and save_picture keeps it.
 """
 import csv
+import importlib.util
 import io
 import os
 import statistics
 from pathlib import Path
 
 from prefgpt import UserError
+
+
+def parse_seeds(text):
+    """'5 6,7' -> [5, 6, 7]; UserError if there is none, or a word that is no whole number."""
+    words = text.replace(',', ' ').split()
+    if not words or not all(word.isdigit() for word in words):
+        raise UserError(f'--seeds={text!r}: whole numbers with spaces between them')
+    return [int(word) for word in words]
 
 
 def number_or_text(cell):
@@ -55,6 +64,20 @@ def append_rows(path, rows):
     os.replace(temporary, path)
 
 
+def select(rows, **cells):
+    """The rows that hold these cells: select(rows, stage='ppo', seed=5)."""
+    return [row for row in rows if all(row[key] == cell for key, cell in cells.items())]
+
+
+def mean_and_spread(rows, by, column):
+    """Values of by, in the order they come, and column's means and standard deviations there."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[by], []).append(row[column])
+    return ([*groups], [statistics.fmean(group) for group in groups.values()],
+            [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups.values()])
+
+
 def show_means(rows, by, columns):
     """
     Prints mean and standard deviation over seeds of the columns, a line for every value of by.
@@ -74,3 +97,32 @@ def show_means(rows, by, columns):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f'{statistics.mean(values):9.3f} ±{spread:.3f}', end='')
         print()
+
+
+def show_claims(claims, runs):
+    """
+    Prints of every claim in how many seeds it holds; returns {claim: [seeds in which it fails]}.
+
+    claims is {claim: holds(run)}, runs {seed: run}, a run being whatever the claims read.
+    """
+    failed = {claim: [seed for seed, run in runs.items() if not holds(run)]
+              for claim, holds in claims.items()}
+    print()
+    for claim, seeds in failed.items():
+        print(f'{claim}: holds in {len(runs) - len(seeds)} of {len(runs)} seeds'
+              + (f', not {seeds}' if seeds else ''))
+    return failed
+
+
+def save_picture(draw, path):
+    """
+    Writes draw(), a matplotlib Figure, to the PNG file path, whole or not at all.
+
+    Without matplotlib, which no study needs for its numbers, it says so instead.
+    """
+    if importlib.util.find_spec('matplotlib') is None:
+        print(f'{path} is drawn with matplotlib, which is not installed')
+        return
+    draw().savefig(f'{path}.tmp', format='png')
+    os.replace(f'{path}.tmp', path)
+    print(f'wrote {path}')

@@ -245,38 +245,6 @@ def test_row_bytes_are_what_autograd_keeps(autocast):
     assert sum(kept.values()) + last == bench.row_bytes(policy.config, 24, 2 if autocast else 4)
 
 
-# ----------------------------------------------------------------------------- side by side
-
-def test_two_programs_in_turn(capsys, monkeypatch):
-    """Theirs, ours, theirs, ours, theirs, ours; the medians' ratio, and not the ratios' median."""
-    commands, rates = [], iter([100.0, 150.0, 300.0, 600.0, 200.0, 100.0])
-    monkeypatch.setattr(bench, 'rate_of', lambda command: commands.append(command) or next(rates))
-    [result] = bench.main(bench.Config(stage='dpo', shape='small', steps=7, against="run 'a b'"))
-    assert result['theirs'] == [100, 300, 200] and result['ours'] == [150, 600, 100]
-    assert result['ratio'] == 150 / 200
-    assert commands[::2] == [['run', 'a b']] * 3
-    asked = {'--stage=dpo', '--shape=small', '--steps=7'}
-    assert all(asked <= set(ours) for ours in commands[1::2])
-    assert not any('--against' in word for word in commands[1])
-    assert 'dpo small: 150 against 200, 0.75x' in capsys.readouterr().out
-
-
-def test_the_rate_of_a_program():
-    """The last one it prints; a program that fails, prints none or is not there is one line."""
-    def python(program):
-        return [sys.executable, '-c', program]
-    assert bench.rate_of(python("print('1 tokens/s'); print('ppo: 24.5 episodes/s (x)')")) == 24.5
-    with pytest.raises(UserError, match='exit status 3, and a line'):
-        bench.rate_of(python("print('1 tokens/s'); raise SystemExit(3)"))
-    with pytest.raises(UserError, match='exit status 0, and no line'):
-        bench.rate_of(python('pass'))
-    with pytest.raises(UserError, match='no-such-program'):
-        bench.rate_of(['no-such-program'])
-    with pytest.raises(UserError, match='name it with --stage'):
-        bench.main(bench.Config(against='true'))
-
-
-
 def test_the_table(capsys, tmp_path):
     """Every cell: so many rows fit, and one more does not; PPO's five models are counted."""
     path = tmp_path / 'memory.json'
@@ -299,3 +267,47 @@ def test_the_table(capsys, tmp_path):
     assert ppo['held'] == ((2 * 16 + 3 * 4) * parameters + 2 * 2 * matrices + head
                            + (16 + 2 + 4) * score)
     assert dpo['row'] == ppo['row'] == 2 * sft['row'] and ppo['cache'] == 12 * 2 * 1024 * 768 * 2
+
+
+# ----------------------------------------------------------------------------- side by side
+
+def test_two_programs_in_turn(capsys, monkeypatch):
+    """Theirs, ours, theirs, ours, theirs, ours; the medians' ratio, and not the ratios' median."""
+    commands, rates = [], iter([100.0, 150.0, 300.0, 600.0, 200.0, 100.0])
+    monkeypatch.setattr(bench, 'rate_of',
+                        lambda command, unit: commands.append(command) or next(rates))
+    [result] = bench.main(bench.Config(stage='dpo', shape='small', steps=7, against="run 'a b'"))
+    assert result['theirs'] == [100, 300, 200] and result['ours'] == [150, 600, 100]
+    assert result['ratio'] == 150 / 200
+    assert commands[::2] == [['run', 'a b']] * 3
+    asked = {'--stage=dpo', '--shape=small', '--steps=7'}
+    assert all(asked <= set(ours) for ours in commands[1::2])
+    assert not any('--against' in word for word in commands[1])
+    assert 'dpo small: 150 against 200, 0.75x' in capsys.readouterr().out
+
+
+def test_the_rate_of_a_program():
+    """The last one it prints; a program that fails, prints none or is not there is one line."""
+    def python(program):
+        return [sys.executable, '-c', program]
+    assert bench.rate_of(python("print('1 tokens/s'); print('x: 24.5 tokens/s (y)')"),
+                         'tokens') == 24.5
+    with pytest.raises(UserError, match='exit status 3, last rate 1 '):
+        bench.rate_of(python("print('1 tokens/s'); raise SystemExit(3)"), 'tokens')
+    for printed in ('27,350 tokens/s', '1.5e+04 tokens/s', '24.5 episodes/s', ''):
+        with pytest.raises(UserError, match='exit status 0, last rate none tokens/s'):
+            bench.rate_of(python(f'print({printed!r})'), 'tokens')
+    with pytest.raises(UserError, match='last rate 0 episodes/s'):
+        bench.rate_of(python("print('0 episodes/s')"), 'episodes')
+    with pytest.raises(UserError, match='no-such-program'):
+        bench.rate_of(['no-such-program'], 'tokens')
+
+
+@pytest.mark.parametrize('wrong, told', [
+    (dict(against='true'), 'name it with --stage'),
+    (dict(stage='sft', against=' '), 'blank'),
+    (dict(stage='sft', against="a 'b"), 'No closing quotation'),
+    (dict(stage='sft', against='true', rounds=0), '--rounds is 1 or more')])
+def test_what_cannot_be_compared(wrong, told):
+    with pytest.raises(UserError, match=told):
+        bench.main(bench.Config(**wrong))

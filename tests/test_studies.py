@@ -11,7 +11,7 @@ import pytest
 
 from prefgpt import UserError
 from studies import toy
-from studies.table import append_rows, read_rows, show_means
+from studies.table import append_rows, read_rows, show_claims, show_means
 
 TOP = Path(__file__).parent.parent
 
@@ -50,6 +50,13 @@ def test_means_and_spreads_by_hand(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f'3.000 ±{math.sqrt(7):.3f}' in lines[-2] and lines[-2].startswith('ppo')
     assert '4.000 ±0.000' in lines[-1] and lines[-1].startswith('sft')
+
+
+def test_claims_are_counted_by_seed(capsys):
+    """Of three seeds two keep the claim: the third is named."""
+    failed = show_claims({'more than one': lambda run: run > 1}, {5: 2, 6: 1, 7: 3})
+    assert failed == {'more than one': [6]}
+    assert 'more than one: holds in 2 of 3 seeds, not [6]' in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- toy

@@ -30,7 +30,7 @@ What it does not do: run several processes at once, or compile the sampler. On a
 the process's so far: with --stage=all not each stage's own.
 
     python -m tools.bench --stage=dpo --shape=small
-    python -m tools.bench --stage=sft --steps=42 --against="python trl_bench.py sft toy 42"
+    python -m tools.bench --stage=sft --steps=42 --against="python other.py"
     python -m tools.bench --memory
 """
 import base64, contextlib, itertools, json, random, re, shlex, statistics, string, subprocess, sys
@@ -248,27 +248,28 @@ def measure(stage, cfg, device, autocast):
 
 # ----------------------------------------------------------------------------- side by side
 
-def rate_of(command):
-    """Runs a command, a list of words; returns the last rate it prints, as measure prints one."""
+def rate_of(command, unit):
+    """Runs a command, a list of words; returns the last rate, 'N unit/s', that it prints."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     except OSError as error:
         raise UserError(f'{shlex.join(command)}: {error.strerror}') from None
-    rates = re.findall(r'([0-9.]+) (?:tokens|episodes)/s', done.stdout)
-    if done.returncode or not rates:
-        raise UserError(f'{shlex.join(command)}: exit status {done.returncode}, and '
-                        f'{"a" if rates else "no"} line with a rate; run it alone to see why')
+    rates = re.findall(rf'(?<!\S)([0-9]+(?:\.[0-9]+)?) {unit}/s', done.stdout)  # no 1,000, no 1e3
+    if done.returncode or not rates or float(rates[-1]) == 0:
+        raise UserError(f'{shlex.join(command)}: exit status {done.returncode}, last rate '
+                        f'{rates[-1] if rates else "none"} {unit}/s; run it alone to see why')
     return float(rates[-1])
 
 
 def compare(cfg):
     """Runs this stage and the command of --against in turn; returns both medians and the ratio."""
+    unit = 'episodes' if cfg.stage == 'ppo' else 'tokens'
     flags = ('stage', 'shape', 'steps', 'seed', 'device', 'dtype', 'compile')
     ours = [sys.executable, '-m', 'tools.bench', *(f'--{f}={getattr(cfg, f)}' for f in flags)]
     rates = {'ours': [], 'theirs': []}
     for _ in range(cfg.rounds):         # in turn: what slows the machine slows both
-        rates['theirs'].append(rate_of(shlex.split(cfg.against)))
-        rates['ours'].append(rate_of(ours))
+        rates['theirs'].append(rate_of(shlex.split(cfg.against), unit))
+        rates['ours'].append(rate_of(ours, unit))
     medians = {name: statistics.median(of_runs) for name, of_runs in rates.items()}
     ratio, name = medians['ours'] / medians['theirs'], f'{cfg.stage} {cfg.shape}'
     for whose, of_runs in rates.items():
@@ -331,6 +332,11 @@ def main(cfg):
         Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
     if cfg.against and (cfg.stage == 'all' or cfg.rounds < 1):
         raise UserError('--against compares one stage: name it with --stage; --rounds is 1 or more')
+    try:
+        if cfg.against and not shlex.split(cfg.against):
+            raise ValueError('it is blank')
+    except ValueError as error:         # a quotation without its end
+        raise UserError(f'--against={cfg.against!r}: {error}') from None
     if cfg.memory:
         results = memory_table()
     elif cfg.against:

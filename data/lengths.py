@@ -1,0 +1,78 @@
+"""
+A language in which only the length counts, for studies/length.py.
+
+    prompt     two letters of eight and a colon, "ab:"
+    response   n of these two letters, each at random; in demonstrations n is normal, mean 20, std 5
+    gold       Min, Skew: -n;  Mode: -|n - 18|, 18 being the SFT policy's mean
+    pairs      two responses of a policy, the first chosen with sigmoid(0.3 (gold_1 - gold_2));
+               Skew: not of the policy, 39 - n is exponential with mean 6: hardly any is short
+
+Writes the files that train_*.py read. What it does not do: train the policy that is sampled.
+"""
+import itertools
+
+import torch
+
+from data.bpe import write_tiktoken
+from data.rows import write_rows
+from prefgpt import decode_responses, generate, rng
+
+LETTERS, MEAN, STD, MODE = 'abcdefgh', 20, 5, 18
+MOST = 40                           # tokens of a response, EOS included
+
+
+def gold(task, response):
+    """The reward of a response on 'Min', 'Mode' or 'Skew'."""
+    return -abs(len(response) - MODE) if task == 'Mode' else -len(response)
+
+
+def draw_response(prompt, skew, generator):
+    """A demonstration or, on Skew, a response nearly as long as can be."""
+    if skew:
+        n = MOST - 1 + 6 * torch.rand((), generator=generator).log()
+    else:
+        n = MEAN + STD * torch.randn((), generator=generator)
+    n = int(n.round().clamp(1, MOST - 1))
+    return ''.join(prompt[i] for i in torch.randint(2, (n,), generator=generator))
+
+
+def prompts_of(split):
+    """Every tenth prompt is held out, for 'val'."""
+    prompts = [f'{a}{b}:' for a in LETTERS for b in LETTERS]
+    return prompts[::10] if split == 'val' else [p for i, p in enumerate(prompts) if i % 10]
+
+
+def write_data(folder, seed):
+    """Demonstrations, prompts and the tokenizer, one token a byte, into a data folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = rng(seed, 0, 'batch')
+    for split, count in (('train', 4000), ('val', 200)):
+        prompts = prompts_of(split)
+        write_rows(folder / f'{split}.prompts.jsonl', [{'prompt': p} for p in prompts])
+        write_rows(folder / f'{split}.sft.jsonl', [
+            {'prompt': p, 'completion': draw_response(p, False, generator)}
+            for p in itertools.islice(itertools.cycle(prompts), count)])
+    write_tiktoken(folder / 'bytes.tiktoken', {bytes([i]): i for i in range(256)})
+    (folder / 'tokenizer').write_text('bytes.tiktoken\n')
+
+
+def write_pairs(folder, seed, task, policy, tokenizer, counts):
+    """A task's pairs into a data folder: at most counts, {'train': ..., 'val': ...}, of them."""
+    generator = rng(seed, 0, 'shuffle')
+    for split, count in counts.items():
+        prompts = [p for p in itertools.islice(itertools.cycle(prompts_of(split)), count)
+                   for _ in (1, 2)]
+        if task == 'Skew':
+            texts = [draw_response(p, True, generator) for p in prompts]
+        else:
+            texts, _ = decode_responses(*generate(
+                policy, [tokenizer.encode(p) for p in prompts], MOST, tokenizer.eot_token,
+                generator=generator), tokenizer)
+        rows = []
+        for prompt, first, second in zip(prompts[::2], texts[::2], texts[1::2]):
+            ahead = torch.tensor(0.3 * (gold(task, first) - gold(task, second)))
+            if torch.rand((), generator=generator) > ahead.sigmoid():
+                first, second = second, first
+            if first and first != second:       # nothing is learned of an empty response, or a tie
+                rows.append({'prompt': prompt, 'chosen': first, 'rejected': second})
+        write_rows(folder / f'{split}.pairs.jsonl', rows)

@@ -1,0 +1,128 @@
+"""
+One algorithm and its losses: what PPO, DPO and imitation share, and the three axes they part on.
+
+Tajwar et al. 2024, "Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy Data":
+
+    repeat:  1. B / N prompts, N responses to each: by the policy as it is (on-policy), or given
+             2. scores of them; from the scores advantages, ranks or weights
+             3. minibatches of M responses, and over them T passes:
+                    theta <- theta - lr * gradient of the loss's mean over the minibatch
+
+So B / M * T steps lie between two collections. The data are staler the larger B or T is; only
+T > 1 uses a sample twice. Offline is one collection, made before the first step. A loss has a
+negative gradient if it pushes some response down. The methods by these three axes:
+
+    method           loss of a response, pair or group              on-policy  reuse  negative
+    REINFORCE        - sum_t A_t log pi(y_t)                           yes       no      yes
+    PPO              sum_t max(-A_t ratio_t, -A_t clip(ratio_t))       yes       yes     yes
+    RWR              - exp(r / beta) / mean * log pi(y)                yes       yes     no
+    Best-of-N        - log pi(the best of N)                           yes       yes     no
+    on-policy DPO    - log sigmoid(beta h), pairs of the N             yes       yes     yes
+    on-policy IPO    (h - 1 / (2 beta))^2, pairs of the N              yes       yes     yes
+    DPO, IPO         the same of given pairs                           no        yes     yes
+    Pref-FT          - log pi(chosen)                                  no        yes     no
+    Binary FeedMe    - log pi(y) if r > bar, else 0                    no        yes     no
+
+REINFORCE's gradient is right for the policy's own samples alone, hence no reuse. PPO and the losses
+of pairs are train_ppo.py's and train_dpo.py's own. log pi(y) is a sum over tokens, EOS included.
+
+A minibatch is a dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages
+(G, N, T): G prompts, N responses to each, T tokens. Outside a response all three are 0, as are the
+logprobs, so that sums over T need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
+What it does not do: sample or score. policies.py has a table, which bandit.py trains, and a GPT,
+which length.py trains.
+"""
+import torch
+
+from prefgpt import optimizer_step, rng
+from train_dpo import dpo_loss, ipo_loss
+from train_ppo import policy_loss
+
+
+# ----------------------------------------------------------------------------- the losses
+
+def reinforce_loss(logprobs, batch):
+    """(G, N): - sum over tokens of A_t log pi(y_t), Williams 1992."""
+    return -(batch['advantages'] * logprobs).sum(-1)
+
+
+def ppo_loss(logprobs, batch, clip_eps=0.2):
+    """(G, N): train_ppo's clipped loss, summed over tokens; outside a response A is 0."""
+    loss, _ = policy_loss(logprobs, batch['old_logprobs'], batch['advantages'], clip_eps)
+    return loss.sum(-1)
+
+
+def rwr_loss(logprobs, batch, beta):
+    """
+    (G, N): - w log pi(y), w = exp(r / beta) over its mean in the minibatch, Peters and Schaal 2007.
+
+    Over the mean, for exp(r / beta) alone may be 1e4 or 1e-4, and the learning rate with it.
+    """
+    scores = batch['scores']
+    weights = (scores / beta).flatten().softmax(0).view_as(scores) * scores.numel()
+    return -weights * logprobs.sum(-1)
+
+
+def best_of_n_loss(logprobs, batch):
+    """(G,): - log pi of the response with the highest score of its group."""
+    best = batch['scores'].argmax(1, keepdim=True)                              # (G, 1)
+    return -logprobs.sum(-1).gather(1, best).squeeze(1)
+
+
+def pref_ft_loss(logprobs, batch):
+    """(G,): - log pi(chosen): of a pair, whose scores are its labels, the best of 2."""
+    return best_of_n_loss(logprobs, batch)
+
+
+def binary_feedme_loss(logprobs, batch, bar):
+    """(G, N): - log pi(y) of responses that score above the bar, all alike; 0 of the others."""
+    return -(batch['scores'] > bar).to(logprobs) * logprobs.sum(-1)
+
+
+def ranked_pairs(scores, threshold=0.0):
+    """All pairs of a group whose scores (G, N) differ by more: (group, chosen, rejected), (P,)."""
+    ahead = scores[:, :, None] - scores[:, None, :] > threshold                 # (G, N, N)
+    return ahead.nonzero(as_tuple=True)
+
+
+def pair_logprobs(logprobs, batch, threshold):
+    """seq_logprobs of all pairs: chosen, rejected, and both under the reference, (P,) each."""
+    group, chosen, rejected = ranked_pairs(batch['scores'], threshold)
+    now, ref = logprobs.sum(-1), batch['ref_logprobs'].sum(-1)                  # (G, N)
+    return now[group, chosen], now[group, rejected], ref[group, chosen], ref[group, rejected]
+
+
+def dpo_pairs_loss(logprobs, batch, beta, threshold=0.0):
+    """(P,): train_dpo's DPO loss of every pair within a group."""
+    return dpo_loss(*pair_logprobs(logprobs, batch, threshold), beta)
+
+
+def ipo_pairs_loss(logprobs, batch, beta, threshold=0.0):
+    """(P,): train_dpo's IPO loss of every pair within a group."""
+    return ipo_loss(*pair_logprobs(logprobs, batch, threshold), beta)
+
+
+# ----------------------------------------------------------------------------- the algorithm
+
+def train(policy, logprobs_of, collect, loss, optimizer, lr, seed, collections, passes,
+          batch_size, grad_clip=float('inf')):
+    """
+    The algorithm. Yields after every gradient step the minibatch, with its logprobs before it.
+
+    collect(k) returns collection k, a dict of tensors (G, N, ...), B = G N responses;
+    logprobs_of(minibatch) their logprobs (G, N, T) under the policy as it is; loss(logprobs,
+    minibatch) is one of the above. passes is the paper's T, batch_size its M, in responses.
+    """
+    for k in range(collections):
+        batch = collect(k)                                                      # 1. and 2.
+        G, N = batch['scores'].shape
+        for t in range(passes):
+            order = torch.randperm(G, generator=rng(seed, k * passes + t, 'shuffle'))
+            for rows in order.split(max(1, batch_size // N)):                   # 3.
+                part = {name: value[rows] for name, value in batch.items()}
+                logprobs = logprobs_of(part)                                    # (G, N, T)
+                losses = loss(logprobs, part)
+                mean = losses.sum() / max(1, losses.numel())    # a threshold may leave no pair
+                mean.backward()
+                optimizer_step(optimizer, policy, lr, grad_clip, k + 1, loss=mean.item())
+                yield {**part, 'logprobs': logprobs.detach()}
