@@ -12,7 +12,7 @@ PPO = 'ppo + ema 0.001'
 # What stands in the first panels: arm -> its name there, with the paper's number where it has one:
 # pass@5 on APPS, interview level, CodeLlama-34B (table 7); DPO's is 10@1k on CodeContests (table 8)
 SHOWN = {'sft': 'SFT (10.1 %)', 'dpo 0.0001': 'DPO 1e-4', 'dpo 0.001': 'DPO 1e-3',
-         'dpo 0.003': 'DPO 3e-3 (0.0 %)', 'dpo on-policy 0.0003': 'DPO on-policy 3e-4',
+         'dpo 0.003': 'DPO 3e-3 (*0.0 %)', 'dpo on-policy 0.0003': 'DPO on-policy 3e-4',
          'dpo on-policy 0.001': 'DPO on-policy 1e-3', 'iter 0.0001': 'Iter 1e-4',
          'iter 0.0003': 'Iter 3e-4', 'iter 0.001': 'Iter 1e-3',
          'iter + winners 0.0001': 'Iter + winners 1e-4',
@@ -49,7 +49,7 @@ def draw_ladder(ax, rows):
         ax.errorbar(RUNGS, [mean for mean, _ in numbers], [spread for _, spread in numbers],
                     color=color, marker='o', capsize=3, label=f'lr {lr:g}')
     ax.plot(RUNGS, [rung / 10.1 for rung in PAPER_RUNGS], color=GREY, marker='s', ls='--',
-            label='paper, APPS')
+            label='paper, APPS pass@5')
     ax.axhline(1, color=GREY, lw=0.8)
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize=8)
@@ -89,13 +89,13 @@ def draw(rows):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 7.5), dpi=150, layout='constrained')
     axes = figure.subplots(2, 3).flat
-    draw_bars(axes[0], rows, 'pass@1', 'pass@1, interview level (paper: pass@5)')
+    draw_bars(axes[0], rows, 'pass@1', 'pass@1 (paper: pass@5, *10@1k)')
     draw_bars(axes[1], rows, 'valid', 'share of valid programs')
     draw_logprobs(axes[2], rows)
     draw_ladder(axes[3], rows)
     draw_pairs(axes[4], rows, [(f'{name}\n{level[:6]}.', name, level) for level in LEVELS[1:]
                                for name in ('pass@1', '10@k')],
-               {'sft': 'SFT', PPO: 'PPO'}, 'what PPO sharpens, by level')
+               {'sft': 'SFT', PPO: 'PPO'}, 'SFT and PPO, by level')
     draw_pairs(axes[5], rows, [('training\nscore', 'last_quarter', 'interview'),
                                ('pass@1\ninterv.', 'pass@1', 'interview'),
                                ('pass@1\ncompet.', 'pass@1', 'competition')],

@@ -16,7 +16,7 @@ from data.contest import prepare
 from data.contest.language import (FUNCTIONS, HIDDEN, LEVELS, LONGEST, PROBLEMS, PUBLIC, SYMBOLS,
                                    WAYS, run, show)
 from data.contest.reward import score
-from prefgpt import UserError, load_judge, load_tokenizer
+from prefgpt import UserError, load_checkpoint, load_judge, load_tokenizer
 from studies import contest
 from studies.contest_picture import draw
 from studies.table import read_rows
@@ -269,6 +269,21 @@ def test_contest_in_its_quick_form(tmp_path, monkeypatch, capsys):
     log = Path('out/contest-quick-3/ppo-ema-0.001/log.jsonl').read_text().splitlines()
     row = next(row for row in rows if row['arm'] == contest.PPO)
     assert row['first_quarter'] == pytest.approx(json.loads(log[0])['score'], abs=1e-4)
+    # Each arm is what its name says: where it started, and its settings
+    out = 'out/contest-quick-3'
+    for run, given in (
+            ('dpo-0.003', dict(lr=3e-3, init=f'{out}/sft', data='data/contest-quick-3')),
+            ('ppo-baseline-0.001', dict(whiten=False, ref_ema=0.0, rollout_size=8, steps=4)),
+            ('ppo-norm-0.001', dict(whiten=True, ref_ema=0.0, rollout_size=8, steps=4)),
+            ('ppo-batch-0.0003', dict(whiten=True, ref_ema=0.0, rollout_size=16, steps=2, lr=3e-4)),
+            ('ppo-ema-0.001', dict(whiten=True, ref_ema=0.02, rollout_size=16, beta=0.01)),
+            ('binding-fixed', dict(beta=0.25, ref_ema=0.0)),
+            ('binding-ema', dict(beta=0.25, ref_ema=0.1)),
+            ('no-value', dict(value_lr=0.0, grad_clip=1e9, whiten=False)),
+            ('no-value-norm', dict(value_lr=0.0, grad_clip=1e9, whiten=True)),
+            ('ppo-early', dict(init=f'{out}/early', ref_ema=0.02))):
+        config = load_checkpoint(f'{out}/{run}', ['dpo', 'ppo'])['config']
+        assert {key: config[key] for key in given} == given, run
     assert not Path('studies/results/contest.csv').exists()
     assert not list(Path('studies/results').glob('*.png'))
     capsys.readouterr()
