@@ -63,13 +63,13 @@ QUICK = dict(sft=2, rm=2, pairs=30, collections=1, B=16, M=16, samples=8, most=8
 COMMON = 3e-4                               # the learning rate of all methods, if not tuned
 # method -> its loss, passes T, whether it is offline, the common learning rate and its best one
 METHODS = {
-    'Pref-FT': (pref_ft_loss, 2, True, COMMON, 1e-3),
-    'DPO': (partial(dpo_pairs_loss, beta=BETA), 2, True, COMMON, 1e-3),
-    'IPO': (partial(ipo_pairs_loss, beta=BETA), 2, True, COMMON, 1e-3),
+    'Pref-FT': (pref_ft_loss, 2, True, COMMON, 3e-4),
+    'DPO': (partial(dpo_pairs_loss, beta=BETA), 2, True, COMMON, 3e-3),
+    'IPO': (partial(ipo_pairs_loss, beta=BETA), 2, True, COMMON, 3e-3),
     'on-policy Best-of-N': (best_of_n_loss, 1, False, COMMON, 3e-4),
     'on-policy RWR': (partial(rwr_loss, beta=1.0), 1, False, COMMON, 3e-4),
-    'on-policy DPO': (partial(dpo_pairs_loss, beta=BETA), 1, False, COMMON, 3e-4),
-    'on-policy IPO': (partial(ipo_pairs_loss, beta=BETA), 1, False, COMMON, 3e-4),
+    'on-policy DPO': (partial(dpo_pairs_loss, beta=BETA), 1, False, COMMON, 1e-3),
+    'on-policy IPO': (partial(ipo_pairs_loss, beta=BETA), 1, False, COMMON, 1e-3),
     'REINFORCE': (reinforce_loss, 1, False, COMMON, 3e-4),
     'PPO': (ppo_loss, 4, False, COMMON, 3e-4)}
 
@@ -144,12 +144,12 @@ CHAINS = {
 def order(rows, low, high):
     """
     Of the gold of two methods, seed by seed: in how many seeds high is above low, the mean
-    difference, its standard error (nan of one seed).
+    difference, and its standard error, which is infinite of one seed.
     """
     by_seed = [{row['seed']: row['gold'] for row in select(rows, method=method)}
                for method in (low, high)]
     gaps = [by_seed[1][seed] - by_seed[0][seed] for seed in by_seed[0]]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float('nan')
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float('inf')
     return sum(gap > 0 for gap in gaps), statistics.fmean(gaps), error
 
 
@@ -222,7 +222,7 @@ def main(cfg):
     for seed, task in itertools.product(seeds, tasks):
         if not select(read_rows(path), seed=seed, task=task):
             append_rows(path, run_task(seed, task, cfg.quick))
-    rows = [row for row in read_rows(path)]
+    rows = read_rows(path)
     show_means(rows, ('task', 'tuned', 'method', 'lr'),
                ('gold', 'score', 'kl', 'kl_collect', 'length', 'entropy', 'chosen', 'rejected',
                 'margin', 'clip_frac'))
