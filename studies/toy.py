@@ -23,8 +23,8 @@ import train_ppo
 import train_rm
 import train_sft
 from data.toy import prepare
-from prefgpt import UserError, run_cli
-from studies.table import append_rows, read_rows, show_means
+from prefgpt import run_cli
+from studies.table import append_rows, parse_seeds, read_rows, show_means
 from tools import evaluate
 
 
@@ -104,10 +104,7 @@ def main(cfg):
     """Runs the seeds that the table lacks, prints means and promises, and returns what failed."""
     path = Path(cfg.csv)
     path = path.with_stem(path.stem + '-quick') if cfg.quick else path
-    words = cfg.seeds.replace(',', ' ').split()
-    if not words or not all(word.isdigit() for word in words):
-        raise UserError(f'--seeds={cfg.seeds!r}: whole numbers with spaces between them')
-    seeds = [int(word) for word in words]
+    seeds = parse_seeds(cfg.seeds)
     for seed in seeds:
         if all(row['seed'] != seed for row in read_rows(path)):
             append_rows(path, run_seed(seed, cfg.quick))

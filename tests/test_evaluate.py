@@ -15,9 +15,16 @@ import tools.evaluate
 import train_rm
 from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_judge, load_model,
                      load_text, rng, save_checkpoint)
-from tools.evaluate import (Config, distinct, mean_scores, show_table, standard_error, summarize,
-                            win_rate)
+from tools.evaluate import (Config, distinct, filtered_pass_at, mean_scores, pass_at, pass_columns,
+                            show_table, standard_error, summarize, win_rate)
 
+# As data/contest's: public where the response is long enough, correct where it also has a '!'
+TESTS = '''
+def score(prompt, response):
+    public = len(response) > 3
+    correct = float(public and '!' in response)
+    return {'reward': correct, 'correct': correct, 'public': float(public)}
+'''
 # Says what it saw: 'hushed' is left out for prompts that are not loud
 JUDGE = '''
 def score(prompt, response):
@@ -169,6 +176,113 @@ def test_the_table_puts_the_error_beside_its_mean(capsys):
         'run                reward  refused     kl\n'
         'out/a       -0.333 ±0.081    0.250  0.000\n'
         'out/second          2.000        -  4.500\n')
+
+
+# ----------------------------------------------------------------------------- pass@k and n@k
+
+def test_pass_at_by_hand():
+    """Of 5 samples 2 are correct: two draws miss with 3/5 x 2/4 = 3/10. With one draw it is the
+    share; none correct is 0; where more are drawn than are wrong, one must be correct."""
+    assert pass_at(5, 2, 2) == pytest.approx(0.7)
+    assert pass_at(5, 2, 1) == pytest.approx(0.4)
+    assert pass_at(5, 0, 3) == 0 and pass_at(5, 2, 4) == 1 and pass_at(5, 5, 1) == 1
+
+
+def test_filtered_pass_at_by_hand():
+    """Of 4 that pass the public tests 1 is correct: two of them submitted hit it with 1/2. Where
+    all can be submitted one correct is enough, and none is not."""
+    assert filtered_pass_at(4, 1, 2) == pytest.approx(0.5)
+    assert filtered_pass_at(2, 1, 2) == 1 and filtered_pass_at(1, 1, 10) == 1
+    assert filtered_pass_at(3, 0, 10) == filtered_pass_at(0, 0, 10) == 0
+
+
+def test_closed_forms_against_all_subsets():
+    """All C(K, n) subsets, one by one: the share that holds a correct one. For n@k the subsets are
+    of those that pass the public tests, or the one subset of all of them."""
+    for total in range(1, 8):
+        for correct in range(total + 1):
+            samples = [True] * correct + [False] * (total - correct)
+            for n in range(1, 8):
+                subsets = list(itertools.combinations(samples, min(n, total)))
+                share = sum(map(any, subsets)) / len(subsets)
+                assert filtered_pass_at(total, correct, n) == pytest.approx(share)
+                if n <= total:
+                    assert pass_at(total, correct, n) == pytest.approx(share)
+
+
+def test_closed_forms_against_simulation():
+    """K fresh samples of a problem, again and again: pass@n averages to 1 - (1 - p)^n, that of n
+    fresh ones, which 1 - (1 - c/K)^n does not; and n@K to what submitting at random gets."""
+    random, K, n, p, q = torch.Generator().manual_seed(0), 12, 4, 0.15, 0.3   # p correct, q public
+    estimates, plug_in, closed, submitted = [], [], [], []
+    for draws in torch.rand(20_000, K, generator=random):
+        correct, public = int((draws < p).sum()), int((draws < q).sum())
+        estimates.append(pass_at(K, correct, n))
+        plug_in.append(1 - (1 - correct / K) ** n)
+        closed.append(filtered_pass_at(public, correct, n))
+        passed = draws[draws < q]
+        order = torch.randperm(public, generator=random)[:n]
+        submitted.append(float((passed[order] < p).any()))
+    assert statistics.fmean(estimates) == pytest.approx(1 - (1 - p) ** n, abs=0.008)
+    assert statistics.fmean(plug_in) < 1 - (1 - p) ** n - 0.02
+    assert statistics.fmean(closed) == pytest.approx(statistics.fmean(submitted), abs=0.008)
+
+
+def test_pass_columns_by_hand():
+    """Two prompts of three samples. First: 1 correct, 2 public: pass@1 1/3, pass@2 2/3, 2@3 1;
+    second: none correct, all public: 0. Means over the prompts, not over the samples."""
+    judged = [{'correct': c, 'public': f} for c, f in ((1, 1), (0, 1), (0, 0),
+                                                       (0, 1), (0, 1), (0, 1))]
+    assert pass_columns(judged, 3, 2) == {'pass@1': pytest.approx(1 / 6),
+                                          'pass@2': pytest.approx(1 / 3), '2@3': 0.5}
+
+
+def test_several_samples_a_prompt(runs, tiny_data, samples):
+    """Twelve samples of each of four prompts, side by side: the columns are counted again on the
+    samples, the error is over the four means, and the greedy table stays one response each."""
+    (tiny_data / 'reward.py').write_text(TESTS)
+    tables = evaluate(runs, prompts=4, samples=12, submit=3)
+    assert [len(tokens) for tokens, _ in samples] == [48, 48, 4, 4]
+    for row, (tokens, response_mask) in zip(tables['rows'], samples):
+        texts = [text_of(ids) for ids in responses_of(tokens, response_mask)]
+        groups = [texts[i:i + 12] for i in range(0, 48, 12)]
+        counts = [(sum(len(text) > 3 for text in group),
+                   sum(len(text) > 3 and '!' in text for text in group)) for group in groups]
+        shares = [c / 12 for _, c in counts]
+        assert row['pass@1'] == pytest.approx(statistics.fmean(shares)) == row['reward']
+        assert row['pass@3'] == pytest.approx(statistics.fmean(pass_at(12, c, 3)
+                                                               for _, c in counts))
+        assert row['3@12'] == pytest.approx(statistics.fmean(filtered_pass_at(f, c, 3)
+                                                             for f, c in counts))
+        assert row['reward_se'] == pytest.approx(statistics.stdev(shares) / 2)
+    assert 0 < sum(c for _, c in counts) < sum(f for f, _ in counts) < 48
+    assert 'pass@1' not in tables['greedy'][0]
+
+
+def test_no_pass_columns_of_one_sample_or_another_judge(runs, tiny_data):
+    """One sample a prompt, or a judge that does not say correct and public: no such column."""
+    (tiny_data / 'reward.py').write_text(JUDGE)
+    assert 'pass@1' not in evaluate(runs[:1], samples=4, submit=2)['rows'][0]
+    (tiny_data / 'reward.py').write_text(TESTS)
+    assert 'pass@1' not in evaluate(runs[:1])['rows'][0]
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(samples=0), '--samples=0'), (dict(samples=4, best_of=2), '--samples=4'),
+    (dict(samples=4, submit=5), '--submit=5'), (dict(samples=4, submit=0), '--submit=0'),
+    (dict(split='test-none'), 'test-none.prompts.jsonl')])
+def test_samples_and_splits_that_cannot_be(runs, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(runs, **changes)
+
+
+def test_another_split_is_read(runs, tiny_data, samples):
+    """--split=hard reads hard.prompts.jsonl, all of it, beside the data's other files."""
+    (tiny_data / 'hard.prompts.jsonl').write_text('{"prompt": "now"}\n{"prompt": "go"}\n')
+    evaluate(runs, split='hard')
+    tokens, response_mask = samples[0]
+    assert [bytes(row[:int(mask.nonzero()[0]) + 1].tolist()).decode()
+            for row, mask in zip(tokens, response_mask)] == ['now', 'go']
 
 
 # ----------------------------------------------------------------------------- whole tables

@@ -1,7 +1,7 @@
 """
 Compare checkpoints: what they answer to held-out prompts, in one table.
 
-Each run answers the same prompts once at T=1, with the same random numbers, and once greedily.
+Each run answers the same prompts at T=1, with the same random numbers, and once greedily.
 Columns, means over responses; ± is the standard error over the prompts, std / sqrt(n) with n - 1 in
 the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt only):
   - what the judge says, a reward.py or a reward model: reward, and of a reward.py all its other
@@ -15,6 +15,15 @@ the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt onl
   - length in tokens with EOS, eos: the share that ended, distinct-1 and distinct-2: different
     words, and different pairs of successive words, over all of them (Li et al. 2016).
 
+--samples=K has each run answer each prompt K times at T=1; the columns are means over all of them,
+and ± is over the prompts' own means. With a reward.py that says correct and public (does a
+response pass all tests; those that the prompt shows) three columns follow, means over the prompts,
+n being --submit. With c of a prompt's K samples correct and F of them public:
+  - pass@1, pass@n: the chance that one of n samples is correct, drawn from the K without putting
+    back, 1 - C(K-c, n) / C(K, n): unbiased for n fresh samples (Chen et al. 2021, eq. 1);
+  - n@K: the chance that one of n is correct that are drawn from the F, 1 - C(F-c, n) / C(F, n), and
+    where F <= n all are submitted (Li et al. 2022, AlphaCode's 10@k).
+
 --best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first
 run for each prompt, of which --select picks one, and the judge judges that one. The selector is
 what one would have where the model is used, a reward model. Without --select it is the judge
@@ -24,9 +33,10 @@ PPO's rule, so that what was cut off is not picked for what it might have become
 log N - (N-1)/N, not measured, so its error is 0: an upper bound of KL(best of N, first run)
 (Beirami et al. 2024), reached where no response comes twice (Hilton and Gao 2022).
 
-What it does not do: several samples a prompt and run, or a standard error of the other columns.
+What it does not do: a standard error of the other columns.
 
     python -m tools.evaluate out/toy/sft out/toy/dpo out/toy/ppo --best_of=8 --select=out/toy/rm
+    python -m tools.evaluate out/contest/sft --split=test-interview --samples=60 --max_new_tokens=12
 """
 import json
 import math
@@ -38,17 +48,20 @@ import torch
 
 import train_ppo
 from prefgpt import (GPT, POLICIES, UserError, decode_responses, encode_rows, generate,
-                     load_checkpoint, load_judge, load_model, load_split, load_text, rng, run_cli,
-                     set_up, token_logprobs)
+                     load_checkpoint, load_judge, load_model, load_rows, load_split, load_text, rng,
+                     run_cli, set_up, token_logprobs)
 
 
 @dataclass
 class Config:
     runs: tuple = ()                # run folders; kl and win are against the first one
     data: str = ''                  # a data folder, for its val.prompts; '': that of the first run
+    split: str = 'val'              # the prompts: val, or another NAME.prompts.jsonl of the folder
     reward: str = ''                # a reward.py or a reward model's run; '': the data's reward.py
     prompts: int = 400              # how many of the held-out prompts, from the first on
     max_new_tokens: int = 64        # longest response
+    samples: int = 1                # responses to each prompt at T=1
+    submit: int = 10                # n of pass@n and n@k, where the judge says correct and public
     best_of: int = 0                # a row for the best of N samples of the first run; 0: none
     select: str = ''                # who picks it: a reward model's run, a reward.py; '': the judge
     batch_size: int = 100           # responses sampled at once; they do not depend on it
@@ -64,6 +77,35 @@ OWN_COLUMNS = {'run', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos', 'disti
                'distinct-2'}
 
 
+def pass_at(total, correct, n):
+    """
+    The chance that one of n samples is correct, drawn without putting back from total of which
+    correct are: 1 - C(total - correct, n) / C(total, n). Exact, and 1 where n must hit one.
+    """
+    return 1 - math.comb(total - correct, n) / math.comb(total, n)
+
+
+def filtered_pass_at(public, correct, n):
+    """
+    The same where n are drawn from the samples that pass the public tests; correct of them are.
+    Where there are n or fewer all are submitted, so that one correct sample is enough.
+    """
+    return float(correct > 0) if public <= n else pass_at(public, correct, n)
+
+
+def pass_columns(judged, samples, n):
+    """pass@1, pass@n and n@samples, means over prompts; judged: dicts, a prompt's side by side."""
+    rows = []
+    for i in range(0, len(judged), samples):
+        prompt = judged[i:i + samples]
+        public = [each for each in prompt if each['public']]    # what would be submitted
+        correct, submitted = (sum(each['correct'] > 0 for each in some)
+                              for some in (prompt, public))
+        rows.append({**{f'pass@{k}': pass_at(samples, correct, k) for k in (1, n)},
+                     f'{n}@{samples}': filtered_pass_at(len(public), submitted, n)})
+    return mean_scores(rows)
+
+
 def distinct(texts, n):
     """The share of different ones among all runs of n successive words."""
     grams = [gram for words in map(str.split, texts)
@@ -76,6 +118,11 @@ def standard_error(numbers):
     if len(numbers) < 2:
         return None
     return statistics.stdev(numbers) / math.sqrt(len(numbers))
+
+
+def prompt_means(numbers, samples):
+    """The mean of each prompt's samples, which stand side by side."""
+    return [statistics.fmean(numbers[i:i + samples]) for i in range(0, len(numbers), samples)]
 
 
 def mean_scores(judged):
@@ -99,19 +146,25 @@ def win_rate(responses, others):
     return points / len(responses)
 
 
-def summarize(run, responses, first_responses):
-    """A run's row of the table, from its responses and the first run's to the same prompts."""
+def summarize(run, responses, first_responses, samples=1, submit=0):
+    """
+    A run's row of the table, from its responses and the first run's to the same prompts; the
+    samples responses to one prompt stand side by side. submit is pass@n's n; 0: without them.
+    """
     judged = mean_scores([response['judged'] for response in responses])
     if taken := OWN_COLUMNS & judged.keys():
         raise UserError(f'the judge says {", ".join(sorted(taken))}: a column of the table itself')
     row = {'run': run, **judged}
     if 'reward' in row:
-        row['reward_se'] = standard_error([each['judged']['reward'] for each in responses])
+        row['reward_se'] = standard_error(
+            prompt_means([each['judged']['reward'] for each in responses], samples))
         row['win'] = win_rate(responses, first_responses)
+    if submit and all({'correct', 'public'} <= each['judged'].keys() for each in responses):
+        row |= pass_columns([each['judged'] for each in responses], samples, submit)
     texts = [response['text'] for response in responses]
     kl, length, eos = ([response[name] for response in responses]
                        for name in ('kl', 'length', 'eos'))
-    return {**row, 'kl': statistics.fmean(kl), 'kl_se': standard_error(kl),
+    return {**row, 'kl': statistics.fmean(kl), 'kl_se': standard_error(prompt_means(kl, samples)),
             'length': statistics.fmean(length), 'eos': statistics.fmean(eos),
             'distinct-1': distinct(texts, 1), 'distinct-2': distinct(texts, 2)}
 
@@ -143,8 +196,12 @@ def describe(tokens, response_mask, prompts, judge, tokenizer):
 
 @torch.no_grad()
 def answer(policy, first, prompts, judge, tokenizer, cfg, temperature):
-    """One response to each prompt, (text, ids), as describe has it, with kl against first."""
+    """
+    The responses to each prompt, (text, ids), as describe has them, with kl against first:
+    cfg.samples side by side, or one if greedy.
+    """
     responses = []
+    prompts = [prompt for prompt in prompts for _ in range(cfg.samples if temperature else 1)]
     generator = rng(cfg.seed, 0, 'eval')        # every run meets the same random numbers
     for i in range(0, len(prompts), cfg.batch_size):
         texts, ids = zip(*prompts[i:i + cfg.batch_size])
@@ -206,6 +263,10 @@ def main(cfg):
     """Prints the two tables and returns them: {'rows': [...], 'greedy': [...]}."""
     if not cfg.runs:
         raise UserError('name at least one run folder')
+    if cfg.samples < 1 or cfg.samples > 1 and cfg.best_of:
+        raise UserError(f'--samples={cfg.samples}: at least 1, and 1 with --best_of')
+    if cfg.samples > 1 and not 1 <= cfg.submit <= cfg.samples:
+        raise UserError(f'--submit={cfg.submit}: 1 to --samples={cfg.samples}')
     if cfg.best_of < 0 or cfg.select and not cfg.best_of:
         raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
     device, autocast = set_up(cfg)
@@ -237,9 +298,13 @@ def main(cfg):
         print(f'the best of {cfg.best_of} is picked by {cfg.select or reward}')
 
     # --- prompts, cut so that every reader's block holds them
-    rows = load_split(data, 'prompts', template)[1][:cfg.prompts]       # held out
+    if cfg.split == 'val':
+        rows = load_split(data, 'prompts', template)[1]     # held out
+    else:
+        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts', template)
     block_size = min(each['model']['block_size'] for each in readers)
-    ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name='val')
+    rows = rows[:cfg.prompts]
+    ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name=cfg.split)
     # A reward.py reads the text as it stands in the file, even where the ids were cut
     prompts = [(row['prompt'], prompt) for row, (prompt,) in zip(rows, ids)]
 
@@ -251,9 +316,12 @@ def main(cfg):
             if cfg.best_of and temperature:     # greedy samples are all the same
                 answers.append((f'best of {cfg.best_of} of {cfg.runs[0]}',
                                 best_of(policies[0], prompts, judge, select, tokenizer, cfg)))
-        tables[name] = [summarize(run, responses, answers[0][1]) for run, responses in answers]
+        samples = cfg.samples if temperature else 1
+        tables[name] = [summarize(run, responses, answers[0][1], samples,
+                                  cfg.submit if samples > 1 else 0) for run, responses in answers]
         show_table(tables[name], f'{len(prompts)} held-out prompts, '
-                   + ('one sample each at T=1' if temperature else 'answered greedily'))
+                   + (f"{samples if samples > 1 else 'one'} sample{'s' * (samples > 1)} each at T=1"
+                      if temperature else 'answered greedily'))
     if cfg.json:
         Path(cfg.json).write_text(json.dumps(tables, indent=1) + '\n')
     return tables

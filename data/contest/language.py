@@ -1,0 +1,105 @@
+"""
+The toy code contest: a stack machine for programs, and the functions that programs must compute.
+
+A problem is a hidden function f from the digits to the digits. Its prompt shows f at four inputs,
+always the same, and a response is a program in postfix order, one character a symbol:
+
+    x           push the input              0 ... 9     push a digit
+    + - *       of the two topmost values, modulo 10    M   the larger of the two
+
+    prompt "5804>" is f(0) = 5, f(3) = 8, f(5) = 0, f(9) = 4;  "x5+" solves it: f(x) = x + 5
+
+The functions are all those that one operation (introductory), two (interview) or three
+(competition) out of +, - and M can make of x and the digits, and that fewer cannot make; constants
+are left out. Multiplication is known to the machine only: "x1*" is a long way of saying "x".
+
+Several functions agree at the four inputs that a prompt shows. A prompt stands for one of them: the
+one that needs the fewest operations, of equally simple ones the first in a fixed shuffle. So the
+prompt is all the judge needs, a prompt is a function and the other way round, and whoever guesses
+the simplest function that fits guesses well, not always right.
+There is no chance in this file and nothing is read from a disk.
+"""
+from data.rows import shuffle
+
+PUBLIC = (0, 3, 5, 9)       # the inputs whose outputs stand in the prompt
+HIDDEN = (1, 2, 4, 6, 7, 8)     # the inputs of the hidden tests
+LONGEST = 11                # symbols of a program: three operations, written out at length
+LEVELS = ('introductory', 'interview', 'competition')       # functions of 1, 2 and 3 operations
+OPERATIONS = {
+    '+': lambda a, b: (a + b) % 10,
+    '-': lambda a, b: (a - b) % 10,
+    '*': lambda a, b: a * b % 10,
+    'M': max,
+}
+SYMBOLS = 'x0123456789' + ''.join(OPERATIONS)
+ASKED = '+-M'               # the operations that functions are made of
+LEAVES = {tuple(range(10)): 'x', **{(digit,) * 10: str(digit) for digit in range(10)}}
+
+
+def run(program, x):
+    """
+    What a program leaves on the stack for input x, a digit; None if it is not a program.
+
+    It is none if it has more than LONGEST symbols, a symbol that the machine does not know, an
+    operation without two values, or if anything but one value is left at the end. None of these
+    depends on x.
+    """
+    if len(program) > LONGEST:
+        return None
+    stack = []
+    for symbol in program:
+        if symbol == 'x':
+            stack.append(x)
+        elif symbol in '0123456789':
+            stack.append(int(symbol))
+        elif symbol in OPERATIONS and len(stack) > 1:
+            second, first = stack.pop(), stack.pop()
+            stack.append(OPERATIONS[symbol](first, second))
+        else:
+            return None
+    return stack[0] if len(stack) == 1 else None
+
+
+def combine(operation, first, second):
+    """The function, a tuple of 10 outputs, that an operation makes of two functions."""
+    return tuple(map(OPERATIONS[operation], first, second))
+
+
+def enumerate_functions():
+    """
+    All functions by level, and how each is made with as few operations as possible.
+
+    Returns levels, a list of three lists of functions (tuples of 10 outputs), and ways, a dict
+    function -> list of (operation, first, second), two functions that need fewer operations.
+    """
+    by_operations, ways = [list(LEAVES)], {leaf: [] for leaf in LEAVES}
+    for number in range(1, len(LEVELS) + 1):
+        new = {}
+        for i in range(number):         # i operations in the first operand, the rest in the second
+            for first in by_operations[i]:
+                for second in by_operations[number - 1 - i]:
+                    for operation in ASKED:
+                        function = combine(operation, first, second)
+                        if function not in ways:
+                            new.setdefault(function, []).append((operation, first, second))
+        by_operations.append(list(new))
+        ways.update(new)
+    return by_operations[1:], ways
+
+
+def show(function):
+    """The prompt of a function: its outputs at the public inputs."""
+    return ''.join(str(function[x]) for x in PUBLIC) + '>'
+
+
+def choose_functions(levels):
+    """The function of each prompt and its level: dict prompt -> (function, level's name)."""
+    problems = {}
+    for level, functions in zip(LEVELS, levels):
+        for function in shuffle(functions):
+            problems.setdefault(show(function), (function, level))
+    return problems
+
+
+FUNCTIONS, WAYS = enumerate_functions()
+PROBLEMS = choose_functions(FUNCTIONS)

@@ -1,0 +1,318 @@
+"""
+DPO against PPO where tests judge: the code contest of Xu et al. 2024, on data/contest.
+
+The paper (section 5, tables 3, 7, 8 and 9): on APPS and CodeContests DPO is no better than SFT, and
+on the pairs that come with a data set it ends at 0 % and "meaningless code snippets"; PPO wins, if
+advantages are normalized, batches are large and the reference follows the policy:
+
+    A   <- (A - mean) / std over the rollout batch            ref <- ref + ref_ema (pi - ref)
+    pi* ~ ref exp(reward / beta): with reward 0 or 1, a correct answer's odds times e^(1 / beta)
+
+so that a reference can only matter where 1 / beta is small. The arms:
+  - sft; early sft, 1,000 steps in place of 1,500: what "pretrained" stands for in table 9;
+  - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
+    dpo on-policy LR: over pairs of SFT's own samples, of five to a prompt the tests choose;
+  - iter LR, iter + winners LR: four rounds of sampling and DPO, each from the policy of the last
+    one, at equal learning rates and steps; five samples without a correct one are left out, or
+    the data set's program stands in as the winner, as in the paper;
+  - ppo, four rungs at two learning rates and equal rollouts: baseline (64 responses a step, plain
+    advantages), + norm, + batch (512), + ema (0.02); ppo binding: beta 0.25, large batch, with a
+    fixed reference and with one that follows at 0.1; ppo no value: the baseline and + norm with
+    neither a value model nor gradient clipping, a setting where normalization might matter more.
+
+Reward 1 and beta 0.01 are the paper's 10 and 0.1 over ten. A response that does not end has score
+0, as in the paper, so no_eos_score is 0. Each arm is judged on test problems, whose functions no
+stage has met; the metric is pass@1 on the interview level. The introductory level has 8 problems
+there and says little. Findings are printed as "holds in k of n seeds"; one that does not hold is a
+result too.
+What it does not do: tune all arms alike. Settings were chosen on val problems with seeds 0 and 1:
+
+    python -m studies.contest --seeds="0 1" --split=val --csv=out/val.csv
+
+    python -m studies.contest
+    PPO's pass@1 is 1.5 times SFT's at least: 5 of 5 seeds
+"""
+import json
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+import train_dpo
+import train_ppo
+import train_sft
+from data.contest import prepare
+from data.contest.language import LEVELS
+from prefgpt import UserError, load_checkpoint, load_rows, run_cli
+from studies.contest_picture import draw
+from studies.table import append_rows, read_rows, show_means
+from tools import evaluate, sample
+
+JUDGE = 'data/contest/reward.py'
+TOKENS = 12                     # of a response, EOS included: the longest program and EOS
+
+
+@dataclass
+class Config:
+    seeds: str = '5 6 7 8 9'        # the seeds to run, or to complete
+    split: str = 'test'             # the problems judged: test, or val to choose settings on
+    csv: str = 'studies/results/contest.csv'    # the table to add to; its picture stands beside it
+    quick: bool = False             # a few steps of every stage, into a table of its own
+
+
+FULL = dict(sft_steps=1500, early_steps=1000, dpo_steps=78, own_steps=15, rounds=4,
+            rollouts=20_480, batches=(64, 512), sampled=500, n=20, prompts=400, samples=60, data={})
+QUICK = dict(sft_steps=20, early_steps=10, dpo_steps=2, own_steps=2, rounds=2, rollouts=32,
+             batches=(8, 16), sampled=10, n=10, prompts=4, samples=10,
+             data=dict(sft=400, pairs=100, prompts=64))
+DPO_LRS = (1e-4, 1e-3, 3e-3)
+OWN_LRS = (3e-4, 1e-3)          # of on-policy pairs, one round
+ITER_LRS = (1e-4, 3e-4, 1e-3)   # a round of DPO-Iter
+PPO_LRS = (1e-3, 3e-4)
+BINDING = dict(beta=0.25)       # reward / beta is 4: the optimum is e^4 times the odds, not e^100
+NO_VALUE = dict(value_lr=0.0, grad_clip=1e9)    # values stay 0, as they begin; nothing is clipped
+
+
+# ----------------------------------------------------------------------------- the arms
+
+class Arms:
+    """The runs of one seed. Every method runs a script's own main, and gives the run's folder."""
+
+    def __init__(self, seed, sizes, name):
+        self.seed, self.sizes = seed, sizes
+        self.data, self.out = f'data/{name}', f'out/{name}'
+        prepare.main(prepare.Config(seed=seed, out=self.data, **sizes['data']))
+
+    def common(self, name, steps):
+        return dict(out=f'{self.out}/{name}', seed=self.seed, resume=True, steps=steps,
+                    max_new_tokens=TOKENS, eval_every=steps, save_every=steps)
+
+    def sft(self, name, steps):
+        train_sft.main(train_sft.Config(
+            data=self.data, batch_size=64, lr=4e-3, block_size=32, **self.common(name, steps)))
+        return f'{self.out}/{name}'
+
+    def dpo(self, name, init, lr, own_pairs=''):
+        """One pass, about, over the data set's pairs or over own ones."""
+        steps = self.sizes['own_steps' if own_pairs else 'dpo_steps']
+        train_dpo.main(train_dpo.Config(
+            data=own_pairs or self.data, init=init, beta=0.1, lr=lr, batch_size=64, warmup=3,
+            **self.common(name, steps)))
+        return f'{self.out}/{name}'
+
+    def ppo(self, name, init, lr, rollout_size, beta=0.01, **changes):
+        """Four optimizer steps and one pass a rollout batch; the same rollouts in all."""
+        steps = self.sizes['rollouts'] // rollout_size
+        train_ppo.main(train_ppo.Config(
+            data=self.data, init=init, reward=JUDGE, no_eos_score=0.0, beta=beta, gae_lambda=1.0,
+            rollout_size=rollout_size, batch_size=rollout_size // 4, ppo_epochs=1, lr=lr,
+            warmup=steps // 20, **{'value_lr': lr, 'ref_ema': 0.0, **changes},
+            **self.common(name, steps)))
+        return f'{self.out}/{name}'
+
+    def own_pairs(self, name, run, seed, winners=None):
+        """
+        Pairs of a run's samples, five at a time: correct against wrong. winners, a dict prompt ->
+        program, stands in where none of the five is correct; else they are left out.
+
+        Returns the file, or None where there is nothing to compare.
+        """
+        rows, path = Path(self.out, f'{name}.rows.jsonl'), Path(self.out, f'{name}.pairs.jsonl')
+        if not rows.exists():
+            sample.main(sample.Config(
+                runs=(run,), data=self.data, out=str(rows), reward=JUDGE, n=self.sizes['n'],
+                temperature=1.0, max_new_tokens=TOKENS, prompts=self.sizes['sampled'], seed=seed))
+        pairs, left_out = [], Counter()
+        lines = [json.loads(line) for line in rows.read_text().splitlines()]
+        for prompt, group in groupby(lines, key=lambda row: row['prompt']):
+            group = list(group)
+            for five in (group[i:i + 5] for i in range(0, len(group), 5)):
+                if winners and prompt in winners and all(row['score'] == 0 for row in five):
+                    five = [{'prompt': prompt, 'response': winners[prompt], 'score': 1.0}, *five]
+                pairs.append(sample.make_pair(five, 0.0, left_out))
+        pairs = [pair for pair in pairs if pair]
+        path.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
+        print(f'{path}: {len(pairs)} pairs, left out: {dict(left_out)}')
+        return str(path) if len({pair['prompt'] for pair in pairs}) > 1 else None
+
+    def iterate(self, name, run, lr, winners=None):
+        """DPO-Iter; a round in which no five has both a correct and a wrong one trains nothing."""
+        for number in range(1, self.sizes['rounds'] + 1):
+            pairs = self.own_pairs(f'{name}-{number}', run, 100 * self.seed + number, winners)
+            if pairs:
+                run = self.dpo(f'{name}-{number}', run, lr, pairs)
+        return run
+
+
+def train_arms(arms):
+    """Everything that is trained with one seed: dict name of the arm -> run folder."""
+    sizes = arms.sizes
+    small, large = sizes['batches']
+    sft = arms.sft('sft', sizes['sft_steps'])
+    early = arms.sft('early', sizes['early_steps'])
+    runs = {'sft': sft, 'early sft': early}
+    for lr in DPO_LRS:
+        runs[f'dpo {lr:g}'] = arms.dpo(f'dpo-{lr:g}', sft, lr)
+    pairs = arms.own_pairs('own', sft, 100 * arms.seed)
+    for lr in OWN_LRS:
+        runs[f'dpo on-policy {lr:g}'] = arms.dpo(f'own-{lr:g}', sft, lr, pairs) if pairs else sft
+    runs['dpo on-policy, early ref'] = arms.dpo('own-early', early, 3e-4, pairs) if pairs else early
+    winners = {row['prompt']: row['chosen']
+               for row in load_rows(f'{arms.data}/train.pairs.jsonl', 'pairs')}
+    for lr in ITER_LRS:
+        runs[f'iter {lr:g}'] = arms.iterate(f'iter-{lr:g}', sft, lr)
+        runs[f'iter + winners {lr:g}'] = arms.iterate(f'winners-{lr:g}', sft, lr, winners)
+    for lr in PPO_LRS:
+        for rung, rollout_size, changes in (
+                ('baseline', small, dict(whiten=False)), ('+ norm', small, {}),
+                ('+ batch', large, {}), ('+ ema', large, dict(ref_ema=0.02))):
+            runs[f'ppo {rung} {lr:g}'] = arms.ppo(
+                f"ppo-{rung.replace('+ ', '')}-{lr:g}", sft, lr, rollout_size, **changes)
+    runs['ppo binding fixed'] = arms.ppo('binding-fixed', sft, 1e-3, large, **BINDING)
+    runs['ppo binding ema'] = arms.ppo('binding-ema', sft, 1e-3, large, ref_ema=0.1, **BINDING)
+    runs['ppo no value'] = arms.ppo('no-value', sft, 1e-3, small, whiten=False, **NO_VALUE)
+    runs['ppo no value + norm'] = arms.ppo('no-value-norm', sft, 1e-3, small, **NO_VALUE)
+    runs['ppo + ema, early ref'] = arms.ppo('ppo-early', early, 1e-3, large, ref_ema=0.02)
+    return runs
+
+
+# ----------------------------------------------------------------------------- the table
+
+def training_numbers(run):
+    """What a run's own log says: PPO's score by quarters, DPO's last numbers and where it began."""
+    numbers = dict.fromkeys(('first_quarter', 'last_quarter', 'loss', 'accuracy', 'chosen_before',
+                             'chosen', 'rejected_before', 'rejected'), '')
+    saved = load_checkpoint(run, ['sft', 'dpo', 'ppo'])
+    if saved['kind'] == 'ppo':
+        log = map(json.loads, Path(run, 'log.jsonl').read_text().splitlines())
+        scores = [row['score'] for row in log if 'score' in row]
+        quarter = max(1, len(scores) // 4)
+        numbers |= {'first_quarter': statistics.fmean(scores[:quarter]),
+                    'last_quarter': statistics.fmean(scores[-quarter:])}
+    if saved['kind'] == 'dpo':          # on its held-out pairs
+        numbers |= {name: saved['metrics'][name]
+                    for name in ('loss', 'accuracy', 'chosen', 'rejected')}
+        numbers['chosen_before'], numbers['rejected_before'] = saved['ref_val'].mean(1).tolist()
+    return numbers
+
+
+def run_seed(seed, cfg):
+    """All arms with one seed, judged level by level; their rows for the table."""
+    sizes = QUICK if cfg.quick else FULL
+    arms = Arms(seed, sizes, f"contest-{'quick-' if cfg.quick else ''}{seed}")
+    runs, rows = train_arms(arms), []
+    trained = {arm: training_numbers(run) for arm, run in runs.items()}
+    for level in LEVELS:
+        table = evaluate.main(evaluate.Config(
+            runs=tuple(runs.values()), data=arms.data, split=f'{cfg.split}-{level}', reward=JUDGE,
+            prompts=sizes['prompts'], samples=sizes['samples'], max_new_tokens=TOKENS,
+            batch_size=2000))['rows']
+        for arm, row in zip(runs, table):
+            rows.append({'seed': seed, 'split': cfg.split, 'level': level, 'arm': arm,
+                         **{name: row[name] for name in ('pass@1', 'pass@10')},
+                         '10@k': row[f"10@{sizes['samples']}"], 'k': sizes['samples'],
+                         **{name: row[name] for name in ('public', 'valid', 'kl', 'length')},
+                         **trained[arm], 'threads': torch.get_num_threads(),
+                         'command': 'python -m studies.contest '
+                                    f'--seeds={seed} --split={cfg.split}'})
+    return rows
+
+
+# ----------------------------------------------------------------------------- what is expected
+
+# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing here is asserted:
+# what holds in few seeds is noise or a null, and is reported as such
+PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
+ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
+CHECKS = {
+    "PPO's pass@1 is 1.5 times SFT's at least":
+        lambda t: t[PPO]['pass@1'] >= 1.5 * t['sft']['pass@1'],
+    "off-policy DPO somewhere loses half of SFT's pass@1, at a pair accuracy of 0.70 at least":
+        lambda t: any(t[arm]['pass@1'] <= 0.5 * t['sft']['pass@1'] and t[arm]['accuracy'] >= 0.70
+                      for arm in DPO_ARMS),
+    'off-policy DPO somewhere loses 10 points of valid programs':
+        lambda t: any(t[arm]['valid'] <= t['sft']['valid'] - 0.10 for arm in DPO_ARMS),
+    "PPO's pass@1 is above that of every plain DPO arm":
+        lambda t: all(t[PPO]['pass@1'] > t[arm]['pass@1'] for arm in DPO_ARMS + ON_POLICY),
+    "DPO-Iter with dataset winners somewhere loses half of SFT's pass@1 and 10 points of valid "
+    'programs':
+        lambda t: any(t[f'iter + winners {lr:g}']['pass@1'] <= 0.5 * t['sft']['pass@1']
+                      and t[f'iter + winners {lr:g}']['valid'] <= t['sft']['valid'] - 0.10
+                      for lr in ITER_LRS),
+    'DPO-Iter without them, at the same lr and steps, stays within 5 points of valid programs':
+        lambda t: all(t[f'iter {lr:g}']['valid'] > t['sft']['valid'] - 0.05 for lr in ITER_LRS),
+    "PPO's pass@1 is above DPO-Iter's without dataset winners":
+        lambda t: all(t[PPO]['pass@1'] > t[f'iter {lr:g}']['pass@1'] for lr in ITER_LRS),
+    'large batch above small, both normalized, at lr 1e-3: first quarter of training':
+        lambda t: t['ppo + batch 0.001']['first_quarter'] > t[SMALL]['first_quarter'],
+    'large batch above small at lr 1e-3: last quarter of training':
+        lambda t: t['ppo + batch 0.001']['last_quarter'] > t[SMALL]['last_quarter'],
+    'large batch above small at lr 1e-3: pass@1':
+        lambda t: t['ppo + batch 0.001']['pass@1'] > t[SMALL]['pass@1'],
+    'large batch above small at lr 3e-4: last quarter of training':
+        lambda t: t['ppo + batch 0.0003']['last_quarter'] > t['ppo + norm 0.0003']['last_quarter'],
+    'EMA above a fixed reference where the KL binds: last quarter of training':
+        lambda t: t['ppo binding ema']['last_quarter'] > t['ppo binding fixed']['last_quarter'],
+    'EMA above a fixed reference where the KL binds: pass@1':
+        lambda t: t['ppo binding ema']['pass@1'] > t['ppo binding fixed']['pass@1'],
+    'EMA above a fixed reference where it does not bind: pass@1':
+        lambda t: t['ppo + ema 0.001']['pass@1'] > t['ppo + batch 0.001']['pass@1'],
+    'normalization above the baseline at lr 1e-3: last quarter of training':
+        lambda t: t[SMALL]['last_quarter'] > t['ppo baseline 0.001']['last_quarter'],
+    'normalization above the baseline at lr 1e-3: pass@1':
+        lambda t: t[SMALL]['pass@1'] > t['ppo baseline 0.001']['pass@1'],
+    'normalization above the baseline at lr 3e-4: last quarter of training':
+        lambda t: t['ppo + norm 0.0003']['last_quarter'] > t['ppo baseline 0.0003']['last_quarter'],
+    'normalization above plain advantages without a value model and gradient clipping: pass@1':
+        lambda t: t['ppo no value + norm']['pass@1'] > t['ppo no value']['pass@1'],
+    'the baseline below SFT, as in table 3: pass@1 at lr 1e-3':
+        lambda t: t['ppo baseline 0.001']['pass@1'] < t['sft']['pass@1'],
+    "PPO's 10@k is above SFT's, as in table 8":
+        lambda t: t[PPO]['10@k'] > t['sft']['10@k'],
+    'an early reference costs DPO more than PPO, as in table 9: share of pass@1 lost':
+        lambda t: (t['dpo on-policy, early ref']['pass@1'] * t[PPO]['pass@1']
+                   < t['ppo + ema, early ref']['pass@1'] * t['dpo on-policy 0.0003']['pass@1']),
+}
+
+
+def check(rows):
+    """Prints of every finding in how many seeds it holds; returns {finding: [seeds without]}."""
+    interview = [row for row in rows if row['level'] == 'interview']
+    seeds, missing = sorted({row['seed'] for row in interview}), {}
+    for finding, holds in CHECKS.items():
+        missing[finding] = [seed for seed in seeds if not holds(
+            {row['arm']: row for row in interview if row['seed'] == seed})]
+        print(f'{finding}: {len(seeds) - len(missing[finding])} of {len(seeds)} seeds'
+              + (f', not {missing[finding]}' if missing[finding] else ''))
+    return missing
+
+
+def main(cfg):
+    """Runs the seeds that the table lacks, prints, draws, and returns what failed."""
+    path = Path(cfg.csv)
+    path = path.with_stem(path.stem + '-quick') if cfg.quick else path
+    words = cfg.seeds.replace(',', ' ').split()
+    if not words or not all(word.isdigit() for word in words):
+        raise UserError(f'--seeds={cfg.seeds!r}: whole numbers with spaces between them')
+    if cfg.split not in ('test', 'val'):
+        raise UserError(f'--split={cfg.split!r}: test or val')
+    seeds = [int(word) for word in words]
+    for seed in seeds:
+        if not any(row['seed'] == seed and row['split'] == cfg.split for row in read_rows(path)):
+            append_rows(path, run_seed(seed, cfg))
+    rows = [row for row in read_rows(path) if row['seed'] in seeds and row['split'] == cfg.split]
+    for level in LEVELS:
+        print(f'\n{level}', end='')
+        show_means([row for row in rows if row['level'] == level], ('arm',),
+                   ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
+    if not cfg.quick and find_spec('matplotlib'):
+        draw(rows).savefig(path.with_suffix('.png'))
+    return check(rows)
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)

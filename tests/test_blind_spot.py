@@ -1,0 +1,171 @@
+"""
+The blind spot of DPO: its exact facts, the map, and the study in its quick form.
+
+    python -m pytest -q tests/test_blind_spot.py
+"""
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from studies import blind_spot
+from studies.blind_spot import (along, ascend, descend, draw_map, fit, measure, mlp, objective,
+                                optimum, pair_loss, peak)
+from studies.table import read_rows
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------- three responses
+
+@pytest.mark.parametrize('beta', [0.1, 1.0])
+def test_the_loss_is_of_the_ratio_alone(beta):
+    """log(1 + (b/a)^beta) with a reference that likes both alike, whatever is left for y3."""
+    for a, b in ((0.4, 0.1), (0.04, 0.01), (0.8, 0.2), (0.2, 0.8)):
+        rest = numbers(a, b, max(1 - a - b, 1e-12)).log()
+        for ref in (numbers(.5, .5, 1e-8), numbers(.1, .1, .8)):
+            assert pair_loss(rest, ref.log(), beta).item() == pytest.approx(
+                math.log(1 + (b / a) ** beta), abs=1e-8)
+
+
+def test_the_third_logit_has_no_gradient():
+    """dL/dz = -beta sigmoid(-margin) (1, -1, 0), with the margin worked out by hand."""
+    logits = numbers(0.7, -0.4, 2.0).requires_grad_()
+    ref = numbers(0.2, 0.3, 0.5).log()
+    pair_loss(logits, ref, 0.5).backward()
+    margin = 0.5 * (1.1 - math.log(0.2 / 0.3))
+    slope = 0.5 / (1 + math.exp(margin))
+    assert torch.allclose(logits.grad, numbers(-slope, slope, 0.0), rtol=0, atol=1e-8)
+
+
+def test_descent_stays_on_its_curve_and_ends_far_from_the_optimum():
+    """From (.05, .05, .9) to margin 5 at beta 1 DPO keeps .59 on y3, that the reference has at
+    1e-8; each end point lies on the closed form at its own shift, half its margin over beta."""
+    start, ref = numbers(.05, .05, .9), numbers(.5, .5, 1e-8)
+    assert along(start, 2.5).tolist() == pytest.approx([.4025, .0027, .5948], abs=5e-5)
+    for margin in (1.0, 5.0):
+        end = descend(start.log(), lambda z: pair_loss(z, ref.log(), 1.0),
+                      math.log1p(math.exp(-margin)), lr=0.1).softmax(-1)
+        shift = (end[0] / end[1]).log() / 2
+        assert margin / 2 <= shift < margin / 2 + 0.03      # a last step too far at the most
+        assert torch.allclose(end, along(start, shift), rtol=0, atol=1e-8)
+    scores = numbers(2.5, -2.5, 0.0)
+    assert optimum(scores, ref.log(), 0.1).tolist() == pytest.approx([1, 0, 0], abs=1e-8)
+
+
+@pytest.mark.parametrize('start, most', [((.01, .98, .01), .0480793), ((.2, .3, .5), .5051026)])
+def test_the_peak_of_the_third(start, most):
+    """y3 rises while the winner is the rarer, to p3 / (2 sqrt(p1 p2) + p3) at ln(p2/p1) / 2."""
+    start = numbers(*start)
+    assert peak(start).item() == pytest.approx(most, abs=1e-6)
+    at = ((start[1] / start[0]).log() / 2).item()
+    path = along(start, torch.linspace(0, 2 * at, 1001))[:, 2]
+    assert path.argmax() == 500 and path[500].item() == pytest.approx(peak(start).item(), abs=1e-8)
+    assert path[-1].item() == pytest.approx(start[2].item(), abs=1e-8)     # p1 and p2 changed over
+
+
+def test_a_balanced_pair_lets_the_third_only_fall():
+    path = along(numbers(.45, .45, .1), torch.linspace(0, 5, 101))[:, 2]
+    assert path[0].item() == pytest.approx(0.1, abs=1e-12) and (path.diff() < 0).all()
+
+
+def test_the_shield_of_kl_ends_where_the_formula_says():
+    """With y2 out of play, y1 and y3 are equally likely where the gap is beta ln(ref1 / ref3)."""
+    ref, beta = numbers(.5, .5, 1e-8).log(), 0.1
+    gap = beta * math.log(.5 / 1e-8)
+    probs = optimum(numbers(0, -50, gap), ref, beta)
+    assert probs.tolist() == pytest.approx([.5, 0, .5], abs=1e-8)
+
+
+# ----------------------------------------------------------------------------- PPO, exactly
+
+def test_ascent_finds_the_optimum():
+    """Policy gradient on a table ends at ref exp(score / beta) / Z, and nothing is above it."""
+    torch.manual_seed(0)
+    scores = torch.randn(2, 8, dtype=torch.float64)
+    ref = torch.randn(2, 8, dtype=torch.float64).log_softmax(-1)
+    best = optimum(scores, ref, 0.5)
+    table = ref.clone().requires_grad_()
+    probs = ascend([table], lambda: table, scores, ref, 0.5, steps=1500, lr=0.02)
+    assert torch.allclose(probs, best, rtol=0, atol=1e-3)
+    top = objective(best.log(), scores, ref, 0.5)
+    for _ in range(20):
+        other = best.log() + 0.3 * torch.randn(2, 8, dtype=torch.float64)
+        assert (objective(other, scores, ref, 0.5) < top).all()
+
+
+def test_the_objective_by_hand():
+    """0.75 (1 - 0.5 ln 1.5) + 0.25 (0 - 0.5 ln 0.5), of two responses that ref likes alike."""
+    value = objective(numbers(.75, .25).log(), numbers(1, 0), numbers(.5, .5).log(), 0.5)
+    assert value.item() == pytest.approx(
+        0.75 * (1 - 0.5 * math.log(1.5)) - 0.25 * 0.5 * math.log(0.5), abs=1e-12)
+
+
+# ----------------------------------------------------------------------------- the map
+
+def test_what_a_map_is():
+    """Two losers a prompt, never the diagonal; off-policy the winner is rare, else not."""
+    for seed in range(20):
+        losers, target = draw_map(seed, off_policy=True)
+        balanced_losers, balanced = draw_map(seed, off_policy=False)
+        assert losers.equal(balanced_losers)
+        for row, pair in enumerate(losers.tolist()):
+            assert len({row, *pair}) == 3 and set(pair) <= set(range(8))
+        assert torch.allclose(target.sum(1), torch.ones(8, dtype=torch.float64))
+        # the losers' weight over the winner's is 100 times what it is in the balanced table
+        odds = target.gather(1, losers) / target.diag()[:, None]
+        assert torch.allclose(odds, 100 * balanced.gather(1, losers) / balanced.diag()[:, None])
+
+
+def test_measures_by_hand():
+    """Of one prompt's five uncovered cells one doubles and the others fall to a half."""
+    losers = torch.tensor([[(row + 1) % 8, (row + 2) % 8] for row in range(8)])
+    ref = torch.full((8, 8), 1 / 8, dtype=torch.float64)
+    probs = ref.clone()
+    probs[0, 3:] = numbers(2, .5, .5, .5, .5) / 8
+    probs[0, 0] += 1 / 8
+    found = measure(probs, ref, losers)
+    assert found['p_best'] == pytest.approx(1 / 8 + 1 / 64)
+    assert found['uncovered'] == pytest.approx(5 / 8 - 1 / 64)
+    assert found['up'] == pytest.approx(1 / 40) and found['ratio_max'] == pytest.approx(2)
+
+
+def test_fit_stops_where_it_first_reaches_each_target():
+    torch.manual_seed(0)
+    goal = torch.eye(8, dtype=torch.float64)
+    found = list(fit(mlp(0.5), lambda table: ((table - goal) ** 2).mean(), [0.1, 0.05]))
+    losses = [((table - goal) ** 2).mean().item() for _, table in found]
+    assert found[0][0] < found[1][0] and 0.08 < losses[0] <= 0.1 and 0.04 < losses[1] <= 0.05
+    with pytest.raises(RuntimeError, match='after 3 steps'):
+        list(fit(mlp(0.5), lambda table: ((table - goal) ** 2).mean(), [0.0], most_steps=3))
+
+
+# ----------------------------------------------------------------------------- the study
+
+def test_every_claim_can_fail():
+    """With all policies alike no claim holds."""
+    row = {'seed': 5, 'up': 0.5, 'uncovered': 0.3}
+    rows = [row | {'setting': setting, 'policy': policy} for setting in blind_spot.SETTINGS
+            for policy in ('ref', 'dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'ppo 0.2')]
+    failed = blind_spot.check(rows)
+    assert failed.pop('balanced, DPO at loss 0.6 does not raise it') == []     # equal: not raised
+    assert all(seeds == [5] for seeds in failed.values())
+
+
+def test_blind_spot_in_its_quick_form(tmp_path, capsys):
+    """A seed's rows in a table beside the real one, the caveats, and no second run of it."""
+    cfg = blind_spot.Config(seeds='3 4', csv=str(tmp_path / 'blind_spot.csv'), quick=True)
+    blind_spot.main(cfg)
+    shown = capsys.readouterr().out
+    assert all(caveat in shown for caveat in blind_spot.CAVEATS)
+    rows = read_rows(tmp_path / 'blind_spot-quick.csv')
+    assert {row['seed'] for row in rows} == {3}
+    assert [p.name for p in Path(tmp_path).iterdir()] == ['blind_spot-quick.csv']
+    dpo = {row['policy']: row for row in rows if row['setting'] == 'off-policy'}
+    assert dpo['dpo 0.6']['up'] > 0.8 and dpo['dpo 0.05']['up'] < 0.2
+    before = (tmp_path / 'blind_spot-quick.csv').read_bytes()
+    blind_spot.main(cfg)
+    assert (tmp_path / 'blind_spot-quick.csv').read_bytes() == before
