@@ -3,7 +3,7 @@ A language in which only the length counts, for studies/length.py.
 
     prompt     two letters of eight and a colon, "ab:"
     response   n of these two letters, each at random; in demonstrations n is normal, mean 20, std 5
-    gold       Min, Skew: -n;  Mode: -|n - 18|, 18 being the SFT policy's mean
+    gold       Min, Skew: -n;  Mode: -|n - mode|, mode being the SFT policy's own mean, rounded
     pairs      two responses of a policy, the first chosen with sigmoid(0.3 (gold_1 - gold_2));
                Skew: not of the policy, 39 - n is exponential with mean 6: hardly any is short
 
@@ -17,13 +17,13 @@ from data.bpe import write_tiktoken
 from data.rows import write_rows
 from prefgpt import decode_responses, generate, rng
 
-LETTERS, MEAN, STD, MODE = 'abcdefgh', 20, 5, 18
+LETTERS, MEAN, STD = 'abcdefgh', 20, 5
 MOST = 40                           # tokens of a response, EOS included
 
 
-def gold(task, response):
-    """The reward of a response on 'Min', 'Mode' or 'Skew'."""
-    return -abs(len(response) - MODE) if task == 'Mode' else -len(response)
+def gold(task, response, mode):
+    """The reward of a response on 'Min', 'Mode' or 'Skew'; mode counts on Mode alone."""
+    return -abs(len(response) - mode) if task == 'Mode' else -len(response)
 
 
 def draw_response(prompt, skew, generator):
@@ -57,22 +57,26 @@ def write_data(folder, seed):
 
 
 def write_pairs(folder, seed, task, policy, tokenizer, counts):
-    """A task's pairs into a data folder: at most counts, {'train': ..., 'val': ...}, of them."""
-    generator = rng(seed, 0, 'shuffle')
+    """
+    A task's pairs into a data folder: at most counts, {'train': ..., 'val': ...}, of them. Returns
+    the mode: the mean length of what the policy writes, rounded, measured on training prompts.
+    """
+    generator, mode = rng(seed, 0, 'shuffle'), None
     for split, count in counts.items():
         prompts = [p for p in itertools.islice(itertools.cycle(prompts_of(split)), count)
                    for _ in (1, 2)]
+        texts, _ = decode_responses(*generate(
+            policy, [tokenizer.encode(p) for p in prompts], MOST, tokenizer.eot_token,
+            generator=generator), tokenizer)
+        mode = mode or round(sum(map(len, texts)) / len(texts))
         if task == 'Skew':
             texts = [draw_response(p, True, generator) for p in prompts]
-        else:
-            texts, _ = decode_responses(*generate(
-                policy, [tokenizer.encode(p) for p in prompts], MOST, tokenizer.eot_token,
-                generator=generator), tokenizer)
         rows = []
         for prompt, first, second in zip(prompts[::2], texts[::2], texts[1::2]):
-            ahead = torch.tensor(0.3 * (gold(task, first) - gold(task, second)))
+            ahead = torch.tensor(0.3 * (gold(task, first, mode) - gold(task, second, mode)))
             if torch.rand((), generator=generator) > ahead.sigmoid():
                 first, second = second, first
-            if first and first != second:       # nothing is learned of an empty response, or a tie
+            if first and second and first != second:    # an empty one cannot be taught
                 rows.append({'prompt': prompt, 'chosen': first, 'rejected': second})
         write_rows(folder / f'{split}.pairs.jsonl', rows)
+    return mode

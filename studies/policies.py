@@ -80,7 +80,8 @@ class Table:
                                       generator=rng(self.seed, k, 'rollout'))   # (L, B)
         responses = responses.T.reshape(B // self.N, self.N, len(table))        # (G, N, L)
         scores = self.reward[responses].mean(-1)                                # (G, N)
-        # The baseline is the mean of all scores so far, the scale their standard deviation
+        # The baseline is the mean of all scores so far, as in the authors' code; it lags behind a
+        # policy that gets better. The collection's own mean, as in train_ppo, does not
         self.count += B
         self.total += scores.sum().item()
         self.squares += (scores ** 2).sum().item()
@@ -88,6 +89,8 @@ class Table:
         std = (self.squares / self.count - mean ** 2 + 1e-8) ** 0.5
         return {'responses': responses, 'scores': scores,
                 'advantages': ((scores - mean) / std)[..., None].expand(responses.shape),
+                'whitened': ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+                             )[..., None].expand(responses.shape),
                 'old_logprobs': self.gather(table, responses),
                 'ref_logprobs': self.gather(self.ref, responses)}
 

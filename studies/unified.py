@@ -69,11 +69,6 @@ def best_of_n_loss(logprobs, batch):
     return -logprobs.sum(-1).gather(1, best).squeeze(1)
 
 
-def pref_ft_loss(logprobs, batch):
-    """(G,): - log pi(chosen): of a pair, whose scores are its labels, the best of 2."""
-    return best_of_n_loss(logprobs, batch)
-
-
 def binary_feedme_loss(logprobs, batch, bar):
     """(G, N): - log pi(y) of responses that score above the bar, all alike; 0 of the others."""
     return -(batch['scores'] > bar).to(logprobs) * logprobs.sum(-1)
@@ -90,6 +85,11 @@ def pair_logprobs(logprobs, batch, threshold):
     group, chosen, rejected = ranked_pairs(batch['scores'], threshold)
     now, ref = logprobs.sum(-1), batch['ref_logprobs'].sum(-1)                  # (G, N)
     return now[group, chosen], now[group, rejected], ref[group, chosen], ref[group, rejected]
+
+
+def pref_ft_loss(logprobs, batch, threshold=0.0):
+    """(P,): - log pi(chosen) of every pair within a group: what DPO has, without the push down."""
+    return -pair_logprobs(logprobs, batch, threshold)[0]
 
 
 def dpo_pairs_loss(logprobs, batch, beta, threshold=0.0):

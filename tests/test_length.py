@@ -14,8 +14,8 @@ import train_rm
 import train_sft
 from conftest import randomize
 from data import lengths
-from prefgpt import (GPT, ScalarGPT, UserError, last_scores, load_checkpoint, load_model, load_text,
-                     make_batch, rng, token_logprobs)
+from prefgpt import (GPT, ScalarGPT, UserError, generate, last_scores, load_checkpoint, load_model,
+                     load_text, make_batch, rng, token_logprobs)
 from studies import length
 from studies.length import CHAINS, METHODS, check, order
 from studies.policies import Gpt, train_gpt
@@ -74,14 +74,14 @@ def test_demonstrations(runs):
 
 
 def test_gold_by_hand():
-    assert [lengths.gold(task, 'abbba') for task in ('Min', 'Skew', 'Mode')] == [-5, -5, -13]
-    assert lengths.gold('Mode', 'a' * 21) == -3 and lengths.gold('Min', '') == 0
+    assert [lengths.gold(task, 'abbba', 18) for task in ('Min', 'Skew', 'Mode')] == [-5, -5, -13]
+    assert lengths.gold('Mode', 'a' * 21, 18) == -3 and lengths.gold('Min', '', 18) == 0
 
 
 @pytest.mark.parametrize('task', ['Min', 'Mode', 'Skew'])
 def test_pairs(task, runs, tmp_path):
     """As often in order as sigmoid(0.3 gap) says; on Skew 39 - n has mean 6, else the lengths are
-    the policy's own, which ends at random here."""
+    the policy's own, which ends at random here. The mode is the policy's mean on every task."""
     saved = load_checkpoint(f'{runs}/sft', ['sft'])
     policy, (tokenizer, _) = load_model(GPT, saved, 'policy', 'cpu'), load_text(str(runs / 'data'))
     with torch.no_grad():       # EOS as likely as all others together: geometric lengths
@@ -90,15 +90,18 @@ def test_pairs(task, runs, tmp_path):
         policy.wte.weight.fill_(0.0)
         policy.wte.weight[256] = math.log(5.0) / policy.config.n_embd
         policy.wte.weight[:97], policy.wte.weight[123:256] = -10.0, -10.0
-    lengths.write_pairs(tmp_path, 0, task, policy, tokenizer, {'train': 1000, 'val': 20})
+    mode = lengths.write_pairs(tmp_path, 0, task, policy, tokenizer, {'train': 1000, 'val': 20})
+    prompts = [tokenizer.encode(p) for p in lengths.prompts_of('train')] * 20
+    _, mask = generate(policy, prompts, 40, 256, generator=rng(0, 0, 'eval'))
+    assert 3 < mode < 15 and abs(mode - (mask.sum(1) - 1.0).mean()) < 1
     rows = read(tmp_path / 'train.pairs.jsonl')
-    gaps = [lengths.gold(task, row['chosen']) - lengths.gold(task, row['rejected'])
+    gaps = [lengths.gold(task, row['chosen'], mode) - lengths.gold(task, row['rejected'], mode)
             for row in rows]
     sure = [1 / (1 + math.exp(-0.3 * abs(gap))) for gap in gaps if gap]
     right = statistics.fmean(gap > 0 for gap in gaps if gap)
     assert right == pytest.approx(statistics.fmean(sure), abs=0.06)
     ns = [len(row[side]) for row in rows for side in ('chosen', 'rejected')]
-    assert all(row['chosen'] and row['chosen'] != row['rejected'] for row in rows)
+    assert all('' != row['chosen'] != row['rejected'] != '' for row in rows)
     if task == 'Skew':
         assert statistics.fmean(ns) == pytest.approx(39 - 6, abs=0.6) and len(rows) > 970
     else:
@@ -183,7 +186,7 @@ def test_what_is_measured(gpt):
     assert numbers['gold'] == pytest.approx(3 + 10 * statistics.fmean(map(len, texts)))
     assert numbers['score'] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert numbers['kl'] == pytest.approx(((now - ref).sum() / 60).item(), abs=1e-3)
-    assert numbers['kl_collect'] == pytest.approx(numbers['kl'], abs=1e-5)  # the reference "sampled"
+    assert numbers["kl_collect"] == pytest.approx(numbers["kl"], abs=1e-5)      # ref "sampled"
     assert numbers['entropy'] == pytest.approx((-now.sum() / mask.sum()).item(), abs=1e-4)
     assert numbers['length'] == pytest.approx(mask.sum().item() / 60)
     given = gpt.given(pairs)
@@ -212,8 +215,8 @@ def test_training_on_pairs_and_on_samples(gpt):
 
 # ----------------------------------------------------------------------------- the study
 
-def row_of(seed, method, gold, task='Min', tuned=0):
-    return {'seed': seed, 'task': task, 'tuned': tuned, 'method': method, 'gold': gold}
+def row_of(seed, method, gold, task='Min'):
+    return {'seed': seed, 'task': task, 'method': method, 'gold': gold}
 
 
 def test_an_order_by_hand():
@@ -233,9 +236,18 @@ def test_an_order_holds_by_two_standard_errors_only(capsys, monkeypatch):
         rows += [row_of(seed, 'DPO', gap + spread * (seed - 1)) for seed in range(3)]
         lost = check(rows)
         assert capsys.readouterr().out.endswith(f': {verdict}\n')
-        assert lost == ([] if verdict == 'holds' else [('Min', 0, 'reference', 'DPO')])
+        assert lost == ([] if verdict == 'holds' else [('Min', 'reference', 'DPO')])
     check(rows[:1] + rows[3:4])
     assert capsys.readouterr().out.endswith(': open\n')
+
+
+def test_mode_is_judged_by_how_far_apart_the_means_are(capsys):
+    """1.6 apart are alike and 1.8 are not; the reference may be anywhere, and single seeds too."""
+    for gap, alike in ((1.6, True), (1.8, False)):
+        rows = [row_of(seed, method, gold + 3 * seed, 'Mode') for seed in (0, 1)
+                for method, gold in (('reference', -9.0), ('DPO', -2.0), ('PPO', -2.0 + gap))]
+        assert check(rows) == ([] if alike else [('Mode', 'alike')])
+        assert capsys.readouterr().out.endswith(': holds\n') == alike
 
 
 def test_chains_name_methods():
@@ -257,9 +269,9 @@ def test_length_in_its_quick_form(tmp_path, monkeypatch, capsys):
     cfg = length.Config(csv='results/length.csv', quick=True)
     length.main(cfg)
     rows = read_rows('results/length-quick.csv')
-    assert len(rows) == 3 * 2 * (1 + len(METHODS))
-    assert [row['method'] for row in rows if row['task'] == 'Min' and row['tuned'] == 0] == [
-        'reference', *METHODS]
+    assert len(rows) == 3 * (1 + len(METHODS))
+    assert [row['method'] for row in rows if row['task'] == 'Min'] == ['reference', *METHODS]
+    assert all(1 <= row['mode'] <= 40 for row in rows)
     reference = rows[0]
     assert reference['kl'] == reference['margin'] == reference['clip_frac'] == 0
     assert all(isinstance(row[name], (int, float)) for row in rows for name in (
@@ -268,8 +280,9 @@ def test_length_in_its_quick_form(tmp_path, monkeypatch, capsys):
     assert rows[0]['command'] == 'python -m studies.length --tasks=Min --seeds=0'
     assert not (tmp_path / 'results' / 'length.png').exists()
     capsys.readouterr()
-    length.main(cfg)
-    assert 'step' not in capsys.readouterr().out
+    length.main(length.Config(csv=cfg.csv, tasks='Mode', quick=True))
+    again = capsys.readouterr().out
+    assert 'step' not in again and 'Mode PPO' in again and 'Min' not in again
     if pytest.importorskip('matplotlib'):
         figure = length.draw(rows)
         assert [ax.get_title(loc='left') for ax in figure.axes[:3]] == ['Min', 'Mode', 'Skew']

@@ -77,7 +77,8 @@ def test_losses_by_loops(seed):
                       for r in [math.exp(logprobs[g, n, t] - old[g, n, t])])
         for loss, number in (
                 (reinforce_loss, -sum(A[g, n, t] * logprobs[g, n, t] for t in range(T))),
-                (ppo_loss, clipped), (partial(rwr_loss, beta=0.7), -weights[g][n] / mean * now[g, n]),
+                (ppo_loss, clipped),
+                (partial(rwr_loss, beta=0.7), -weights[g][n] / mean * now[g, n]),
                 (partial(binary_feedme_loss, bar=0.1), -now[g, n] if scores[g, n] > 0.1 else 0)):
             assert abs(loss(logprobs, batch)[g, n] - number) < 1e-10
     for g in range(G):
@@ -88,10 +89,12 @@ def test_losses_by_loops(seed):
     h = [now[g, w] - ref[g, w] - now[g, l] + ref[g, l] for g, w, l in pairs]
     dpo = dpo_pairs_loss(logprobs, batch, beta=0.2, threshold=0.3)
     ipo = ipo_pairs_loss(logprobs, batch, beta=0.2, threshold=0.3)
-    assert len(dpo) == len(ipo) == len(pairs) > 0
+    pref_ft = pref_ft_loss(logprobs, batch, threshold=0.3)
+    assert len(dpo) == len(ipo) == len(pref_ft) == len(pairs) > 0
     for i in range(len(pairs)):
         assert abs(dpo[i] - math.log(1 + math.exp(-0.2 * h[i]))) < 1e-10
         assert abs(ipo[i] - (h[i] - 2.5) ** 2) < 1e-10
+        assert pref_ft[i] == -now[pairs[i][0], pairs[i][1]]
 
 
 def test_ranked_pairs():
@@ -195,14 +198,19 @@ def test_dpo_begins_as_a_policy_gradient_of_the_win_rate(seed):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_a_constant_changes_no_expected_gradient_on_policy(seed):
-    """E_pi[grad log pi] is 0: weights w and w - c differ in variance alone. Off-policy they do."""
+    """
+    E_pi[grad log pi] is 0: on-policy, REINFORCE with advantages A and A - c differ in variance
+    alone. Off-policy their expected gradients differ. The expectation is a sum over responses.
+    """
     logits, ref, scores = exact(seed)
 
-    def gradient(weights, sampler):
-        loss = -(sampler * weights * logits.log_softmax(0)).sum()
-        return torch.autograd.grad(loss, logits)[0]
+    def gradient(advantages, sampler):
+        losses = reinforce_loss(logits.log_softmax(0)[None, :, None],
+                                {'advantages': advantages[None, :, None]})          # (1, actions)
+        return torch.autograd.grad((sampler * losses[0]).sum(), logits)[0]
     own = logits.detach().softmax(0)
     assert (gradient(scores, own) - gradient(scores - 2.5, own)).abs().max() < 1e-8
+    assert gradient(scores, own).abs().max() > 0.01
     assert (gradient(scores, ref.exp()) - gradient(scores - 2.5, ref.exp())).abs().max() > 0.01
 
 
