@@ -224,8 +224,8 @@ def run_seed(seed, cfg):
 
 # ----------------------------------------------------------------------------- what is expected
 
-# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing here is asserted:
-# what holds in few seeds is noise or a null, and is reported as such
+# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing is asserted: what
+# holds in few seeds is noise or a null, and is reported as such
 PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
@@ -279,6 +279,46 @@ CHECKS = {
 }
 
 
+# What the findings rest on: the first arm's number minus the second's, seed by seed
+LADDER = [('ppo + norm {}', 'ppo baseline {}'), ('ppo + batch {}', 'ppo + norm {}'),
+          ('ppo + ema {}', 'ppo + batch {}')]
+DIFFERENCES = [(one.format(f'{lr:g}'), other.format(f'{lr:g}'), column)
+               for lr in PPO_LRS for one, other in LADDER
+               for column in ('pass@1', 'first_quarter', 'last_quarter')]
+DIFFERENCES += [(one, other, column) for column in ('pass@1', 'last_quarter')
+                for one, other in (('ppo binding ema', 'ppo binding fixed'),
+                                   ('ppo no value + norm', 'ppo no value'))]
+DIFFERENCES += [(PPO, other, 'pass@1') for other in
+                ('sft', ON_POLICY[0], *(f'iter {lr:g}' for lr in ITER_LRS))]
+DIFFERENCES += [(PPO, 'sft', '10@k'), (PPO, 'ppo + ema, early ref', 'pass@1'),
+                (ON_POLICY[0], 'dpo on-policy, early ref', 'pass@1')]
+
+
+def show_differences(rows):
+    """Mean and standard deviation over seeds of DIFFERENCES, and of how far DPO moved its pairs."""
+    interview = {(row['seed'], row['arm']): row for row in rows if row['level'] == 'interview'}
+    seeds = sorted({seed for seed, _ in interview})
+    print('\npaired differences over seeds, interview level, in brackets ratios; nats: how far log pi moved')
+    for one, other, column in DIFFERENCES:
+        pairs = [[interview[seed, arm][column] for arm in (one, other)] for seed in seeds]
+        text = f'{column:<13} {one} - {other}: {mean_text([a - b for a, b in pairs], "+")}'
+        if all(b for _, b in pairs):            # in the quick form it may be 0
+            text += f' ({mean_text([a / b for a, b in pairs])})'
+        print(text)
+    for arm in (*DPO_ARMS, *ON_POLICY):
+        for side in ('chosen', 'rejected'):
+            ends = [[interview[seed, arm][name] for name in (side, f'{side}_before')]
+                    for seed in seeds]
+            if '' not in ends[0]:               # in the quick form there may be no pairs
+                print(f'nats          {arm}, {side}: {mean_text([a - b for a, b in ends], "+")}')
+
+
+def mean_text(values, sign=''):
+    """'0.500 ±0.100': mean and standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f'{statistics.fmean(values):{sign}.3f} ±{spread:.3f}'
+
+
 def check(rows):
     """Prints of every finding in how many seeds it holds; returns {finding: [seeds without]}."""
     interview = [row for row in rows if row['level'] == 'interview']
@@ -309,6 +349,7 @@ def main(cfg):
         print(f'\n{level}', end='')
         show_means([row for row in rows if row['level'] == level], ('arm',),
                    ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
+    show_differences(rows)
     if not cfg.quick and find_spec('matplotlib'):
         draw(rows).savefig(path.with_suffix('.png'))
     return check(rows)
