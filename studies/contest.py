@@ -224,8 +224,8 @@ def run_seed(seed, cfg):
 
 # ----------------------------------------------------------------------------- what is expected
 
-# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing is asserted: what
-# holds in few seeds is noise or a null, and is reported as such
+# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing is asserted:
+# what holds in few seeds is noise or a null, and is reported as such
 PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
@@ -298,7 +298,7 @@ def show_differences(rows):
     """Mean and standard deviation over seeds of DIFFERENCES, and of how far DPO moved its pairs."""
     interview = {(row['seed'], row['arm']): row for row in rows if row['level'] == 'interview'}
     seeds = sorted({seed for seed, _ in interview})
-    print('\npaired differences over seeds, interview level, in brackets ratios; nats: how far log pi moved')
+    print('\npaired differences over seeds, interview level, ratios in brackets; log pi, moved by')
     for one, other, column in DIFFERENCES:
         pairs = [[interview[seed, arm][column] for arm in (one, other)] for seed in seeds]
         text = f'{column:<13} {one} - {other}: {mean_text([a - b for a, b in pairs], "+")}'
