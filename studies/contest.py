@@ -20,7 +20,7 @@ so that a reference can only matter where 1 / beta is small. The arms:
   - ppo, four rungs at two learning rates and equal rollouts: baseline (64 responses a step, plain
     advantages), + norm, + batch (512), + ema (0.02); ppo binding: beta 0.25, large batch, with a
     fixed reference and with one that follows at 0.1; ppo no value: the baseline and + norm with
-    neither a value model nor gradient clipping, a setting where normalization might matter more.
+    neither a value model nor gradient clipping, where normalization could matter more.
 
 Reward 1 and beta 0.01 are the paper's 10 and 0.1 over ten. A response that does not end has score
 0, as in the paper, so no_eos_score is 0. Each arm is judged on test problems, whose functions no
@@ -284,6 +284,46 @@ CHECKS = {
 }
 
 
+# What the findings rest on: the first arm's number minus the second's, seed by seed
+LADDER = [('ppo + norm {}', 'ppo baseline {}'), ('ppo + batch {}', 'ppo + norm {}'),
+          ('ppo + ema {}', 'ppo + batch {}')]
+DIFFERENCES = [(one.format(f'{lr:g}'), other.format(f'{lr:g}'), column)
+               for lr in PPO_LRS for one, other in LADDER
+               for column in ('pass@1', 'first_quarter', 'last_quarter')]
+DIFFERENCES += [(one, other, column) for column in ('pass@1', 'last_quarter')
+                for one, other in (('ppo binding ema', 'ppo binding fixed'),
+                                   ('ppo no value + norm', 'ppo no value'))]
+DIFFERENCES += [(PPO, other, 'pass@1') for other in
+                ('sft', ON_POLICY[0], *(f'iter {lr:g}' for lr in ITER_LRS))]
+DIFFERENCES += [(PPO, 'sft', '10@k'), (PPO, 'ppo + ema, early ref', 'pass@1'),
+                (ON_POLICY[0], 'dpo on-policy, early ref', 'pass@1')]
+
+
+def show_differences(rows):
+    """Mean and standard deviation over seeds of DIFFERENCES, and of how far DPO moved its pairs."""
+    interview = {(row['seed'], row['arm']): row for row in rows if row['level'] == 'interview'}
+    seeds = sorted({seed for seed, _ in interview})
+    print('\npaired differences over seeds, interview level, ratios in brackets; log pi, moved by')
+    for one, other, column in DIFFERENCES:
+        pairs = [[interview[seed, arm][column] for arm in (one, other)] for seed in seeds]
+        text = f'{column:<13} {one} - {other}: {mean_text([a - b for a, b in pairs], "+")}'
+        if all(b for _, b in pairs):            # in the quick form it may be 0
+            text += f' ({mean_text([a / b for a, b in pairs])})'
+        print(text)
+    for arm in (*DPO_ARMS, *ON_POLICY):
+        for side in ('chosen', 'rejected'):
+            ends = [[interview[seed, arm][name] for name in (side, f'{side}_before')]
+                    for seed in seeds]
+            if '' not in ends[0]:               # in the quick form there may be no pairs
+                print(f'nats          {arm}, {side}: {mean_text([a - b for a, b in ends], "+")}')
+
+
+def mean_text(values, sign=''):
+    """'0.500 ±0.100': mean and standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f'{statistics.fmean(values):{sign}.3f} ±{spread:.3f}'
+
+
 def check(rows):
     """Prints of every finding in how many seeds it holds; returns {finding: [seeds without]}."""
     interview = [row for row in rows if row['level'] == 'interview']
@@ -314,6 +354,7 @@ def main(cfg):
         print(f'\n{level}', end='')
         show_means([row for row in rows if row['level'] == level], ('arm',),
                    ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
+    show_differences(rows)
     if not cfg.quick and find_spec('matplotlib'):
         draw(rows).savefig(path.with_suffix('.png'))
     return check(rows)

@@ -339,6 +339,19 @@ def test_every_finding_can_fail():
     assert contest.check(rows)[held[0]] == [5]
 
 
+def test_differences_by_hand(capsys):
+    """PPO is 0.2 and 0.4 above SFT's 0.5: mean 0.3, spread sqrt(2 x 0.01); ratios 1.4 and 1.8.
+    Chosen moved by 1 and by 3 nats."""
+    rows = [{**row, 'seed': seed, 'chosen': 0.0, 'chosen_before': -move, 'rejected': '',
+             'rejected_before': '', **({'pass@1': 0.5 + gain} if row['arm'] == contest.PPO else {})}
+            for seed, gain, move in ((5, 0.2, 1.0), (6, 0.4, 3.0)) for row in finding_rows(0.5)]
+    contest.show_differences(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert f'pass@1        {contest.PPO} - sft: +0.300 ±0.141 (1.600 ±0.283)' in lines
+    assert 'nats          dpo 0.001, chosen: +2.000 ±1.414' in lines
+    assert not any('rejected' in line for line in lines)
+
+
 def test_the_picture_is_drawn_of_any_seeds():
     """Six panels of one seed or of two; a column that an arm lacks is no zero in it."""
     pytest.importorskip('matplotlib')
