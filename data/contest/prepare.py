@@ -9,7 +9,7 @@ are chosen on val, results are reported on test.
     matter, and every other one a little longer than it need be ("e0+", "e0-", "e1*" for e, or
     "a(c-a)+" for a digit c).
   - train.pairs, val.pairs: what others wrote. Chosen are correct programs in another style: digits
-    first, one or two detours, each spelled in a way that hardly any demonstration has ("0e+", "1e*", and
+    first, one or two detours, spelled in a way that hardly any demonstration has ("0e+", "1e*", and
     "a(a-c)-" for c). Rejected is chosen with one symbol changed, so that it fails. That is the
     off-policy data of Xu et al. 2024: to the policy after SFT the winner is improbable.
   - train.prompts, val.prompts, and test-LEVEL.prompts and val-LEVEL.prompts, one level each, for
