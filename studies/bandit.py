@@ -33,8 +33,8 @@ import torch
 from prefgpt import run_cli
 from studies.curves import COLORS, GREY
 from studies.policies import Table, best_of_n, optimum, peaked, reference, train_table
-from studies.table import (append_rows, mean_and_spread, parse_seeds, read_rows, save_picture,
-                           select, show_claims, show_means)
+from studies.table import (complete, mean_and_spread, parse_seeds, save_picture, select,
+                           show_claims, show_means)
 from studies.unified import (best_of_n_loss, binary_feedme_loss, dpo_pairs_loss, ipo_pairs_loss,
                              ppo_loss, pref_ft_loss, reinforce_loss, rwr_loss)
 
@@ -233,10 +233,7 @@ def main(cfg):
     path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
     if cfg.quick:
         path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
-    for seed in seeds:
-        if all(row['seed'] != seed for row in read_rows(path)):
-            append_rows(path, run_seed(seed, cfg.quick))
-    rows = [row for row in read_rows(path) if row['seed'] in seeds]
+    rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(select(rows, last=1), ('experiment', 'task', 'method', 'B', 'T', 'lr'),
                ('reward', 'kl', 'kl_collect', 'entropy', 'chosen', 'rejected'))
     failed = show_claims(CHECKS, {seed: by_run(select(rows, seed=seed)) for seed in seeds})

@@ -30,8 +30,7 @@ import torch
 from torch import nn
 
 from prefgpt import run_cli
-from studies.table import (append_rows, parse_seeds, read_rows, save_picture, show_claims,
-                           show_means)
+from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
 from train_dpo import dpo_loss
 from train_rm import reward_loss
 
@@ -369,10 +368,7 @@ def main(cfg):
     path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
     if cfg.quick:
         path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
-    for seed in seeds:
-        if all(row['seed'] != seed for row in read_rows(path)):
-            append_rows(path, run_seed(seed, cfg.quick))
-    rows = [row for row in read_rows(path) if row['seed'] in seeds]
+    rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(rows, ('setting', 'policy'), ('p_best', 'uncovered', 'up', 'ratio_95', 'ratio_max'))
     failed = check(rows)
     print('\n' + '\n'.join(CAVEATS))

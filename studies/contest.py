@@ -41,7 +41,6 @@ import json
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -53,8 +52,8 @@ import train_sft
 from data.contest import prepare
 from data.contest.language import LEVELS
 from prefgpt import UserError, load_checkpoint, load_rows, run_cli
-from studies.contest_picture import draw
-from studies.table import append_rows, read_rows, show_means
+from studies.contest_picture import PPO, draw
+from studies.table import complete, parse_seeds, save_picture, show_means
 from tools import evaluate, sample
 
 JUDGE = 'data/contest/reward.py'
@@ -231,7 +230,7 @@ def run_seed(seed, cfg):
 
 # Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing is asserted:
 # what holds in few seeds is noise or a null, and is reported as such
-PPO, SMALL, DPO_ARMS = 'ppo + ema 0.001', 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
+SMALL, DPO_ARMS = 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
     "PPO's pass@1 is 1.5 times SFT's at least":
@@ -340,23 +339,17 @@ def main(cfg):
     """Runs the seeds that the table lacks, prints, draws, and returns what failed."""
     path = Path(cfg.csv)
     path = path.with_stem(path.stem + '-quick') if cfg.quick else path
-    words = cfg.seeds.replace(',', ' ').split()
-    if not words or not all(word.isdigit() for word in words):
-        raise UserError(f'--seeds={cfg.seeds!r}: whole numbers with spaces between them')
+    seeds = parse_seeds(cfg.seeds)
     if cfg.split not in ('test', 'val'):
         raise UserError(f'--split={cfg.split!r}: test or val')
-    seeds = [int(word) for word in words]
-    for seed in seeds:
-        if not any(row['seed'] == seed and row['split'] == cfg.split for row in read_rows(path)):
-            append_rows(path, run_seed(seed, cfg))
-    rows = [row for row in read_rows(path) if row['seed'] in seeds and row['split'] == cfg.split]
+    rows = complete(path, seeds, lambda seed: run_seed(seed, cfg), split=cfg.split)
     for level in LEVELS:
         print(f'\n{level}', end='')
         show_means([row for row in rows if row['level'] == level], ('arm',),
                    ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
     show_differences(rows)
-    if not cfg.quick and find_spec('matplotlib'):
-        draw(rows).savefig(path.with_suffix('.png'))
+    if not cfg.quick:
+        save_picture(lambda: draw(rows), path.with_suffix('.png'))
     return check(rows)
 
 

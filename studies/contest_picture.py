@@ -8,7 +8,7 @@ import statistics
 from data.contest.language import LEVELS
 from studies.curves import COLORS, GREY
 
-PPO = 'ppo + ema 0.001'
+PPO = 'ppo + ema 0.001'         # the arm that stands for PPO, here and in contest.py
 # What stands in the first panels: arm -> its name there, with the paper's number where it has one:
 # pass@5 on APPS, interview level, CodeLlama-34B (table 7); DPO's is 10@1k on CodeContests (table 8)
 SHOWN = {'sft': 'SFT (10.1 %)', 'dpo 0.0001': 'DPO 1e-4', 'dpo 0.001': 'DPO 1e-3',

@@ -31,7 +31,7 @@ import torch
 
 from prefgpt import rng, run_cli
 from studies.curves import COLORS, GREY
-from studies.table import append_rows, parse_seeds, read_rows, save_picture, show_claims, show_means
+from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
 from train_dpo import dpo_loss
 
 
@@ -222,19 +222,20 @@ def draw(rows):
     return figure
 
 
+def run_seed(seed):
+    """A seed's rows: every experiment's numbers; '' where it has none of a name."""
+    return [{'seed': seed, 'setting': setting, 'method': method, 'step': step,
+             **dict.fromkeys(NUMBERS, ''), **numbers,
+             'command': f'python -m studies.kl_race --seeds={seed}'}
+            for setting, method, step, numbers in experiments(seed)]
+
+
 def main(cfg):
     """Runs the seeds that the table lacks, prints means and claims, draws; returns what failed."""
     path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
     if cfg.quick:
         path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
-    for seed in seeds:
-        if all(row['seed'] != seed for row in read_rows(path)):
-            append_rows(path, [{
-                'seed': seed, 'setting': setting, 'method': method, 'step': step,
-                **dict.fromkeys(NUMBERS, ''), **numbers,
-                'command': f'python -m studies.kl_race --seeds={seed}'}
-                for setting, method, step, numbers in experiments(seed)])
-    rows = [row for row in read_rows(path) if row['seed'] in seeds]
+    rows = complete(path, seeds, run_seed)
     for names in (('p1', 'ratio', 'off'), ('mean', 'sd'), ('chosen', 'rejected', 'other', 'fell')):
         some = [row for row in rows if row[names[0]] != '']
         show_means(some, ('setting', 'method', 'step'), names)

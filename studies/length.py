@@ -44,8 +44,8 @@ from prefgpt import (GPT, UserError, encode_rows, load_checkpoint, load_judge, l
                      load_split, load_text, run_cli)
 from studies.curves import COLORS, GREY
 from studies.policies import Gpt, train_gpt
-from studies.table import (append_rows, mean_and_spread, parse_seeds, read_rows, save_picture,
-                           select, show_means)
+from studies.table import (complete, mean_and_spread, parse_seeds, save_picture, select,
+                           show_means)
 from studies.unified import (best_of_n_loss, dpo_pairs_loss, ipo_pairs_loss, ppo_loss, pref_ft_loss,
                              reinforce_loss, rwr_loss)
 
@@ -228,10 +228,8 @@ def main(cfg):
         raise UserError(f'--tasks={cfg.tasks!r}: of ' + ', '.join(CHAINS))
     if cfg.quick:
         path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
-    for seed, task in itertools.product(seeds, tasks):
-        if not select(read_rows(path), seed=seed, task=task):
-            append_rows(path, run_task(seed, task, cfg.quick))
-    rows = [row for row in read_rows(path) if row['seed'] in seeds and row['task'] in tasks]
+    rows = [row for seed, task in itertools.product(seeds, tasks) for row in complete(
+        path, [seed], lambda seed: run_task(seed, task, cfg.quick), task=task)]
     show_means(rows, ('task', 'method'),
                ('gold', 'score', 'kl', 'kl_collect', 'length', 'entropy', 'chosen', 'rejected',
                 'margin', 'clip_frac'))

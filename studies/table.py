@@ -69,6 +69,17 @@ def select(rows, **cells):
     return [row for row in rows if all(row[key] == cell for key, cell in cells.items())]
 
 
+def complete(path, seeds, run_seed, **cells):
+    """
+    Adds run_seed(seed), a list of rows, for every seed of which the table has no row with these
+    cells, one seed after the other; returns its rows of all these seeds, with these cells.
+    """
+    for seed in seeds:
+        if not select(read_rows(path), seed=seed, **cells):
+            append_rows(path, run_seed(seed))
+    return [row for row in select(read_rows(path), **cells) if row['seed'] in seeds]
+
+
 def mean_and_spread(rows, by, column):
     """Values of by, in the order they come, and column's means and standard deviations there."""
     groups = {}

@@ -24,7 +24,7 @@ import train_rm
 import train_sft
 from data.toy import prepare
 from prefgpt import run_cli
-from studies.table import append_rows, parse_seeds, read_rows, show_means
+from studies.table import complete, parse_seeds, show_means
 from tools import evaluate
 
 
@@ -105,10 +105,7 @@ def main(cfg):
     path = Path(cfg.csv)
     path = path.with_stem(path.stem + '-quick') if cfg.quick else path
     seeds = parse_seeds(cfg.seeds)
-    for seed in seeds:
-        if all(row['seed'] != seed for row in read_rows(path)):
-            append_rows(path, run_seed(seed, cfg.quick))
-    rows = [row for row in read_rows(path) if row['seed'] in seeds]
+    rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     columns = ('reward', 'helpful', 'harm', 'refused', 'kl', 'length', 'win')
     show_means(rows, ('answers', 'stage'), columns)
     return check(rows)

@@ -11,7 +11,7 @@ import pytest
 
 from prefgpt import UserError
 from studies import toy
-from studies.table import append_rows, read_rows, show_claims, show_means
+from studies.table import append_rows, complete, read_rows, show_claims, show_means
 
 TOP = Path(__file__).parent.parent
 
@@ -39,6 +39,19 @@ def test_rows_of_another_version_are_not_mixed_in(tmp_path):
     with pytest.raises(UserError, match='name.csv has other columns'):
         append_rows(path, [{'seed': 6, 'kl': 1.0}])
     assert path.read_bytes() == before
+
+
+def test_a_table_is_completed_seed_by_seed(tmp_path):
+    """Only seeds without a row of that split are run, and only the rows asked for come back."""
+    path, ran = tmp_path / 'name.csv', []
+
+    def run(split):
+        return lambda seed: ran.append((seed, split)) or [{'seed': seed, 'split': split}]
+    assert complete(path, [5, 6], run('val'), split='val') == read_rows(path)
+    rows = complete(path, [6, 7], run('test'), split='test')
+    assert rows == [{'seed': 6, 'split': 'test'}, {'seed': 7, 'split': 'test'}]
+    assert complete(path, [7], run('test')) == rows[1:]
+    assert ran == [(5, 'val'), (6, 'val'), (6, 'test'), (7, 'test')]
 
 
 def test_means_and_spreads_by_hand(capsys):
