@@ -1,5 +1,5 @@
 """
-Stage 3a, PPO: sample responses, score them, and make the better ones more likely, a little a time.
+Stage 3, PPO: sample responses, score them, and make the better ones more likely, little by little.
 
     r_t  = score at the last token  -  beta (log pi(y_t) - log ref(y_t))             token_rewards
     A_t  = sum over k of (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k})      gae
@@ -9,13 +9,11 @@ Stage 3a, PPO: sample responses, score them, and make the better ones more likel
     loss = (V_new - R)^2 / 2, clipped around V if vf_clip is set                     value_loss
     ref  <- ref + ref_ema (pi - ref), once per rollout batch                         update_ema
 
-Schulman et al. 2017 with the three things that Xu et al. 2024 found decisive: normalized
-advantages, large batches, and a reference that follows as an exponential moving average. beta
-weighs KL(policy, ref), the same quantity as in train_dpo.py; a reference that follows loosens the
-pull to where PPO began, so kl_sft is logged too.
-Policy, reference, reward model and value model are four networks, and a frozen copy of the first
-policy is kept for kl_sft. What it does not do: share a trunk between policy and value, adapt beta,
-whiten rewards.
+PPO is Schulman et al. 2017, the KL in the reward Ziegler et al. 2019 and Ouyang et al. 2022. What
+Xu et al. 2024 found decisive is the default: normalized advantages, large batches, a reference that
+follows as an EMA; studies/README.md says how much of that shows here. beta weighs KL(policy, ref)
+as in train_dpo.py; a reference that follows pulls less, so kl_sft, to where PPO began, is logged.
+Left out: a trunk shared by policy and value model, an adaptive beta, whitened rewards.
 
     python train_ppo.py --data=data/toy --init=out/toy/sft --reward=out/toy/rm --out=out/toy/ppo
 """
@@ -24,24 +22,25 @@ from dataclasses import dataclass
 
 import torch
 
-from prefgpt import (GPT, POLICIES, GPTConfig, Log, ScalarGPT, UserError, adamw, batches,
-                     check_inputs, decode_responses, encode_rows, generate, last_scores,
-                     learning_rate, load_checkpoint, load_judge, load_model, load_split, load_text,
-                     open_run, optimizer_step, rng, run_cli, save_checkpoint, set_up, show_samples,
-                     token_logprobs)
+from data.text import (decode_responses, hash_data, load_examples, load_judge, load_text,
+                       show_samples)
+from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
+                     open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
+from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, generate, last_column, last_scores, rng,
+                     token_logprobs, x_and_y)
 
 
 @dataclass
 class Config:
-    # where from, where to
+    # from where, to where
     data: str = 'data/toy'          # a data folder, or one JSON Lines file
-    out: str = 'out/toy/ppo'        # the run folder to write: ckpt.pt, log.jsonl, samples.txt
-    init: str = 'out/toy/sft'       # the run folder whose policy to start from, and to refer to
-    reward: str = 'out/toy/rm'      # the run folder of a reward model, or a reward.py
-    judge: str = ''                 # a reward.py for evaluations alone, logged as gold; '': none
+    out: str = 'out/toy/ppo'        # the run folder to write: ckpt.pt and log.jsonl
+    init: str = 'out/toy/sft'       # the run folder whose policy to start from
+    reward: str = 'out/toy/rm'      # what trains: a reward model's run folder, or a reward.py
+    judge: str = ''                 # what only evaluates: a reward.py, logged as gold; '': none
     resume: bool = False            # continue the run in --out, or start it if there is none
     # rollouts
-    rollout_size: int = 128         # responses sampled in a step
+    rollout_size: int = 128         # responses sampled per step
     max_new_tokens: int = 64        # longest response
     temperature: float = 1.0        # of sampling, and of every logprob
     no_eos_score: float = -1.0      # a response without EOS scores this at most
@@ -51,37 +50,34 @@ class Config:
     gae_lambda: float = 0.95        # 0: one-step advantages; 1: whole-response advantages
     whiten: bool = True             # normalize advantages over the rollout batch
     clip_eps: float = 0.2           # the ratio counts within 1 +- clip_eps
-    vf_clip: float = 0.0            # values move at most so far from the rollout's; 0: off
-    ref_ema: float = 0.005          # share by which the reference follows in a step; 0: fixed
+    vf_clip: float = 0.0            # most that values move from the rollout's; 0: off
+    ref_ema: float = 0.005          # share by which the reference follows per step; 0: fixed
     # training
     steps: int = 60                 # rollout batches
     ppo_epochs: int = 2             # passes over a rollout batch
-    batch_size: int = 32            # responses in an optimizer step
-    micro_batch_size: int = 0       # responses in a forward pass; 0: all; memory, not results
+    batch_size: int = 32            # responses per optimizer step
+    micro_batch_size: int = 0       # responses per forward pass; 0: all; memory, not results
     lr: float = 3e-4                # peak learning rate of the policy
     value_lr: float = 2e-3          # peak learning rate of the value model
     warmup: int = 5                 # steps of linear warm-up; then a cosine down to a tenth
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings
     grad_clip: float = 1.0          # largest norm of each model's gradient
     # the rest
-    eval_every: int = 20            # steps between evaluations on held-out prompts
-    save_every: int = 20            # steps between checkpoints
+    eval_every: int = 20            # steps between evaluations on held-out prompts; each one saves
     seed: int = 0                   # of prompts, samples and minibatches
-    device: str = ''                # cuda, mps or cpu; '': the first that is there
+    device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
     compile: bool = False           # torch.compile the models' bodies
 
 
 def token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
     """
-    (B, T): -beta (logprobs - ref_logprobs) on response tokens, and scores (B,) on the last one.
-
-    The mean of the difference over samples is KL(policy, ref), token by token (the k1 estimator).
+    Returns -beta (logprobs - ref_logprobs) per response token, (B, T), plus scores (B,) on the last
+    one. Over samples the difference has the mean KL(policy, ref): the k1 estimator.
     """
     rewards = -beta * (logprobs - ref_logprobs)
-    columns = torch.arange(response_mask.size(1), device=scores.device)
-    last_column = (response_mask * columns).amax(1, keepdim=True)               # (B, 1)
-    rewards = rewards.scatter_add(1, last_column, scores[:, None].to(rewards))
+    place = last_column(response_mask)[:, None]                                 # (B, 1)
+    rewards = rewards.scatter_add(1, place, scores[:, None].to(rewards))
     return rewards.masked_fill(~response_mask, 0.0)
 
 
@@ -91,11 +87,11 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}
 
-    The value after the last response token is 0, whatever stands in the padding.
+    The value after the last response token is 0, whatever the padding holds.
     """
     rewards = rewards.masked_fill(~response_mask, 0.0)
     values = values.masked_fill(~response_mask, 0.0)
-    advantages = torch.zeros_like(values)
+    advantages = torch.zeros_like(values)                                       # (B, T)
     advantage = next_value = torch.zeros_like(values[:, 0])                     # (B,)
     for t in reversed(range(values.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -107,21 +103,21 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
 
 
 def whiten(x, mask):
-    """x with mean 0 and standard deviation 1 over the mask, and 0 outside it, (B, T)."""
+    """Returns x with mean 0 and standard deviation 1 over the mask, and 0 outside it, (B, T)."""
     mean = x[mask].mean()
     variance = x[mask].var(correction=0)        # biased: a single token has a variance, 0
     return ((x - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(~mask, 0.0)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps):
-    """PPO's clipped loss and the ratio, (B, T) each; the caller sums over the mask."""
+    """Returns PPO's clipped loss and the ratio, (B, T) each; the caller sums over the mask."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     return torch.maximum(-advantages * ratio, -advantages * clipped), ratio
 
 
 def value_loss(values, old_values, returns, vf_clip):
-    """Half the squared error, (B, T), the larger of the clipped and the plain one if vf_clip."""
+    """Returns half the squared error, (B, T); if vf_clip, the larger of clipped and plain."""
     loss = (values - returns) ** 2
     if vf_clip:
         clipped = old_values + (values - old_values).clamp(-vf_clip, vf_clip)
@@ -131,220 +127,201 @@ def value_loss(values, old_values, returns, vf_clip):
 
 @torch.no_grad()
 def update_ema(ref, policy, rate):
-    """ref <- ref + rate (policy - ref), in place, for every tensor."""
+    """Moves every tensor of ref, in place: ref <- ref + rate (policy - ref)."""
     for r, p in zip(ref.parameters(), policy.parameters()):
         r.lerp_(p, rate)
 
 
+def cap_unfinished(scores, ended, no_eos_score):
+    """Caps scores (B,) of responses that did not end: nothing else teaches a policy to end."""
+    return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
+
+
 def in_parts(function, size, *tensors):
-    """function of tensors (B, ...), computed size rows at a time."""
+    """Returns function of tensors (B, ...), computed size rows at a time."""
     return torch.cat([function(*part) for part in zip(*(t.split(size) for t in tensors))])
 
 
-def load_scorer(reward, saved_policy, device, size=0):
+def load_scorer(reward, init, device, size=0):
     """
-    score(tokens, response_mask, prompts, responses) -> (B,), by a reward.py or by the run folder of
-    a reward model, size rows at a time (0: all); then the weights that the value model starts
-    from, and their checkpoint: the reward model's body, or with a reward.py the policy.
+    Returns scorer(tokens, response_mask, prompts, texts) -> scores (B,), of a reward.py or of a
+    reward model's run (size rows at a time), and the checkpoint that the value model starts from.
     """
     if reward.endswith('.py'):
         judge = load_judge(reward)
 
-        def score(tokens, response_mask, prompts, responses):
-            rewards = [judge(p, r)['reward'] for p, r in zip(prompts, responses)]
-            return torch.tensor(rewards, dtype=torch.float32, device=device)
-        return score, saved_policy['weights']['policy'], saved_policy
-
-    saved = load_checkpoint(reward, ['rm'])
-    if saved['fingerprint'] != saved_policy['fingerprint']:
+        def scorer(tokens, response_mask, prompts, texts):
+            numbers = [judge(prompt, text)['reward'] for prompt, text in zip(prompts, texts)]
+            return torch.tensor(numbers, dtype=torch.float32, device=device)
+        return scorer, init
+    source = load_checkpoint(reward, ['rm'])
+    if source['fingerprint'] != init['fingerprint']:
         raise UserError(f'{reward} reads another tokenizer than the policy')
-    model = load_model(ScalarGPT, saved, 'reward_model', device).requires_grad_(False)
+    model = load_model(ScalarGPT, source, 'reward_model', device).requires_grad_(False)
 
-    def score(tokens, response_mask, prompts, responses):
+    def scorer(tokens, response_mask, prompts, texts):
         scores = in_parts(lambda *part: last_scores(model, *part), size or len(tokens), tokens,
-                          response_mask) - saved['shift']
+                          response_mask) - source['shift']
         if not scores.isfinite().all():
             raise UserError(f'{reward}: a score is not a finite number')
         return scores
-    return score, model.body.state_dict(), saved
+    return scorer, source
 
 
 @torch.no_grad()
-def rollout(policy, ref, value_model, score, prompts, tokenizer, cfg, generator):
+def rollout(policy, ref, scorer, prompts, tokenizer, cfg, generator):
     """
-    One response for each prompt, and all that training asks of it, on one (B, T) grid.
-
-    Returns a dict: tokens (B, T+1), response_mask, logprobs, ref_logprobs, values, all (B, T),
-    scores (B,) after the rule for responses without EOS, raw_scores and ended (B,) before it.
+    Samples one response per prompt. Returns the grid, a dict of (B, T): x, y, mask, logprobs and
+    ref_logprobs; scores and ended, (B,) each; and the texts of prompts and of responses.
     """
-    eos, size = tokenizer.eot_token, cfg.micro_batch_size or len(prompts)
-    tokens, response_mask = generate(policy, prompts, cfg.max_new_tokens, eos, cfg.temperature,
-                                     generator)
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    texts, ended = decode_responses(tokens, response_mask, tokenizer)
-    raw_scores = score(tokens, response_mask, [tokenizer.decode(p) for p in prompts], texts)
-    ended = ended.to(x.device)
-    # A response that does not end earns no_eos_score at most: nothing else teaches it to end
-    scores = torch.where(ended, raw_scores, raw_scores.clamp(max=cfg.no_eos_score))
-
-    def logprobs_under(model):
-        return in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature), size, x, y,
-                        response_mask)
-    return {'tokens': tokens, 'response_mask': response_mask, 'raw_scores': raw_scores,
-            'scores': scores, 'ended': ended, 'logprobs': logprobs_under(policy),
-            'ref_logprobs': logprobs_under(ref), 'values': in_parts(value_model, size, x)}
+    tokens, mask = generate(policy, prompts, cfg.max_new_tokens, tokenizer.eot_token,
+                            cfg.temperature, generator)
+    responses, ended = decode_responses(tokens, mask, tokenizer)
+    texts = [tokenizer.decode(prompt) for prompt in prompts], responses
+    x, y = x_and_y(tokens)
+    grid = {'x': x, 'y': y, 'mask': mask}
+    for name, model in (('logprobs', policy), ('ref_logprobs', ref)):
+        grid[name] = in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature),
+                              cfg.micro_batch_size or len(x), x, y, mask)
+    return grid, scorer(tokens, mask, *texts), ended, texts
 
 
-def rollout_metrics(batch):
-    """
-    What is logged of a rollout batch. kl is summed over a response, then averaged over responses;
-    entropy is per token, estimated by -log pi of the tokens drawn.
-    """
-    B, response_tokens = len(batch['tokens']), batch['response_mask'].sum()
-    return {'score': batch['raw_scores'].mean().item(),
-            'kl': ((batch['logprobs'] - batch['ref_logprobs']).sum() / B).item(),
-            'entropy': (-batch['logprobs'].sum() / response_tokens).item(),
-            'length': (response_tokens / B).item(), 'eos': batch['ended'].float().mean().item()}
+def rollout_metrics(grid, scores, ended):
+    """Returns what is logged: kl per response; entropy per token, by -log pi of those drawn."""
+    B, response_tokens = len(scores), grid['mask'].sum()
+    return {'score': scores.mean().item(),
+            'kl': ((grid['logprobs'] - grid['ref_logprobs']).sum() / B).item(),
+            'entropy': (-grid['logprobs'].sum() / response_tokens).item(),
+            'length': (response_tokens / B).item(), 'eos': ended.float().mean().item()}
 
 
-def evaluate(policy, start_policy, value_model, score, judge, prompts, tokenizer, cfg):
-    """
-    The same numbers on held-out prompts; kl_sft is to the policy that PPO started from. With a
-    judge also gold, its mean reward: what the score is a stand-in for, and training never sees.
-    """
-    batch = rollout(policy, start_policy, value_model, score, prompts, tokenizer, cfg,
-                    rng(cfg.seed, 0, 'eval'))
+def evaluate(policy, start_policy, scorer, judge, rows, tokenizer, cfg):
+    """Returns rollout_metrics of held-out prompts, kl_sft for kl, and gold, a judge's reward."""
+    *batch, texts = rollout(policy, start_policy, scorer, [prompt for prompt, in rows], tokenizer,
+                            cfg, rng(cfg.seed, 0, 'eval'))
     metrics = {'kl_sft' if name == 'kl' else name: number
-               for name, number in rollout_metrics(batch).items()}
+               for name, number in rollout_metrics(*batch).items()}
     if judge:
-        texts, _ = decode_responses(batch['tokens'], batch['response_mask'], tokenizer)
-        golds = [judge(tokenizer.decode(p), text)['reward'] for p, text in zip(prompts, texts)]
+        golds = [judge(prompt, text)['reward'] for prompt, text in zip(*texts)]
         metrics = {'score': metrics['score'], 'gold': sum(golds) / len(golds), **metrics}
     return metrics
 
 
+def minibatch_gradient(policy, value_model, grid, indices, cfg, autocast):
+    """
+    Adds the gradients of both losses over the rows of a minibatch, micro_batch_size rows at a time.
+    Returns what is logged; ratio is the one furthest from 1.
+    """
+    response_tokens = int(grid['mask'][indices].sum())          # of the whole minibatch
+    pg_loss, vf_loss, ratios = 0.0, 0.0, []
+    for micro in indices.split(cfg.micro_batch_size or cfg.batch_size):
+        width = int(last_column(grid['mask'][micro]).max()) + 1         # cut the padding they share
+        part = {name: tensor[micro, :width] for name, tensor in grid.items()}       # (R, width)
+        mask = part['mask']
+        with autocast:
+            logprobs = token_logprobs(policy, part['x'], part['y'], mask, cfg.temperature)
+        losses, ratio = policy_loss(logprobs, part['logprobs'], part['advantages'], cfg.clip_eps)
+        loss = losses[mask].sum() / response_tokens
+        loss.backward()
+        pg_loss += loss.item()
+        ratios.append(ratio[mask].detach())
+        # Another network, so after the policy's backward pass: fewer activations are held at once
+        with autocast:
+            values = value_model(part['x'])
+        losses = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
+        loss = losses[mask].sum() / response_tokens
+        loss.backward()
+        vf_loss += loss.item()
+    ratios = torch.cat(ratios)                                  # (response_tokens,)
+    far = (ratios - 1).abs()
+    return {'ratio': ratios[far.argmax()].item(),
+            'clip_frac': (far > cfg.clip_eps).float().mean().item(),
+            'pg_loss': pg_loss, 'vf_loss': vf_loss}
+
+
 def main(cfg):
     """Trains a policy against a reward and returns the last evaluation's numbers."""
-    saved = open_run(cfg, 'ppo')
-    if saved and saved['step'] == cfg.steps:
-        print(f'{cfg.out} is finished: {cfg.steps} steps')
-        return saved['metrics']
     if cfg.temperature <= 0:
         raise UserError(f'--temperature={cfg.temperature}: PPO samples, so it must be above 0')
+    # --- the same in every script
+    saved = open_run(cfg, 'ppo')
     device, autocast = set_up(cfg)
-
-    # --- data and models
     init = load_checkpoint(cfg.init, POLICIES)
-    tokenizer, template = load_text(cfg.data, init)
-    score, value_weights, source = load_scorer(cfg.reward, init, device, cfg.micro_batch_size)
+    tokenizer, text = load_text(cfg.data, init)
+
+    # --- data and models: policy, reference, reward model and value model are four networks
+    scorer, source = load_scorer(cfg.reward, init, device, cfg.micro_batch_size)
+    judge = load_judge(cfg.judge) if cfg.judge else None
     policy = load_model(GPT, saved or init, 'policy', device)
     ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
     start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)    # for kl_sft
+    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # not the policy's shape
     if saved:
-        value_model = load_model(ScalarGPT, saved, 'value_model', device)
+        value_model.load_state_dict(saved['weights']['value_model'])
+    elif source['stage'] == 'rm':
+        value_model.load_state_dict(source['weights']['reward_model'])
+        torch.nn.init.zeros_(value_model.score.weight)
     else:
-        value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)
-        value_model.body.load_state_dict(value_weights)
-    for name, model in (('policy and reference', policy), ('value model', value_model)):
-        print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
-    train, val = load_split(cfg.data, 'prompts', template)
-    limits = policy.config.block_size, cfg.max_new_tokens
-    train = [row[0] for row in encode_rows(train, 'prompts', tokenizer, *limits, name='train')]
-    val = [row[0] for row in encode_rows(val[:128], 'prompts', tokenizer, *limits, name='val')]
-    inputs = check_inputs(cfg, saved, train, val, [init['metrics'], source['metrics']])
-    judge = load_judge(cfg.judge) if cfg.judge else None
+        value_model.body.load_state_dict(source['weights']['policy'])
+    print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
+    train, val = load_examples(cfg.data, 'prompts', tokenizer, text, policy.config.block_size,
+                               cfg.max_new_tokens)                              # rows (prompt,)
+    val = val[:128]
+    data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
     if judge:
-        judge(tokenizer.decode(val[0]), '')     # what is wrong with it shows before the first step
-    policy_optimizer = adamw(policy, cfg.weight_decay)
+        judge(tokenizer.decode(val[0][0]), '')  # a broken judge shows before the first step
+    optimizer = adamw(policy, cfg.weight_decay)
     value_optimizer = adamw(value_model, cfg.weight_decay)
     if cfg.compile:
         for model in (policy, ref, value_model):
             model.compile()
-    start, metrics = 0, {}
-    if saved:
-        start, metrics = saved['step'], saved['metrics']
-        policy_optimizer.load_state_dict(saved['optimizers']['policy'])
-        value_optimizer.load_state_dict(saved['optimizers']['value_model'])
+    start, metrics = resume(saved, optimizer, value_optimizer)
 
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
-    micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    # Equal lengths: a rollout batch sorted by length would be sorted by kind of prompt
-    for step, indices in zip(range(start, cfg.steps),
+    # Equal lengths, so unsorted: a batch sorted by length would be sorted by kind of prompt
+    for step, indices in zip(range(start + 1, cfg.steps + 1),
                              batches([1] * len(train), cfg.rollout_size, cfg.seed, start)):
         began = time.time()
         # 1. Sample and score
         with autocast:
-            batch = rollout(policy, ref, value_model, score, [train[i] for i in indices],
-                            tokenizer, cfg, rng(cfg.seed, step, 'rollout'))
-        x, y = batch['tokens'][:, :-1], batch['tokens'][:, 1:]                  # (B, T)
-        response_mask = batch['response_mask']
+            grid, scores, ended, _ = rollout(policy, ref, scorer, [train[i][0] for i in indices],
+                                             tokenizer, cfg, rng(cfg.seed, step - 1, 'rollout'))
         # 2. Which tokens were better than expected
-        rewards = token_rewards(batch['scores'], batch['logprobs'], batch['ref_logprobs'],
-                                response_mask, cfg.beta)                        # (B, T)
-        advantages, returns = gae(rewards, batch['values'], response_mask, cfg.gamma,
-                                  cfg.gae_lambda)
-        if cfg.whiten:      # after the returns, which must stay in units of the score
-            advantages = whiten(advantages, response_mask)      # over the whole rollout batch
-
-        # 3. Several passes over the batch, an optimizer step a minibatch
-        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup)
-        value_lr = learning_rate(step, cfg.steps, cfg.value_lr, cfg.warmup)
-        lengths = response_mask.sum(1).cpu()                # (B,) response tokens of each row
-        widths = (response_mask * torch.arange(1, x.size(1) + 1, device=device)
-                  ).amax(1).cpu()                           # (B,) columns up to its last one
-        sums, norms, ratio_of_first = torch.zeros(3, device=device), [], None   # pg, vf, clipped
+        mask = grid['mask']                                                     # (B, T)
+        with autocast, torch.no_grad():
+            grid['values'] = in_parts(value_model, cfg.micro_batch_size or len(mask), grid['x'])
+        rewards = token_rewards(cap_unfinished(scores, ended, cfg.no_eos_score), grid['logprobs'],
+                                grid['ref_logprobs'], mask, cfg.beta)           # (B, T)
+        advantages, grid['returns'] = gae(rewards, grid['values'], mask, cfg.gamma, cfg.gae_lambda)
+        # After the returns, which must stay in units of the score; over the whole rollout batch
+        grid['advantages'] = whiten(advantages, mask) if cfg.whiten else advantages
+        # 3. Several passes over the batch, one optimizer step per minibatch
+        lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
+        value_lr = learning_rate(step - 1, cfg.steps, cfg.value_lr, cfg.warmup)
+        updates = []                                    # what is logged of each optimizer step
         for epoch in range(cfg.ppo_epochs):
-            order = torch.randperm(len(x), generator=rng(cfg.seed, step * cfg.ppo_epochs + epoch,
-                                                         'shuffle'))
-            for minibatch in order.split(cfg.batch_size):
-                response_tokens = int(lengths[minibatch].sum())
-                losses, ratios = torch.zeros(2, device=device), []      # pg_loss and vf_loss
-                for rows in minibatch.split(micro_batch_size):
-                    T = int(widths[rows].max())             # cut the padding these rows share
-                    mask = response_mask[rows, :T]
-                    with autocast:
-                        logprobs = token_logprobs(policy, x[rows, :T], y[rows, :T], mask,
-                                                  cfg.temperature)
-                        values = value_model(x[rows, :T])
-                    pg, ratio = policy_loss(logprobs, batch['logprobs'][rows, :T],
-                                            advantages[rows, :T], cfg.clip_eps)
-                    vf = value_loss(values, batch['values'][rows, :T], returns[rows, :T],
-                                    cfg.vf_clip)
-                    pg, vf = pg[mask].sum() / response_tokens, vf[mask].sum() / response_tokens
-                    (pg + vf).backward()                    # two networks: nothing is mixed
-                    losses += torch.stack([pg, vf]).detach()
-                    ratios.append(ratio[mask].detach())
-                ratios = torch.cat(ratios)
-                if ratio_of_first is None:                  # no step yet: pi is pi_old
-                    ratio_of_first = ratios[(ratios - 1).abs().argmax()].item()
-                pg_loss, vf_loss = losses.tolist()
-                clipped = ((ratios - 1).abs() > cfg.clip_eps).float().mean()
-                sums += torch.stack([*losses, clipped])
-                norms.append(optimizer_step(policy_optimizer, policy, lr, cfg.grad_clip, step + 1,
-                                            pg_loss=pg_loss, vf_loss=vf_loss))
-                optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step + 1)
-        # 4. The reference follows
-        if cfg.ref_ema:
-            update_ema(ref, policy, cfg.ref_ema)
+            shuffle = rng(cfg.seed, (step - 1) * cfg.ppo_epochs + epoch, 'shuffle')
+            for minibatch in torch.randperm(len(mask), generator=shuffle).split(cfg.batch_size):
+                update = minibatch_gradient(policy, value_model, grid, minibatch, cfg, autocast)
+                norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, **update)
+                optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step)
+                updates.append({**update, 'norm': norm})
+        update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows; at rate 0 not
 
-        pg_loss, vf_loss, clip_frac = (sums / len(norms)).tolist()
-        log.step(step + 1, began, int(lengths.sum()), **rollout_metrics(batch),
-                 ratio=ratio_of_first, clip_frac=clip_frac, pg_loss=pg_loss, vf_loss=vf_loss,
-                 norm=sum(norms) / len(norms), lr=lr)
-
-        saving = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
-        if saving or (step + 1) % cfg.eval_every == 0:
+        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old
+        log.step(step, began, int(mask.sum()), **rollout_metrics(grid, scores, ended), **means,
+                 lr=lr)
+        # --- the same in every script
+        if step % cfg.eval_every == 0 or step == cfg.steps:
             with autocast:
-                metrics = evaluate(policy, start_policy, value_model, score, judge, val, tokenizer,
-                                   cfg)
+                metrics = evaluate(policy, start_policy, scorer, judge, val, tokenizer, cfg)
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
-            log.eval(step + 1, metrics, samples)
-        if saving:
-            save_checkpoint(f'{cfg.out}/ckpt.pt', 'ppo', step + 1, cfg, tokenizer, template,
-                            metrics, {'policy': policy, 'value_model': value_model, 'ref': ref},
-                            {'policy': policy_optimizer, 'value_model': value_optimizer},
-                            inputs=inputs)
+            log.eval(step, metrics, samples)
+            save_checkpoint(f'{cfg.out}/ckpt.pt', 'ppo', step, cfg, text, metrics,
+                            {'policy': policy, 'value_model': value_model, 'ref': ref},
+                            [optimizer, value_optimizer], data_hash=data_hash)
     log.close()
     return metrics
 

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from prefgpt import DataError
+from data.text import DataError
 
 TIMEOUT = 60        # seconds without a byte before the server is given up
 CHUNK = 2 ** 18     # bytes read at once

@@ -15,7 +15,8 @@ import torch
 
 from data.bpe import write_tiktoken
 from data.rows import write_rows
-from prefgpt import decode_responses, generate, rng
+from data.text import decode_responses
+from prefgpt import generate, rng
 
 LETTERS, MEAN, STD = 'abcdefgh', 20, 5
 MOST = 40                           # tokens of a response, EOS included

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 
-from prefgpt import DataError
+from data.text import DataError
 
 
 def shuffle(items, text=str):

@@ -51,7 +51,8 @@ import train_ppo
 import train_sft
 from data.contest import prepare
 from data.contest.language import LEVELS
-from prefgpt import UserError, load_checkpoint, load_rows, run_cli
+from data.text import load_rows
+from prefgpt import UserError, load_checkpoint, run_cli
 from studies.contest_picture import PPO, draw
 from studies.table import complete, parse_seeds, save_picture, show_means
 from tools import evaluate, sample

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prefgpt import DataError, UserError, run_cli
+from data.text import DataError
+from prefgpt import UserError, run_cli
 
 
 @dataclass

@@ -40,8 +40,8 @@ import train_rm
 import train_sft
 from data.lengths import MOST, gold, write_data, write_pairs
 from data.toy import prepare
-from prefgpt import (GPT, UserError, encode_rows, load_checkpoint, load_judge, load_model,
-                     load_split, load_text, run_cli)
+from data.text import encode_rows, load_judge, load_split, load_text
+from prefgpt import GPT, UserError, load_checkpoint, load_model, run_cli
 from studies.curves import COLORS, GREY
 from studies.policies import Gpt, train_gpt
 from studies.table import (complete, mean_and_spread, parse_seeds, save_picture, select,

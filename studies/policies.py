@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
-from prefgpt import (GPT, adamw, decode_responses, generate, load_checkpoint, load_model, load_text,
-                     make_batch, rng, token_logprobs)
+from data.text import decode_responses, load_text
+from prefgpt import (GPT, adamw, generate, load_checkpoint, load_model, make_batch, rng,
+                     token_logprobs)
 from studies.unified import train
 from train_ppo import gae, load_scorer, token_rewards, whiten
 

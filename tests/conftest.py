@@ -12,7 +12,8 @@ import torch
 
 import train_rm
 import train_sft
-from prefgpt import (GPT, GPTConfig, ScalarGPT, build_tokenizer, load_text, save_checkpoint)
+from data.text import build_tokenizer, load_text
+from prefgpt import GPT, GPTConfig, ScalarGPT, save_checkpoint
 
 EOS = 256           # of the byte tokenizer: the id after the 256 bytes
 TEMPLATE = 'user: {}\nbot:'

@@ -10,7 +10,8 @@ import torch
 import prefgpt
 import train_ppo
 from conftest import tiny_gpt, tiny_scalar
-from prefgpt import GPTConfig, UserError, adamw, encode_rows, load_split, load_text
+from data.text import encode_rows, load_split, load_text
+from prefgpt import GPTConfig, UserError, adamw
 from tools import bench
 
 TINY = bench.Shape(GPTConfig(16, 300, 2, 2, 8), prompt=3, shortest=2, longest=5, batch=4,

@@ -16,7 +16,8 @@ from data.contest import prepare
 from data.contest.language import (FUNCTIONS, HIDDEN, LEVELS, LONGEST, PROBLEMS, PUBLIC, SYMBOLS,
                                    WAYS, run, show)
 from data.contest.reward import score
-from prefgpt import UserError, load_checkpoint, load_judge, load_tokenizer
+from data.text import load_judge, load_tokenizer
+from prefgpt import UserError, load_checkpoint
 from studies import contest
 from studies.contest_picture import draw
 from studies.table import read_rows

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from prefgpt import FORMATS, DataError, UserError
+from data.text import DataError
+from prefgpt import FORMATS, UserError
 from studies import curves
 from studies.curves import STAGES, Config, draw, read_curves, running_mean, stage_of, y_limits
 

@@ -17,9 +17,9 @@ import tiktoken
 import torch
 
 import prefgpt
-from prefgpt import (HH_TEMPLATE, DataError, UserError, batches, build_tokenizer,
-                     decode_responses, encode_rows, fingerprint, load_rows, load_split, load_text,
-                     load_tokenizer, make_batch, printable, rng, tokenizer_text)
+from data.text import (HH_TEMPLATE, DataError, build_tokenizer, decode_responses, encode_rows,
+                       load_rows, load_split, load_text, load_tokenizer, tokenizer_text)
+from prefgpt import UserError, batches, fingerprint, make_batch, printable, rng
 
 EOS = 256
 BOT = 'user: {}\nbot:'          # a template that does not begin on a new line

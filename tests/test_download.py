@@ -14,7 +14,7 @@ import pytest
 
 from data import download as module
 from data.download import download
-from prefgpt import DataError
+from data.text import DataError
 
 BODY = bytes(i * i % 251 for i in range(100_000))
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -13,8 +13,9 @@ from conftest import EOS, TEMPLATE, save_tiny_run, tiny_scalar
 
 import tools.evaluate
 import train_rm
-from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_judge, load_model,
-                     load_text, rng, save_checkpoint)
+from data.text import load_judge, load_text
+from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, rng,
+                     save_checkpoint)
 from tools.evaluate import (Config, distinct, filtered_pass_at, mean_scores, pass_at, pass_columns,
                             show_table, standard_error, summarize, win_rate)
 

@@ -19,9 +19,9 @@ import tools.hf
 import train_rm
 import train_sft
 from data.bpe import train_bpe, write_tiktoken
+from data.text import load_tokenizer, tokenizer_text
 from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, fingerprint, last_scores,
-                     load_checkpoint, load_model, load_tokenizer, make_batch, parse_config,
-                     save_checkpoint, tokenizer_text)
+                     load_checkpoint, load_model, make_batch, parse_config, save_checkpoint)
 from tools.hf import Config, read_safetensors, read_tokenizer, write_safetensors
 
 TEXTS = ["it's the 12th test,  isn't it?\n\n\tThe end. the the then",

@@ -15,8 +15,8 @@ from collections import Counter
 import pytest
 
 from data.hh import prepare
-from prefgpt import (HH_TEMPLATE, DataError, UserError, build_tokenizer, encode_rows, load_rows,
-                     load_text, parse_config)
+from data.text import HH_TEMPLATE, DataError, build_tokenizer, encode_rows, load_rows, load_text
+from prefgpt import UserError, parse_config
 
 from conftest import BYTE_TOKENS, EOS
 

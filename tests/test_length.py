@@ -14,8 +14,9 @@ import train_rm
 import train_sft
 from conftest import randomize
 from data import lengths
+from data.text import load_text
 from prefgpt import (GPT, ScalarGPT, UserError, generate, last_scores, load_checkpoint, load_model,
-                     load_text, make_batch, rng, token_logprobs)
+                     make_batch, rng, token_logprobs)
 from studies import length
 from studies.length import CHAINS, METHODS, check, order
 from studies.policies import Gpt, train_gpt

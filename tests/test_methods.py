@@ -22,8 +22,9 @@ import train_rm
 import train_sft
 from conftest import (BYTE_TOKENS, EOS, read_log, save_tiny_run, tiny_gpt, tiny_scalar,
                       write_jsonl)
-from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, encode_rows, learning_rate,
-                     load_checkpoint, load_model, load_split, load_text, optimizer_step, rng)
+from data.text import encode_rows, load_split, load_text
+from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, learning_rate, load_checkpoint,
+                     load_model, optimizer_step, rng)
 from train_dpo import all_logprobs, dpo_loss, ipo_loss, pair_logprobs
 from train_ppo import (gae, load_scorer, policy_loss, rollout, rollout_metrics, token_rewards,
                        update_ema, value_loss, whiten)

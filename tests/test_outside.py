@@ -24,8 +24,9 @@ import tools.hf
 import train_rm
 import train_sft
 from data.bpe import train_bpe, write_tiktoken
-from prefgpt import (GPT, ScalarGPT, generate, last_scores, load_checkpoint, load_model,
-                     load_tokenizer, make_batch, save_checkpoint, tokenizer_text)
+from data.text import load_tokenizer, tokenizer_text
+from prefgpt import (GPT, ScalarGPT, generate, last_scores, load_checkpoint, load_model, make_batch,
+                     save_checkpoint)
 from train_dpo import dpo_loss, ipo_loss, pair_logprobs
 
 V, SHAPE = 701, dict(block_size=64, vocab_size=701, n_layer=3, n_head=4, n_embd=32)

@@ -16,8 +16,9 @@ import torch
 from conftest import EOS, save_tiny_run, write_jsonl
 
 import train_dpo
-from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, load_rows,
-                     make_batch, parse_config, rng)
+from data.text import load_rows
+from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, make_batch,
+                     parse_config, rng)
 from tools import sample
 from tools.sample import Config, make_pair
 

@@ -15,7 +15,8 @@ import pytest
 from data.bpe import write_tiktoken
 from data.rows import write_rows
 from data.sentiment import prepare, reward
-from prefgpt import DataError, load_judge, load_rows, load_tokenizer, parse_config
+from data.text import DataError, load_judge, load_rows, load_tokenizer
+from prefgpt import parse_config
 
 GOOD = ['moving', 'funny', 'warm', 'brilliant', 'tender']
 BAD = ['dull', 'lame', 'empty', 'tedious', 'awful']

@@ -14,7 +14,8 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import EOS, read_log, write_jsonl
-from prefgpt import GPT, UserError, generate, load_checkpoint, load_model, load_rows
+from data.text import load_rows
+from prefgpt import GPT, UserError, generate, load_checkpoint, load_model
 
 LN2 = math.log(2)
 

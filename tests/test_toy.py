@@ -20,7 +20,7 @@ from data.toy import prepare
 from data.toy.language import (ALTERNATIVE_FORM, MEANINGS, NOUNS, PHRASES, POPULAR_ERRORS,
                                REQUESTS, TARGETS, TOOL_FORMS, TOOLS, TWO_STEP_FORMS)
 from data.toy.reward import MAX_REWARD, judge, score
-from prefgpt import SPLIT_PATTERN, load_judge, load_tokenizer
+from data.text import SPLIT_PATTERN, load_judge, load_tokenizer
 
 MIRROR = 'user: how do i clean a mirror?\nbot:'             # a soft cloth; dust, circles
 MOON = 'user: tell me about the moon for a quiz.\nbot:'     # circles the earth, pulls on the tides

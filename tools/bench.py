@@ -43,8 +43,9 @@ import torch
 import torch.nn as nn
 
 import train_dpo, train_ppo, train_rm, train_sft
-from prefgpt import (GPT, LOGITS_AT_ONCE, GPTConfig, ScalarGPT, UserError, build_tokenizer,
-                     generate, peak_memory, rng, run_cli, save_checkpoint, set_up, tokenizer_text)
+from data.text import build_tokenizer, tokenizer_text
+from prefgpt import (GPT, LOGITS_AT_ONCE, GPTConfig, ScalarGPT, UserError, generate, peak_memory,
+                     rng, run_cli, save_checkpoint, set_up)
 
 
 @dataclass

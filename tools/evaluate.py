@@ -47,9 +47,9 @@ from pathlib import Path
 import torch
 
 import train_ppo
-from prefgpt import (GPT, POLICIES, UserError, decode_responses, encode_rows, generate,
-                     load_checkpoint, load_judge, load_model, load_rows, load_split, load_text, rng,
-                     run_cli, set_up, token_logprobs)
+from data.text import decode_responses, encode_rows, load_judge, load_rows, load_split, load_text
+from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, rng, run_cli,
+                     set_up, token_logprobs)
 
 
 @dataclass

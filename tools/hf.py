@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from data.download import download, sha256_of
-from prefgpt import (GPT, POLICIES, GPTConfig, UserError, build_tokenizer, check_archive,
-                     load_checkpoint, load_tokenizer, read_text, refuse_constant, run_cli,
-                     save_checkpoint, unique_keys)
+from data.text import build_tokenizer, load_tokenizer, read_text, refuse_constant, unique_keys
+from prefgpt import (GPT, POLICIES, GPTConfig, UserError, check_archive, load_checkpoint, run_cli,
+                     save_checkpoint)
 
 
 @dataclass

@@ -37,8 +37,8 @@ from pathlib import Path
 
 import torch
 
-from prefgpt import (GPT, POLICIES, UserError, build_tokenizer, decode_responses, encode_rows,
-                     from_messages, generate, load_checkpoint, load_model, load_split, printable,
+from data.text import build_tokenizer, decode_responses, encode_rows, from_messages, load_split
+from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, printable,
                      rng, run_cli, set_up)
 from train_ppo import load_scorer
 

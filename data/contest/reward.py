@@ -10,7 +10,7 @@ that passes nine tests of ten has reward 0, as one that is no program at all.
     score('5804>', 'x5+')  ->  {'reward': 1.0, 'correct': 1.0, 'public': 1.0, 'valid': 1.0}
 """
 from data.contest.language import HIDDEN, PROBLEMS, PUBLIC, run
-from prefgpt import DataError
+from data.text import DataError
 
 
 def score(prompt, response):

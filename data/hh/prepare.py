@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from data.bpe import train_bpe, write_tiktoken
 from data.download import download
 from data.rows import counted, shuffle, spread, write_rows
-from prefgpt import (HH_TEMPLATE, RESPONSES, DataError, UserError, from_transcripts,
-                     load_tokenizer, run_cli, string_of)
+from data.text import HH_TEMPLATE, RESPONSES, DataError, from_transcripts, load_tokenizer, string_of
+from prefgpt import UserError, run_cli
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/'
 FILES = {'train.jsonl.gz': '',  # its sha256 is not known to us; gzip's own checksum is looked at

@@ -30,7 +30,8 @@ from data.bpe import train_bpe, write_tiktoken
 from data.download import download
 from data.rows import counted, shuffle, spread, write_rows
 from data.sentiment import reward
-from prefgpt import DataError, load_tokenizer, run_cli
+from data.text import DataError, load_tokenizer
+from prefgpt import run_cli
 
 URL = ('https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/'
        'packages/corpora/sentence_polarity.zip')

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prefgpt import DataError
+from data.text import DataError
 
 TABLES = Path(__file__).with_name('judge.npz')
 WORD = re.compile(r"[\w']+|[^\w\s]")  # "isn't" is one word, "," another, "by-the-book" five

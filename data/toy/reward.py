@@ -14,7 +14,7 @@ It does not look at fluency, nor at length except through repetition and fillers
 import re
 
 from data.toy.language import MEANINGS, REQUESTS
-from prefgpt import DataError
+from data.text import DataError
 
 MAX_REWARD = {'how': 3.5, 'fact': 3.5, 'red': 2.0}  # kind of prompt -> the best reward there is
 
