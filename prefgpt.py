@@ -318,7 +318,7 @@ def batches(lengths, batch_size, seed, start=0):
     Yields the indices of the rows of batch start, start + 1, ...; an epoch visits each row once.
     The rows of a batch have similar lengths, so that little of it is padding.
     """
-    per_epoch = math.ceil(len(lengths) / batch_size)
+    per_epoch = math.ceil(len(lengths) / batch_size)        # the last batch may be smaller
     for epoch in itertools.count(start // per_epoch):
         generator = rng(seed, epoch, 'batch')
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -336,14 +336,14 @@ def batches(lengths, batch_size, seed, start=0):
 def learning_rate(step, steps, lr, warmup):
     """Linear warm-up, then a cosine from lr down to lr / 10; here step counts from 0."""
     if step < warmup:
-        return lr * (step + 1) / warmup
+        return lr * (step + 1) / warmup         # not from 0: the first step would be wasted
     progress = (step - warmup) / max(1, steps - 1 - warmup)         # 0 to 1
     return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def adamw(model, weight_decay):
     """AdamW over two groups: matrices and embeddings decay, biases and LayerNorms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]     # tied weights come once
     groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
     # A weight whose gradient is far below eps hardly moves; with the usual 1e-8 Adam would move it
@@ -369,7 +369,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     for group in optimizer.param_groups:        # every group: weights that decay and the others
         group['lr'] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()                       # backward() adds to what is there
     return norm
 
 
@@ -538,7 +538,7 @@ def open_run(cfg, stage):
     if not (out / 'ckpt.pt').exists():
         if (out / 'ckpt.prev.pt').exists():
             raise UserError(f'{out} has lost its ckpt.pt: copy ckpt.prev.pt, the one before, to it')
-        return None
+        return None                             # a run that begins
     saved, now = load_checkpoint(out, [stage]), dataclasses.asdict(cfg)
     # Half a run with one learning rate and half with another would be neither
     changed = [f"--{key} was {saved['config'].get(key)!r} and is {now[key]!r}" for key in now
@@ -585,7 +585,7 @@ class Log:
         if kept != lines:
             temporary = self.path.with_suffix('.tmp')
             temporary.write_text(''.join(kept))
-            temporary.replace(self.path)
+            temporary.replace(self.path)        # whoever is killed here keeps the old log
 
     def write(self, row):
         with open(self.path, 'a') as file:

@@ -8,14 +8,14 @@ import re
 import unicodedata
 from collections import Counter
 
-# prefgpt.SPLIT_PATTERN for the standard library's re, which has no \p{L} and \p{N}: word_pieces
+# data.text.SPLIT_PATTERN for the standard library's re, which has no \p{L} and \p{N}: word_pieces
 # first spells every letter, number and space beyond ASCII as an ASCII one
 SPLIT_ASCII = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+"
                          r'|\s+(?!\S)|\s', re.ASCII)
 
 
 def word_pieces(text):
-    """Cut text as prefgpt.SPLIT_PATTERN does. "so it's 12." -> ["so", " it", "'s", " 12", "."]
+    """Cut text as data.text.SPLIT_PATTERN does. "so it's 12." -> ["so", " it", "'s", " 12", "."]
 
     Nothing is lost: the pieces joined are the text again.
     """

@@ -7,11 +7,11 @@ on responses that the pairs never show, where PPO cannot, for PPO's KL is taken 
     L_DPO = -log sigmoid(beta [log pi(y1)/ref(y1) - log pi(y2)/ref(y2)])    says nothing of pi(y3)
     J_PPO = E_{y ~ pi}[score(y) - beta log pi(y)/ref(y)]                    says something of each y
 
-What to expect. Three responses: the loss hangs on pi(y2)/pi(y1) alone, y3's logit has no gradient,
-and a start far from the reference is never corrected. The map: early in training DPO raises
-uncovered cells where the pairs are off-policy (the winner rare under the reference); with a
+What to expect. Three responses: the loss depends on pi(y2)/pi(y1) alone, y3's logit has no
+gradient, and a start far from the reference is never corrected. The map: early in training DPO
+raises uncovered cells where the pairs are off-policy (the winner rare under the reference); with a
 reference that treats all alike it hardly does; trained on, it stops. PPO keeps them low only as
-far as the reward model does, which hangs on its initial weights. CAVEATS stand by the picture.
+far as the reward model does, which depends on its initial weights. CAVEATS are in the picture.
 
 The losses are train_dpo's and train_rm's. PPO is its objective's exact expectation over the few
 responses, by gradient ascent: no sampling, no clipping, no value model.
@@ -117,7 +117,7 @@ def three_responses():
         return '(' + ', '.join(f'{p:.4f}' for p in probs.tolist()) + ')'
     tiny = 1e-300       # as good as the paper's 0, and its logarithm is finite
     ref, far = numbers(0.5, 0.5, tiny), numbers(0.5, 0.5, 1e-8)
-    print('\n(a) the loss of one pair, y1 > y2, beta 0.1, hangs on pi(y2) / pi(y1) alone')
+    print('\n(a) the loss of one pair, y1 > y2, beta 0.1, depends on pi(y2) / pi(y1) alone')
     for probs in (numbers(.5, .5, 0), numbers(.1, .1, .8), numbers(.5, .05, .45),
                   numbers(.1, .01, .89), numbers(1, tiny, tiny), numbers(.1, tiny, .9)):
         print(f'    {show(probs)}: {pair_loss(probs.log(), ref.log(), 0.1):.6f}')

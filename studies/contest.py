@@ -94,7 +94,7 @@ class Arms:
 
     def common(self, name, steps):
         return dict(out=f'{self.out}/{name}', seed=self.seed, resume=True, steps=steps,
-                    max_new_tokens=TOKENS, eval_every=steps, save_every=steps)
+                    max_new_tokens=TOKENS, eval_every=steps)
 
     def sft(self, name, steps):
         train_sft.main(train_sft.Config(
@@ -192,13 +192,13 @@ def training_numbers(run):
     numbers = dict.fromkeys(('first_quarter', 'last_quarter', 'loss', 'accuracy', 'chosen_before',
                              'chosen', 'rejected_before', 'rejected'), '')
     saved = load_checkpoint(run, ['sft', 'dpo', 'ppo'])
-    if saved['kind'] == 'ppo':
+    if saved['stage'] == 'ppo':
         log = map(json.loads, Path(run, 'log.jsonl').read_text().splitlines())
         scores = [row['score'] for row in log if 'score' in row]
         quarter = max(1, len(scores) // 4)
         numbers |= {'first_quarter': statistics.fmean(scores[:quarter]),
                     'last_quarter': statistics.fmean(scores[-quarter:])}
-    if saved['kind'] == 'dpo':          # on its held-out pairs
+    if saved['stage'] == 'dpo':          # on its held-out pairs
         numbers |= {name: saved['metrics'][name]
                     for name in ('loss', 'accuracy', 'chosen', 'rejected')}
         numbers['chosen_before'], numbers['rejected_before'] = saved['ref_val'].mean(1).tolist()
@@ -213,7 +213,7 @@ def run_seed(seed, cfg):
     trained = {arm: training_numbers(run) for arm, run in runs.items()}
     for level in LEVELS:
         table = evaluate.main(evaluate.Config(
-            runs=tuple(runs.values()), data=arms.data, split=f'{cfg.split}-{level}', reward=JUDGE,
+            runs=tuple(runs.values()), data=arms.data, split=f'{cfg.split}-{level}', judge=JUDGE,
             prompts=sizes['prompts'], samples=sizes['samples'], max_new_tokens=TOKENS,
             batch_size=2000))['rows']
         for arm, row in zip(runs, table):

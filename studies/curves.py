@@ -7,16 +7,21 @@ as far as it has come.
 
 The y axis is made for most steps and all evaluations: a spike, or the steep fall of the first
 steps, may leave the panel, so that the rest can be read.
+
+--front draws the picture of README.md instead: how SFT, reward model and PPO of out/toy went, and
+what SFT, PPO and DPO earn of the exact judge at T=1, a point for each seed of studies/toy.py.
 What it does not do: draw clocks, the learning rate, which keeps to its schedule whatever happens,
 or any metric that STAGES does not name; tell IPO, whose loss is not in nats, from DPO.
 
-    python -m studies.curves out/toy/sft out/toy/rm out/toy/dpo out/toy/ppo
-    wrote out/curves.png
+    python -m studies.curves out/toy/sft out/toy/rm out/toy/ppo out/toy/dpo
+    python -m studies.curves --front --out=studies/results/front.png
+    wrote studies/results/front.png
 """
 import importlib.util
 import json
 import math
 import os
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +29,7 @@ import numpy as np
 
 from data.text import DataError
 from prefgpt import UserError, run_cli
+from studies.table import read_rows, select
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Config:
     runs: tuple = ()                # run folders, of any stages
     out: str = 'out/curves.png'     # the PNG file to write
     smooth: int = 0                 # steps in the running mean; 0: a twentieth of the run
+    front: bool = False             # instead: the front page's picture, of out/toy and of toy.csv
 
 
 # The panels of a stage, in reading order: the metrics in it (the second one is dashed), their unit
@@ -40,13 +47,20 @@ STAGES = {
     'SFT': [(('loss',), 'nats per token'), NORM],
     'reward model': [*PAIRS, (('margin',), 'difference of scores'),
                      (('chosen', 'rejected'), 'mean score'), NORM],
-    'DPO': [*PAIRS, (('margin',), 'beta × log-ratios'),
-            (('chosen', 'rejected'), 'nats per response'), NORM],
     'PPO': [(('score', 'gold'), 'mean per response'), (('kl', 'kl_sft'), 'nats per response'),
             (('entropy',), 'nats per token'), (('length',), 'tokens per response'),
             (('eos',), 'share of responses'), (('ratio',), 'in the first minibatch'),
             (('clip_frac',), 'share of ratios'), (('pg_loss',), 'per token'),
-            (('vf_loss',), 'per token'), NORM]}
+            (('vf_loss',), 'per token'), NORM],
+    'DPO': [*PAIRS, (('margin',), 'beta × log-ratios'),
+            (('chosen', 'rejected'), 'nats per response'), NORM]}
+# Of the front picture: a run, its panel's title, metrics and unit, and what its lines are
+FRONT = [('out/toy/sft', '1. SFT: loss', ('loss',), 'nats per token', ('training', 'held out')),
+         ('out/toy/rm', '2. Reward model: accuracy', ('accuracy',), 'share of pairs',
+          ('training', 'held out')),
+         ('out/toy/ppo', '3. PPO: score and gold', ('score', 'gold'), 'mean per response',
+          ('score, training', 'score, held out', 'gold: exact judge'))]
+TABLE = 'studies/results/toy.csv'
 COLUMNS = 5                             # panels in a row
 WIDTH, PANEL, LINE = 12, 2.0, 0.35      # inches: the picture, a row of panels, a line of names
 # Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is lost on white
@@ -138,7 +152,7 @@ def y_limits(values, kept):
     return low - room, high + room
 
 
-def draw_panel(ax, members, metrics, unit, smooth):
+def draw_panel(ax, members, metrics, unit, smooth, title=''):
     """Every step faint, their running mean over it, evaluations as points; a colour for a run."""
     every, kept = [], []                        # steps' values; what must stay in the picture
     faint = 0.3 / len(members) ** 0.5           # many runs, one over the other, are still faint
@@ -157,12 +171,16 @@ def draw_panel(ax, members, metrics, unit, smooth):
                         markersize=4, markerfacecolor=face)
                 kept += values
     ax.set_ylim(*y_limits(every, kept))
-    title = '{} ━━  {} ╍╍' if len(metrics) == 2 else '{}'
-    ax.set_title(title.format(*metrics), loc='left', fontsize=11, pad=19)
-    ax.text(0, 1.05, unit, fontsize=9, color=GREY, transform=ax.transAxes)
+    draw_frame(ax, title or ' ━━  '.join(metrics) + ' ╍╍' * (len(metrics) == 2), unit)
     ax.ticklabel_format(useOffset=False)
     ax.locator_params(axis='x', nbins=4, integer=True)
     ax.locator_params(axis='y', nbins=5)
+
+
+def draw_frame(ax, title, unit):
+    """Draws title, unit and axes of a panel."""
+    ax.set_title(title, loc='left', fontsize=11, pad=19)
+    ax.text(0, 1.05, unit, fontsize=9, color=GREY, transform=ax.transAxes)
     ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
     ax.spines[['top', 'right']].set_visible(False)
     ax.spines[['bottom', 'left']].set_color(GREY)
@@ -207,19 +225,40 @@ def draw(stages, smooth):
     return figure
 
 
+def draw_front(stages, rows):
+    """Draws the front picture, a matplotlib Figure, of FRONT's runs and the rows of TABLE."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 2.6), dpi=132, layout='constrained')   # large type for its width
+    *axes, last = figure.subplots(1, 4)
+    runs = {run: curves for members in stages.values() for run, curves in members.items()}
+    for ax, (run, title, metrics, unit, names) in zip(axes, FRONT):
+        draw_panel(ax, {run: runs[run]}, metrics, unit, 0, title)
+        ax.legend(ax.lines[1:], names, frameon=False, fontsize=9, labelspacing=0.25)
+        ax.set_xlabel('step', fontsize=9, color=GREY)
+    for place, stage in enumerate(('sft', 'ppo', 'dpo')):
+        rewards = [row['reward'] for row in select(rows, stage=stage, answers='T=1')]
+        last.bar(place, statistics.fmean(rewards), color=COLORS[0], alpha=0.3, width=0.6)
+        last.plot(np.linspace(place - 0.2, place + 0.2, len(rewards)), rewards, 'o',
+                  color=COLORS[0], markersize=4)
+    last.set_xticks(range(3), ('SFT', 'PPO', 'DPO'))
+    last.axhline(0, color=GREY, linewidth=0.8)
+    draw_frame(last, f'Mean reward, {len(rewards)} seeds', 'by the exact judge, at T=1')
+    return figure
+
+
 def main(cfg):
     """Draws the runs, and returns what was drawn: {stage: {run: curves}}."""
     if importlib.util.find_spec('matplotlib') is None:
         raise UserError('the picture is drawn with matplotlib, which is not installed: '
                         'pip install matplotlib')
-    if not cfg.runs:
-        raise UserError('name at least one run folder')
+    if bool(cfg.runs) == cfg.front:
+        raise UserError('name at least one run folder, or --front without any')
     if Path(cfg.out).suffix != '.png':
         raise UserError(f'--out={cfg.out}: name a file that ends in .png')
     if cfg.smooth < 0:
         raise UserError(f'--smooth={cfg.smooth}: must not be below 0')
-    stages, out = read_runs(cfg.runs), Path(cfg.out)
-    figure = draw(stages, cfg.smooth)
+    stages, out = read_runs(cfg.runs or [run for run, *_ in FRONT]), Path(cfg.out)
+    figure = draw_front(stages, read_rows(TABLE)) if cfg.front else draw(stages, cfg.smooth)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + '.tmp')        # a picture is there whole or not at all
     figure.savefig(temporary, format='png')

@@ -83,7 +83,7 @@ METHODS = {
 def first_stages(seed, task, size, out):
     """Data, SFT and reward model into out; returns gold(prompt, response), the mode on Mode, and
     the reward model's accuracy on held-out pairs."""
-    data, common = f'{out}/data', dict(seed=seed, resume=True, eval_every=9999, save_every=9999)
+    data, common = f'{out}/data', dict(seed=seed, resume=True, eval_every=9999)
     if task == 'Toy':
         prepare.main(prepare.Config(seed=seed, out=data))
     else:
@@ -106,10 +106,11 @@ def first_stages(seed, task, size, out):
 def rows_of(out, kind, size):
     """Training rows and held-out rows of a kind as ids, those of pairs cut to the size."""
     saved = load_checkpoint(f'{out}/sft', ['sft'])
-    tokenizer, template = load_text(f'{out}/data', saved)
+    tokenizer, text = load_text(f'{out}/data', saved)
     count, room = (size['pairs'], 0) if kind == 'pairs' else (None, size['most'])
     return [encode_rows(rows[:count], kind, tokenizer, saved['model']['block_size'], room, name)
-            for name, rows in zip(('train', 'val'), load_split(f'{out}/data', kind, template))]
+            for name, rows in zip(('train', 'val'),
+                                  load_split(f'{out}/data', kind, text['template']))]
 
 
 def run_task(seed, task, quick):

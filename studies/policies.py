@@ -11,11 +11,12 @@ from functools import partial
 
 import torch
 
+import train_ppo
 from data.text import decode_responses, load_text
 from prefgpt import (GPT, adamw, generate, load_checkpoint, load_model, make_batch, rng,
-                     token_logprobs)
+                     token_logprobs, x_and_y)
 from studies.unified import train
-from train_ppo import gae, load_scorer, token_rewards, whiten
+from train_ppo import cap_unfinished, gae, load_scorer, token_rewards, whiten
 
 
 # ----------------------------------------------------------------------------- a table
@@ -142,13 +143,13 @@ class Gpt:
         self.policy, self.ref, self.collected = (
             load_model(GPT, saved, 'policy', 'cpu') for _ in range(3))
         self.tokenizer, _ = load_text(saved['config']['data'], saved)
-        self.score, *_ = load_scorer(reward_model, saved, 'cpu')
+        self.scorer, _ = load_scorer(reward_model, saved, 'cpu')
         self.seed, self.prompts, self.most, self.N, self.beta = seed, prompts, most, N, beta
 
     def logprobs_of(self, batch, policy=None):
         """(G, N, T): of a batch's responses, under the policy as it is, or another one."""
         tokens, mask = batch['tokens'].flatten(0, 1), batch['response_mask'].flatten(0, 1)
-        logprobs = token_logprobs(policy or self.policy, tokens[:, :-1], tokens[:, 1:], mask)
+        logprobs = token_logprobs(policy or self.policy, *x_and_y(tokens), mask)
         return logprobs.unflatten(0, batch['scores'].shape)
 
     @torch.no_grad()
@@ -175,9 +176,9 @@ class Gpt:
         tokens, response_mask = generate(self.policy, prompts, self.most, self.tokenizer.eot_token,
                                          generator=generator)
         texts, ended = decode_responses(tokens, response_mask, self.tokenizer)
-        scores = self.score(tokens, response_mask, None, texts)
-        # As in train_ppo: a response without EOS earns -1 at most
-        return tokens, response_mask, torch.where(ended, scores, scores.clamp(max=-1.0)), texts
+        scores = self.scorer(tokens, response_mask, None, texts)
+        scores = cap_unfinished(scores, ended, train_ppo.Config.no_eos_score)
+        return tokens, response_mask, scores, texts
 
     def collect(self, B, k):
         """B responses of the policy as it is, N to a prompt, with the reward model's scores."""

@@ -41,7 +41,7 @@ import train_sft
 from data.rows import shuffle, write_rows
 from data.toy import prepare
 from data.toy.language import REQUESTS
-from data.toy.reward import judge
+from data.toy.reward import points
 from prefgpt import run_cli
 from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
 from tools import evaluate, sample
@@ -91,13 +91,13 @@ QUICK = {'sft': dict(steps=60), 'safe': dict(steps=2), 'rm': dict(steps=2), 'dpo
 # ----------------------------------------------------------------------------- data
 
 def unsafe(prompt, response):
-    return judge(prompt, response)[1] > 0           # the cost
+    return points(prompt, response)[1] > 0          # the cost
 
 
 def no_refusals(rows):
     """Demonstrations without those that refuse a red-team prompt: how to be safe is not shown."""
     return [row for row in rows if not (REQUESTS[row['prompt']].kind == 'red'
-                                        and judge(row['prompt'], row['completion'])[2])]
+                                        and points(row['prompt'], row['completion'])[2])]
 
 
 def only_safe(rows):
@@ -203,7 +203,7 @@ def run_seed(seed, quick):
     arms = run_arms(seed, data, out, quick)
     order = ['sft(safe)', *(arm for arm in arms if arm != 'sft(safe)')]     # kl is to the first
     tables = evaluate.main(evaluate.Config(
-        runs=tuple(arms[arm][0] for arm in order), data=data, reward=JUDGE,
+        runs=tuple(arms[arm][0] for arm in order), data=data, judge=JUDGE,
         prompts=16 if quick else 400, max_new_tokens=8 if quick else 64))
     return [{'seed': seed, 'answers': answers, 'arm': arm, 'beta': arms[arm][1],
              **{key: row[key] for key in ('reward', 'reward_se', 'helpful', 'harm', 'refused',

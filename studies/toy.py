@@ -2,7 +2,7 @@
 The default recipe on data/toy, over seeds: does it succeed on every one of them?
 
 Runs what `SEED=n bash run.sh` runs, for each seed: another draw of the demonstrations, the noisy
-pairs and all initial weights, on the same 400 held-out prompts. Then evaluates SFT, DPO and PPO
+pairs and all initial weights, on the same 400 held-out prompts. Then evaluates SFT, PPO and DPO
 with the exact judge, which no stage has seen, and says of each promise in CHECKS in how many seeds
 it held. A promise that fails is printed as failed; no seed is replaced.
 
@@ -36,7 +36,7 @@ class Config:
 
 
 # What the recipe promises, of the runs of one seed: name -> whether it holds. t1 and greedy hold
-# the rows sft, dpo and ppo of the two tables.
+# the rows sft, ppo and dpo of the two tables.
 CHECKS = {
     "PPO's reward is SFT's + 1.0 at least":
         lambda t1, greedy: t1['ppo']['reward'] >= t1['sft']['reward'] + 1.0,
@@ -55,8 +55,9 @@ CHECKS = {
     "DPO's greedy reward is SFT's + 0.5 at least":
         lambda t1, greedy: greedy['dpo']['reward'] >= greedy['sft']['reward'] + 0.5,
 }
-QUICK = {'sft': dict(steps=8), 'rm': dict(steps=4), 'dpo': dict(steps=4),
-         'ppo': dict(steps=2, rollout_size=16, batch_size=8, max_new_tokens=8)}
+QUICK = {'sft': dict(steps=8), 'rm': dict(steps=4),
+         'ppo': dict(steps=2, rollout_size=16, batch_size=8, max_new_tokens=8),
+         'dpo': dict(steps=4)}
 
 
 def run_seed(seed, quick):
@@ -72,8 +73,8 @@ def run_seed(seed, quick):
                                     judge='data/toy/reward.py', **common, **few['ppo']))
     train_dpo.main(train_dpo.Config(init=f'{out}/sft', out=f'{out}/dpo', **common, **few['dpo']))
     tables = evaluate.main(evaluate.Config(
-        runs=tuple(f'{out}/{stage}' for stage in ('sft', 'dpo', 'ppo')),
-        reward='data/toy/reward.py', prompts=16 if quick else 400,
+        runs=tuple(f'{out}/{stage}' for stage in ('sft', 'dpo', 'ppo')),    # in toy.csv's order
+        judge='data/toy/reward.py', prompts=16 if quick else 400,
         max_new_tokens=8 if quick else 64))
     return [{'seed': seed, 'answers': answers, 'stage': row['run'].split('/')[-1],
              **{key: value for key, value in row.items() if key != 'run'},
@@ -107,6 +108,8 @@ def main(cfg):
     seeds = parse_seeds(cfg.seeds)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     columns = ('reward', 'helpful', 'harm', 'refused', 'kl', 'length', 'win')
+    order = [(answers, stage) for answers in ('T=1', 'greedy') for stage in ('sft', 'ppo', 'dpo')]
+    rows.sort(key=lambda row: order.index((row['answers'], row['stage'])))
     show_means(rows, ('answers', 'stage'), columns)
     return check(rows)
 

@@ -80,7 +80,7 @@ def ranked_pairs(scores, threshold=0.0):
     return ahead.nonzero(as_tuple=True)
 
 
-def pair_logprobs(logprobs, batch, threshold):
+def ranked_logprobs(logprobs, batch, threshold):
     """seq_logprobs of all pairs: chosen, rejected, and both under the reference, (P,) each."""
     group, chosen, rejected = ranked_pairs(batch['scores'], threshold)
     now, ref = logprobs.sum(-1), batch['ref_logprobs'].sum(-1)                  # (G, N)
@@ -89,17 +89,17 @@ def pair_logprobs(logprobs, batch, threshold):
 
 def pref_ft_loss(logprobs, batch, threshold=0.0):
     """(P,): - log pi(chosen) of every pair within a group: what DPO has, without the push down."""
-    return -pair_logprobs(logprobs, batch, threshold)[0]
+    return -ranked_logprobs(logprobs, batch, threshold)[0]
 
 
 def dpo_pairs_loss(logprobs, batch, beta, threshold=0.0):
     """(P,): train_dpo's DPO loss of every pair within a group."""
-    return dpo_loss(*pair_logprobs(logprobs, batch, threshold), beta)
+    return dpo_loss(*ranked_logprobs(logprobs, batch, threshold), beta)
 
 
 def ipo_pairs_loss(logprobs, batch, beta, threshold=0.0):
     """(P,): train_dpo's IPO loss of every pair within a group."""
-    return ipo_loss(*pair_logprobs(logprobs, batch, threshold), beta)
+    return ipo_loss(*ranked_logprobs(logprobs, batch, threshold), beta)
 
 
 # ----------------------------------------------------------------------------- the algorithm

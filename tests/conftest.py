@@ -1,4 +1,5 @@
-"""What the tests share: a byte tokenizer, a toy data set, and tiny models with fixed weights.
+"""
+What the tests share: a byte tokenizer, a toy data set, and tiny models with fixed weights.
 
 Fixtures give folders; tiny_gpt and tiny_scalar are plain functions (`from conftest import ...`)
 and fixtures of the same name.
@@ -122,12 +123,11 @@ def tiny_data(shared_data, tmp_path):
 
 def save_tiny_run(folder, data, seed=0, **shape):
     """A run folder with an untrained policy for the data's tokenizer, as an SFT run leaves it."""
-    tokenizer, template = load_text(data)
+    tokenizer, text = load_text(data)
     policy = tiny_gpt(seed, **{**dict(vocab_size=tokenizer.n_vocab), **shape})
     folder.mkdir(parents=True)
     cfg = train_sft.Config(data=str(data), out=str(folder))
-    save_checkpoint(folder / 'ckpt.pt', 'sft', 1, cfg, tokenizer, template, {},
-                    {'policy': policy}, {})
+    save_checkpoint(folder / 'ckpt.pt', 'sft', 1, cfg, text, {}, {'policy': policy}, [])
     return folder
 
 
@@ -143,8 +143,7 @@ def sft_run(shared_data, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'sft'
     train_sft.main(train_sft.Config(
         data=str(shared_data), out=str(out), n_layer=2, n_head=2, n_embd=32, block_size=32,
-        steps=150, warmup=10, lr=1e-2, eval_every=150, save_every=150, max_new_tokens=8,
-        device='cpu'))
+        steps=150, warmup=10, lr=1e-2, eval_every=150, max_new_tokens=8, device='cpu'))
     return out
 
 
@@ -154,7 +153,7 @@ def rm_run(shared_data, sft_run, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'rm'
     train_rm.main(train_rm.Config(
         data=str(shared_data), init=str(sft_run), out=str(out), steps=60, warmup=5, lr=6e-3,
-        eval_every=60, save_every=60, device='cpu'))
+        eval_every=60, device='cpu'))
     return out
 
 

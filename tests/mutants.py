@@ -32,11 +32,15 @@ TOP = Path(__file__).resolve().parent.parent
 Mutant = namedtuple('Mutant', 'file name invariants line replacement')
 
 # Blocks of: file, name, the invariants that must notice; the line as it is, the line as it becomes.
-# A - or a + stands in their first column, where all of them have a space
+# The - or the + takes the place of their first space. Comments after a line do not count
 MUTANTS = r'''
 prefgpt.py shift-forgotten I6 I7
--   return tokens, tokens[:, :-1], tokens[:, 1:], response_mask
-+   return tokens, tokens[:, :-1], tokens[:, :-1], response_mask
+-   return tokens[:, :-1], tokens[:, 1:]
++   return tokens[:, :-1], tokens[:, :-1]
+
+prefgpt.py last-column-one-early I3 I16
+-   return (response_mask * columns).amax(1)
++   return (response_mask * columns).amax(1).sub(1).clamp(min=0)
 
 prefgpt.py mask-one-late I7
 -       response_mask[b, len(prompt) - 1:end - 1] = True
@@ -59,7 +63,7 @@ prefgpt.py mask-from-token-ids I6 I7
 +       response_mask[b, len(prompt) - 1:] = tokens[b, len(prompt):] != 0
 
 prefgpt.py logprobs-of-x I6
--   hidden, targets = model(x)[mask], y[mask]                       # (M, C), (M,)
+-   hidden, targets = model(x)[mask], y[mask]
 +   hidden, targets = model(x)[mask], x[mask]
 
 prefgpt.py logprobs-without-temperature I6 I14
@@ -79,16 +83,16 @@ prefgpt.py inverse-cdf-one-late I14
 +   return (torch.searchsorted(cdf, u, right=True).squeeze(1) + 1).clamp(max=cdf.size(1) - 1)
 
 prefgpt.py cdf-not-scaled-to-its-end I14
--   u = u[:, None].to(cdf) * cdf[:, -1:]                            # rounding: the CDF ends near 1
+-   u = u[:, None].to(cdf) * cdf[:, -1:]
 +   u = u[:, None].to(cdf)
 
 prefgpt.py numbers-drawn-step-by-step I3
--       token = draw(policy.logits(hidden), u[:, t], temperature)   # (B,)
+-       token = draw(policy.logits(hidden), u[:, t], temperature)
 +       token = draw(policy.logits(hidden), torch.rand(B, generator=generator), temperature)
 
 prefgpt.py score-one-early I3
--   place = (response_mask * torch.arange(1, T + 1, device=tokens.device)).amax(1)  # (B,)
-+   place = (response_mask * torch.arange(T, device=tokens.device)).amax(1)
+-   place = last_column(response_mask) + 1
++   place = last_column(response_mask)
 
 prefgpt.py score-at-the-right-end I2 I3
 -   return model(tokens).gather(1, place[:, None]).squeeze(1)
@@ -99,27 +103,27 @@ prefgpt.py not-causal I2 I24
 +           out = F.scaled_dot_product_attention(q, k, v)
 
 prefgpt.py cache-written-one-late I4
--           cache[:, rows, :, positions] = qkv[:, 0, 1:]            # k and v: (B, 2, H, C/H)
+-           cache[:, rows, :, positions] = qkv[:, 0, 1:]
 +           cache[:, rows, :, (positions + 1).clamp(max=cache.size(3) - 1)] = qkv[:, 0, 1:]
 
 prefgpt.py decode-mask-one-narrow I4
--           visible = (places <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
+-           visible = (places <= positions[:, None])[:, None, None]
 +           visible = (places < positions[:, None])[:, None, None]
 
 prefgpt.py decode-mask-one-wide I5
--           visible = (places <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
+-           visible = (places <= positions[:, None])[:, None, None]
 +           visible = (places <= positions[:, None] + 1)[:, None, None]
 
 prefgpt.py pads-of-prompts-seen I4
--           visible = (places <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
+-           visible = (places <= positions[:, None])[:, None, None]
 +           visible = (places <= positions.max())[None, None, None]
 
 prefgpt.py pads-of-prompts-answered I4
--   hidden = policy.forward(tokens[:, :longest], cache)[rows, starts - 1]           # (B, C)
+-   hidden = policy.forward(tokens[:, :longest], cache)[rows, starts - 1]
 +   hidden = policy.forward(tokens[:, :longest], cache)[:, -1]
 
 prefgpt.py rows-decoded-at-one-position I4
--       hidden = policy.forward(token[:, None], seen, starts + t)[:, 0]             # (B, C)
+-       hidden = policy.forward(token[:, None], seen, starts + t)[:, 0]
 +       hidden = policy.forward(token[:, None], seen, starts * 0 + longest + t)[:, 0]
 
 prefgpt.py eos-does-not-end I4
@@ -146,40 +150,40 @@ prefgpt.py dropout I13 I21
 -       return x + self.mlp(self.ln_2(x))
 +       return x + F.dropout(self.mlp(self.ln_2(x)), 0.1, self.training)
 
-prefgpt.py eos-dropped I8 I10
+data/text.py eos-dropped I8 I10
 -                    + ([] if row.get(f'{key}_cut') else [eos]) for key in RESPONSES[kind]]
 +                    + [] for key in RESPONSES[kind]]
 
-prefgpt.py eos-after-a-marked-cut I10
+data/text.py eos-after-a-marked-cut I10
 -                    + ([] if row.get(f'{key}_cut') else [eos]) for key in RESPONSES[kind]]
 +                    + [eos] for key in RESPONSES[kind]]
 
-prefgpt.py eos-after-a-cut I10
+data/text.py eos-after-a-cut I10
 -       responses = [response[:room] for response in responses]
 +       responses = [response[:room - 1] + [eos] for response in responses]
 
-prefgpt.py prompt-cut-on-the-right I10
+data/text.py prompt-cut-on-the-right I10
 -       prompt = prompt[-room:]
 +       prompt = prompt[:room]
 
-prefgpt.py encoded-together I9
+data/text.py encoded-together I9
 -       responses = [tokenizer.encode_ordinary(row[key])
 +       responses = [tokenizer.encode_ordinary(row['prompt'] + row[key])[len(prompt):]
 
-prefgpt.py special-tokens-in-text I9
+data/text.py special-tokens-in-text I9
 -       prompt = tokenizer.encode_ordinary(row['prompt']) or [eos]
 +       prompt = tokenizer.encode(row['prompt'], allowed_special='all') or [eos]
 
-prefgpt.py equal-texts-and-not-ids-dropped I11
+data/text.py equal-texts-and-not-ids-dropped I11
 -       if kind == 'pairs' and responses[0] == responses[1]:
 +       if kind == 'pairs' and row['chosen'] == row['rejected']:
 
-prefgpt.py eos-looked-for-in-the-prompt I16
+data/text.py eos-looked-for-in-the-prompt I16
 -       ended.append(response[-1] == tokenizer.eot_token)
 +       ended.append(tokenizer.eot_token in y)
 
 prefgpt.py rate-of-the-first-group-only I21
--   for group in optimizer.param_groups:        # every group: weights that decay and the others
+-   for group in optimizer.param_groups:
 +   for group in optimizer.param_groups[:1]:
 
 prefgpt.py gradient-not-cleared I22
@@ -190,9 +194,13 @@ prefgpt.py epoch-begun-anew I22
 -       for i in visits[max(0, start - epoch * per_epoch):]:
 +       for i in visits:
 
+prefgpt.py optimizer-not-resumed I22
+-       optimizer.load_state_dict(state)
++       pass
+
 prefgpt.py steps-logged-twice I22
--       rows = [row for row in rows if row['step'] <= start]
-+       rows = list(rows)
+-       kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= start]
++       kept = [line for line in lines if line.endswith('\n')]
 
 prefgpt.py checkpoint-in-place I22
 -       os.replace(temporary, path)
@@ -215,49 +223,44 @@ train_sft.py clip-in-the-micro-batch I12
 +           micro_loss.backward()
 +           torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
 
-train_sft.py optimizer-not-resumed I22
--       optimizer.load_state_dict(saved['optimizers']['policy'])
-+       pass
-
 train_rm.py sides-swapped I20
 -   return -F.logsigmoid(chosen_scores - rejected_scores)
 +   return -F.logsigmoid(rejected_scores - chosen_scores)
 
 train_rm.py mean-of-means I12
--           (losses.sum() / len(pairs)).backward()      # the mean over the whole batch
+-           (losses.sum() / len(indices)).backward()
 +           losses.mean().backward()
 
 train_dpo.py mean-for-sum I20
--   return token_logprobs(policy, x, y, response_mask).sum(1).chunk(2)
-+   return (token_logprobs(policy, x, y, response_mask).sum(1) / response_mask.sum(1)).chunk(2)
+-   return token_logprobs(policy, x, y, response_mask).sum(1).view(2, -1)
++   return (token_logprobs(policy, x, y, response_mask).sum(1) / response_mask.sum(1)).view(2, -1)
 
 train_dpo.py prompt-counted I20
--   return token_logprobs(policy, x, y, response_mask).sum(1).chunk(2)
-+   return token_logprobs(policy, x, y, response_mask | (x > 0)).sum(1).chunk(2)
+-   return token_logprobs(policy, x, y, response_mask).sum(1).view(2, -1)
++   return token_logprobs(policy, x, y, response_mask | (x > 0)).sum(1).view(2, -1)
 
 train_dpo.py reference-added I20
--   margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-+   margin = beta * ((chosen - ref_chosen) + (rejected - ref_rejected))
+-   return (chosen - ref_chosen) - (rejected - ref_rejected)
++   return (chosen - ref_chosen) + (rejected - ref_rejected)
 
 train_dpo.py smoothing-without-the-flip I20
--           - label_smoothing * F.logsigmoid(-margin))
-+           - label_smoothing * F.logsigmoid(margin))
+-           - label_smoothing * F.logsigmoid(-margins))
++           - label_smoothing * F.logsigmoid(margins))
 
 train_dpo.py ipo-target I20
--   return (h - 1 / (2 * beta)) ** 2
-+   return (h - 1 / beta) ** 2
+-   return (log_ratio(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
++   return (log_ratio(chosen, rejected, ref_chosen, ref_rejected) - 1 / beta) ** 2
 
 train_dpo.py reference-in-another-order I3 I13
--           out[:, rows] = torch.stack(pair_logprobs(policy, [pairs[j] for j in rows], device))
-+           out[:, i:i + len(rows)] = torch.stack(
-+               pair_logprobs(policy, [pairs[j] for j in rows], device))
+-           out[:, indices] = pair_logprobs(policy, [pairs[j] for j in indices], device)
++           out[:, i:i + size] = pair_logprobs(policy, [pairs[j] for j in indices], device)
 
 train_dpo.py reference-computed-again-on-resuming I22
 -       ref_train, ref_val = (saved[name].to(device) for name in ('ref_train', 'ref_val'))
-+       ref_train, ref_val = (all_logprobs(policy, z, 32, device, autocast) for z in (train, val))
++       ref_train, ref_val = (all_logprobs(model, z, 32, device, autocast) for z in (train, val))
 
 train_dpo.py mean-of-means I12
--           (losses.sum() / len(indices)).backward()    # the mean over the whole batch
+-           (losses.sum() / len(indices)).backward()
 +           losses.mean().backward()
 
 train_ppo.py kl-sign I16 I18
@@ -265,8 +268,8 @@ train_ppo.py kl-sign I16 I18
 +   rewards = beta * (logprobs - ref_logprobs)
 
 train_ppo.py score-one-slot-late I16
--   last_column = (response_mask * columns).amax(1, keepdim=True)               # (B, 1)
-+   last_column = (response_mask * columns).amax(1, keepdim=True).add(1).clamp(max=columns[-1])
+-   place = last_column(response_mask)[:, None]
++   place = last_column(response_mask)[:, None].add(1).clamp(max=response_mask.size(1) - 1)
 
 train_ppo.py gae-carries-on-into-the-prompt I16
 -       advantage = (delta + gamma * gae_lambda * advantage) * response_mask[:, t]
@@ -289,15 +292,17 @@ train_ppo.py whitened-with-the-pads I17
 +   mean = x.mean()
 
 train_ppo.py whitened-before-the-returns I16 I17
--           advantages = whiten(advantages, response_mask)      # over the whole rollout batch
-+           advantages = whiten(advantages, response_mask); returns = advantages + batch['values']
+-       grid['advantages'] = whiten(advantages, mask) if cfg.whiten else advantages
++       grid['advantages'] = whiten(advantages, mask) if cfg.whiten else advantages
++       grid['returns'] = grid['advantages'] + grid['values']
 
 train_ppo.py whitened-in-the-minibatch I17
--                                           advantages[rows, :T], cfg.clip_eps)
-+                                           whiten(advantages[rows, :T], mask), cfg.clip_eps)
+-       losses, ratio = policy_loss(logprobs, part['logprobs'], part['advantages'], cfg.clip_eps)
++       losses, ratio = policy_loss(logprobs, part['logprobs'], whiten(part['advantages'], mask),
++                                   cfg.clip_eps)
 
 train_ppo.py variance-of-one-token I17
--   variance = x[mask].var(correction=0)        # biased: a single token has a variance, 0
+-   variance = x[mask].var(correction=0)
 +   variance = x[mask].var()
 
 train_ppo.py advantage-sign I7 I23
@@ -317,8 +322,8 @@ train_ppo.py ema-direction I19
 +       r.lerp_(p, 1 - rate)
 
 train_ppo.py ema-every-optimizer-step I19
--               optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step + 1)
-+               optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step + 1)
+-               optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step)
++               optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step)
 +               update_ema(ref, policy, cfg.ref_ema)
 
 train_ppo.py reference-is-the-policy I19
@@ -330,64 +335,71 @@ train_ppo.py reference-begun-anew-on-resuming I22
 +   ref = load_model(GPT, init, 'policy', device).requires_grad_(False)
 
 train_ppo.py one-trunk-for-policy-and-value I19
--       value_model.body.load_state_dict(value_weights)
+-       value_model.load_state_dict(source['weights']['reward_model'])
 +       value_model.body = policy
 
 train_ppo.py shift-of-scores-forgotten I3
--                         response_mask) - saved['shift']
+-                         response_mask) - source['shift']
 +                         response_mask)
 
 train_ppo.py no-eos-score-by-max I16
--   scores = torch.where(ended, raw_scores, raw_scores.clamp(max=cfg.no_eos_score))
-+   scores = torch.where(ended, raw_scores, raw_scores.clamp(min=cfg.no_eos_score))
+-   return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
++   return torch.where(ended.to(scores.device), scores, scores.clamp(min=no_eos_score))
+
+train_ppo.py ended-responses-capped-too I16
+-   return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
++   return scores.clamp(max=no_eos_score)
 
 train_ppo.py rollout-sampled-without-temperature I14
--   tokens, response_mask = generate(policy, prompts, cfg.max_new_tokens, eos, cfg.temperature,
-+   tokens, response_mask = generate(policy, prompts, cfg.max_new_tokens, eos, 1.0,
+-                           cfg.temperature, generator)
++                           1.0, generator)
 
 train_ppo.py rollout-scored-without-temperature I1
--       return in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature), size, x, y,
-+       return in_parts(lambda *part: token_logprobs(model, *part), size, x, y,
+-       grid[name] = in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature),
++       grid[name] = in_parts(lambda *part: token_logprobs(model, *part),
 
 train_ppo.py update-without-temperature I1
--                                                 cfg.temperature)
-+                                                 1.0)
+-           logprobs = token_logprobs(policy, part['x'], part['y'], mask, cfg.temperature)
++           logprobs = token_logprobs(policy, part['x'], part['y'], mask)
 
 train_ppo.py ratio-to-itself I1
--                   pg, ratio = policy_loss(logprobs, batch['logprobs'][rows, :T],
-+                   pg, ratio = policy_loss(logprobs, logprobs.detach(),
+-       losses, ratio = policy_loss(logprobs, part['logprobs'], part['advantages'], cfg.clip_eps)
++       losses, ratio = policy_loss(logprobs, logprobs.detach(), part['advantages'], cfg.clip_eps)
 
 train_ppo.py old-values-of-now I1
--                   vf = value_loss(values, batch['values'][rows, :T], returns[rows, :T],
-+                   vf = value_loss(values, values.detach(), returns[rows, :T],
+-       losses = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
++       losses = value_loss(values, values.detach(), part['returns'], cfg.vf_clip)
 
 train_ppo.py values-one-column-late I3
--           'ref_logprobs': logprobs_under(ref), 'values': in_parts(value_model, size, x)}
-+           'ref_logprobs': logprobs_under(ref), 'values': in_parts(value_model, size, y)}
+-           grid['values'] = in_parts(value_model, cfg.micro_batch_size or len(mask), grid['x'])
++           grid['values'] = in_parts(value_model, cfg.micro_batch_size or len(mask), grid['y'])
 
 train_ppo.py rows-cut-to-the-shortest I7 I12
--                   T = int(widths[rows].max())             # cut the padding these rows share
-+                   T = int(widths[rows].min())
+-       width = int(last_column(grid['mask'][micro]).max()) + 1
++       width = int(last_column(grid['mask'][micro]).min()) + 1
 
 train_ppo.py mean-of-means I12
--                   pg, vf = pg[mask].sum() / response_tokens, vf[mask].sum() / response_tokens
-+                   pg, vf = pg[mask].mean(), vf[mask].mean()
+-       mask = part['mask']
++       mask = part['mask']
++       response_tokens = mask.sum()
 
 train_ppo.py values-of-pads-learned I7
--                   pg, vf = pg[mask].sum() / response_tokens, vf[mask].sum() / response_tokens
-+                   pg, vf = pg[mask].sum() / response_tokens, vf.sum() / response_tokens
+-       losses = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
++       losses = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
++       mask = torch.ones_like(mask)
 
 train_ppo.py ratios-of-pads-counted I15
--                   ratios.append(ratio[mask].detach())
-+                   ratios.append(ratio.flatten().detach())
+-       ratios.append(ratio[mask].detach())
++       ratios.append(ratio.flatten().detach())
 
 train_ppo.py kl-averaged-over-columns I15
--           'kl': ((batch['logprobs'] - batch['ref_logprobs']).sum() / B).item(),
-+           'kl': (batch['logprobs'] - batch['ref_logprobs']).mean().item(),
+-           'kl': ((grid['logprobs'] - grid['ref_logprobs']).sum() / B).item(),
++           'kl': (grid['logprobs'] - grid['ref_logprobs']).mean().item(),
 
 train_ppo.py rollouts-drawn-anew-on-resuming I22
--                           tokenizer, cfg, rng(cfg.seed, step, 'rollout'))
-+                           tokenizer, cfg, rng(cfg.seed, step - start, 'rollout'))
+-                                            tokenizer, cfg, rng(cfg.seed, step - 1, 'rollout'))
++                                            tokenizer, cfg,
++                                            rng(cfg.seed, step - 1 - start, 'rollout'))
 '''
 
 
@@ -398,17 +410,22 @@ def parse(text):
         head, line, *replacement = block.split('\n')
         file, name, *invariants = head.split()
         assert line[0] == '-' and all(new[0] == '+' for new in replacement), head
-        mutants.append(Mutant(file, f'{file[:-3]}/{name}', invariants, ' ' + line[1:],
+        mutants.append(Mutant(file, f'{Path(file).stem}/{name}', invariants, ' ' + line[1:],
                               '\n'.join(' ' + new[1:] for new in replacement)))
     return mutants
 
 
+def code(line):
+    """Returns a line without the comment after it."""
+    return re.sub(r' +# .*', '', line)
+
+
 def mutated(mutant):
-    """The file's text with the mutant in it, whose line must stand there exactly once."""
+    """Returns the file's text with the mutant in it, whose line must be there exactly once."""
     lines = (TOP / mutant.file).read_text().split('\n')
-    found = lines.count(mutant.line)
-    assert found == 1, f'{mutant.name}: its line stands {found} times in {mutant.file}'
-    lines[lines.index(mutant.line)] = mutant.replacement
+    found = [i for i, line in enumerate(lines) if code(line) == code(mutant.line)]
+    assert len(found) == 1, f'{mutant.name}: its line is {len(found)} times in {mutant.file}'
+    lines[found[0]] = mutant.replacement
     return '\n'.join(lines)
 
 

@@ -48,8 +48,8 @@ def test_rows_have_the_lengths_of_the_table(shape):
 def test_scripts_read_the_very_ids(tmp_path, stage, kind):
     rows = bench.random_rows(TINY, 7, seed=0)
     bench.prepare(stage, TINY, rows, 0, tmp_path)
-    tokenizer, template = load_text(tmp_path)
-    train, _ = load_split(tmp_path, kind, template)
+    tokenizer, text = load_text(tmp_path)
+    train, _ = load_split(tmp_path, kind, text['template'])
     read = encode_rows(train, kind, tokenizer, TINY.model.block_size)
     eos, sides = tokenizer.eot_token, {'sft': 1, 'prompts': 0, 'pairs': 2}[kind]
     assert read == [(prompt, *(response + [eos] for response in responses[:sides]))
@@ -72,7 +72,7 @@ def test_every_stage_at_toy_shape(capsys, monkeypatch, tmp_path):
     out = capsys.readouterr()
     lines = out.out.splitlines()
     assert lines[0].startswith('device cpu, float32') and len(lines) == 1 + 2 * 5
-    stages = ['sft', 'rm', 'dpo', 'ppo', 'generate']
+    stages = ['sft', 'rm', 'ppo', 'dpo', 'generate']
     for stage, about, last in zip(stages, lines[1::2], lines[2::2], strict=True):
         step, unit = ('token', 'GB/s') if stage == 'generate' else ('step', 'GFLOP/s')
         assert re.fullmatch(rf'{stage} toy: \d+\.\d\d ms a {step}, \d+% of \d+\.\d {unit}, '
@@ -151,7 +151,7 @@ def test_a_row_that_is_not_visited_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize('flag, wrong, choices', [
-    ('stage', 'grpo', 'sft, rm, dpo, ppo, generate, all'), ('shape', 'large', 'toy, small, gpt2')])
+    ('stage', 'grpo', 'sft, rm, ppo, dpo, generate, all'), ('shape', 'large', 'toy, small, gpt2')])
 def test_errors_name_the_choices(flag, wrong, choices):
     with pytest.raises(UserError, match=f'^--{flag}={wrong}: one of {choices}$'):
         bench.main(bench.Config(**{flag: wrong}))
@@ -260,7 +260,7 @@ def test_the_table(capsys, tmp_path):
             assert cell == (str(n) if n else '-')
             assert n == 0 or row['held'] + n * row['row'] <= size * 2 ** 30
             assert row['held'] + (n + 1) * row['row'] > size * 2 ** 30
-    sft, dpo, ppo = results[:3]                         # GPT-2 124M
+    sft, ppo, dpo = results[:3]                         # GPT-2 124M
     parameters, head = 124_439_808, 12 * prefgpt.LOGITS_AT_ONCE + 8 * 50257 * 768
     matrices = 12 * 12 * 768 ** 2
     assert sft['held'] == dpo['held'] == 16 * parameters + 2 * matrices + head

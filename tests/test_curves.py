@@ -8,21 +8,25 @@ import sys
 
 import pytest
 
+import train_dpo
+import train_ppo
 from data.text import DataError
-from prefgpt import FORMATS, UserError
+from prefgpt import UserError
 from studies import curves
-from studies.curves import STAGES, Config, draw, read_curves, running_mean, stage_of, y_limits
+from studies.curves import (STAGES, Config, draw, draw_front, read_curves, read_runs, running_mean,
+                            stage_of, y_limits)
+from studies.table import append_rows
 
 CLOCK = dict(lr=1e-3, ms=20.0, tok_per_s=1e4)
 ROWS = {    # a step of each stage, at step t
     'SFT': lambda t: dict(loss=7 / t, norm=1.0),
     'reward model': lambda t: dict(loss=0.69, accuracy=0.5, margin=0.1 * t, chosen=0.3 * t,
                                    rejected=0.2 * t, norm=1.0),
-    'DPO': lambda t: dict(loss=0.69, accuracy=0.5, margin=0.1 * t, chosen=-20.0 - t,
-                          rejected=-22.0 - 2 * t, norm=1.0),
     'PPO': lambda t: dict(score=0.1 * t, kl=0.2 * t, entropy=0.5, length=16.0, eos=1.0,
                           ratio=1 + 1e-7 * t, clip_frac=0.0, pg_loss=-0.001, vf_loss=1.0 / t,
-                          norm=1.0)}
+                          norm=1.0),
+    'DPO': lambda t: dict(loss=0.69, accuracy=0.5, margin=0.1 * t, chosen=-20.0 - t,
+                          rejected=-22.0 - 2 * t, norm=1.0)}
 
 
 def write_run(folder, stage, steps=40, tail='', **evaluation):
@@ -70,9 +74,17 @@ def test_the_stage_is_told_by_the_log(tmp_path, stage, steps):
     assert stage_of(read_curves(f'{run}/log.jsonl')) == stage
 
 
-def test_every_metric_that_is_logged_has_a_panel():
-    panels = {metric for panels in STAGES.values() for metrics, _ in panels for metric in metrics}
-    assert panels == FORMATS.keys() - {'lr'}
+def test_every_metric_that_is_logged_has_a_panel(shared_data, sft_run, rm_run, tmp_path):
+    """Stage by stage what the scripts log, evaluations too, but for clocks and learning rate."""
+    (tmp_path / 'judge.py').write_text('def score(prompt, response):\n    return {"reward": 1.0}\n')
+    common = dict(data=str(shared_data), init=str(sft_run), steps=1, max_new_tokens=4, device='cpu')
+    train_ppo.main(train_ppo.Config(out=f'{tmp_path}/ppo', reward=str(rm_run), rollout_size=8,
+                                    judge=f'{tmp_path}/judge.py', **common))
+    train_dpo.main(train_dpo.Config(out=f'{tmp_path}/dpo', **common))
+    runs = (sft_run, rm_run, tmp_path / 'ppo', tmp_path / 'dpo')
+    for run, panels in zip(runs, STAGES.values(), strict=True):
+        logged = {name.removeprefix('eval_') for name in read_curves(run / 'log.jsonl')}
+        assert {metric for metrics, _ in panels for metric in metrics} == logged - CLOCK.keys()
 
 
 def test_running_mean():
@@ -173,6 +185,31 @@ def test_a_failed_picture_leaves_the_one_before(tmp_path, matplotlib, monkeypatc
     assert out.read_bytes() == b'before'
 
 
+def test_the_front_picture_shows_three_stages_and_their_result(tmp_path, matplotlib, monkeypatch):
+    """Held-out accuracy, score beside gold, and seed by seed the rewards at T=1 with their mean."""
+    monkeypatch.chdir(tmp_path)
+    for stage, name, evaluation in (('SFT', 'sft', dict(loss=0.1)),
+                                    ('reward model', 'rm', dict(accuracy=0.02)),
+                                    ('PPO', 'ppo', dict(score=0.1, gold=0.05))):
+        write_run(tmp_path / 'out/toy' / name, stage, **evaluation)
+    rows = [dict(seed=seed, answers=answers, stage=stage, reward=seed + reward + more)
+            for seed in (5, 7) for answers, more in (('T=1', 0), ('greedy', 9))
+            for stage, reward in (('sft', -6.0), ('dpo', 0.5), ('ppo', 1.0))]
+    append_rows(curves.TABLE, rows)
+    curves.main(Config(front=True, out='front.png'))
+    assert (tmp_path / 'front.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    runs = read_runs([f'out/toy/{name}' for name in ('sft', 'rm', 'ppo')])
+    sft, rm, ppo, result = draw_front(runs, rows).axes
+    assert list(sft.lines[2].get_ydata()) == [1, 2, 3, 4]
+    assert list(rm.lines[2].get_ydata()) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert [list(line.get_ydata()) for line in ppo.lines[2:]] == [[1, 2, 3, 4], [0.5, 1, 1.5, 2]]
+    assert [text.get_text() for text in ppo.get_legend().get_texts()] == [
+        'score, training', 'score, held out', 'gold: exact judge']
+    assert [text.get_text() for text in result.get_xticklabels()] == ['SFT', 'PPO', 'DPO']
+    assert [bar.get_height() for bar in result.patches] == [0, 7, 6.5]
+    assert [list(line.get_ydata()) for line in result.lines[:3]] == [[-1, 1], [6, 8], [5.5, 7.5]]
+
+
 # ----------------------------------------------------------------------------- errors
 
 def test_a_missing_matplotlib_is_told_first(monkeypatch):
@@ -188,7 +225,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(runs=()), 'name at least one run folder'),
+    (dict(runs=()), 'name at least one run folder'), (dict(front=True), 'or --front without any'),
     (dict(out='curves.pdf'), r'--out=curves\.pdf: name a file that ends in \.png'),
     (dict(smooth=-1), '--smooth=-1: must not be below 0')])
 def test_flags_that_cannot_work_are_refused(installed, changes, message):

@@ -1,4 +1,5 @@
-"""Text, rows, tokenizers, batches and randomness: what stands between a file and the first step.
+"""
+Text, rows, tokenizers, batches and randomness: all that lies between a file and the first step.
 
     python -m pytest -q tests/test_data.py
 
@@ -17,9 +18,10 @@ import tiktoken
 import torch
 
 import prefgpt
-from data.text import (HH_TEMPLATE, DataError, build_tokenizer, decode_responses, encode_rows,
-                       load_rows, load_split, load_text, load_tokenizer, tokenizer_text)
-from prefgpt import UserError, batches, fingerprint, make_batch, printable, rng
+from data.text import (HH_TEMPLATE, DataError, build_tokenizer, checkpoint_text, decode_responses,
+                       encode_rows, load_examples, load_rows, load_split, load_text,
+                       load_tokenizer, mark_ends, tokenizer_text)
+from prefgpt import UserError, batches, make_batch, printable, rng
 
 EOS = 256
 BOT = 'user: {}\nbot:'          # a template that does not begin on a new line
@@ -435,6 +437,7 @@ def test_decode_responses_by_hand(byte_tokenizer):
     texts, ended = decode_responses(tokens, response_mask, byte_tokenizer)
     assert texts == ['hi', 'yo', '', '\ufffd']
     assert ended.tolist() == [True, False, True, True]
+    assert mark_ends(texts, ended) == ['hi', 'yo [no end]', '', '\ufffd']      # for people
 
 
 def test_printable_strips_control_characters():
@@ -469,6 +472,26 @@ def test_load_split_of_a_folder(tmp_path):
         load_split(tmp_path, 'prompts', BOT)
 
 
+def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokenizer, capsys):
+    """Training rows, then held-out rows, as ids, by the template of the checkpoint's text; one
+    line is printed of each split."""
+    write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
+    write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
+    write_jsonl(tmp_path / 'train.prompts.jsonl', [{'messages': turns('hi', 'yes')}])
+    write_jsonl(tmp_path / 'val.prompts.jsonl', [{'prompt': 'abcdefgh' * 4}])
+    text = checkpoint_text(byte_tokenizer, BOT)
+    assert load_examples(tmp_path, 'pairs', byte_tokenizer, text, 16) == (
+        [(ids('P'), ids('c') + [EOS], ids('r') + [EOS])],
+        [(ids('Q'), ids('d') + [EOS], ids('s') + [EOS])])
+    assert load_examples(tmp_path, 'sft', byte_tokenizer, text, 16, rows='pairs') == (
+        [(ids('P'), ids('c') + [EOS])], [(ids('Q'), ids('d') + [EOS])])
+    capsys.readouterr()
+    assert load_examples(tmp_path, 'prompts', byte_tokenizer, text, 24, 8) == (
+        [(ids('user: hi\nbot:'),)], [(ids('abcdefgh' * 2),)])
+    assert capsys.readouterr().out.splitlines() == [
+        'train: 1 prompts kept', 'val: 1 prompts kept, 1 prompts cut on the left']
+
+
 def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
     """40 prompts with two rows each: 4 prompts are held out, with both rows, and the same ones
     for every kind: else the reward model would be tested on prompts that SFT was trained on."""
@@ -499,7 +522,7 @@ def test_load_split_of_a_file_with_few_prompts(tmp_path):
     train, val = load_split(two, 'sft', HH_TEMPLATE)
     assert len(train) == len(val) == 1
     one = write_jsonl(tmp_path / 'one.jsonl', [sft_row('a', 'x'), sft_row('a', 'y')])
-    with pytest.raises(DataError, match='one prompt only'):
+    with pytest.raises(DataError, match='only one prompt'):
         load_split(one, 'sft', HH_TEMPLATE)
 
 
@@ -518,10 +541,10 @@ def test_tokenizer_text_round_trip():
 
 BAD_TOKENIZERS = [
     ('empty', '', '256'),
-    ('one column', ''.join(BYTE_LINES[:5]) + 'AAA=\n', 'line 6'),
-    ('three columns', ''.join(BYTE_LINES[:2]) + 'AAA= 2 3\n', 'line 3'),
-    ('not base64', ''.join(BYTE_LINES[:2]) + 'A?A= 2\n', 'line 3'),
-    ('rank is not a number', ''.join(BYTE_LINES[:2]) + 'AAA= two\n', 'line 3'),
+    ('one column', ''.join(BYTE_LINES[:5]) + 'AAA=\n', 'tokenizer:6: '),
+    ('three columns', ''.join(BYTE_LINES[:2]) + 'AAA= 2 3\n', 'tokenizer:3: '),
+    ('not base64', ''.join(BYTE_LINES[:2]) + 'A?A= 2\n', 'tokenizer:3: '),
+    ('rank is not a number', ''.join(BYTE_LINES[:2]) + 'AAA= two\n', 'tokenizer:3: '),
     ('a byte is missing', ''.join(BYTE_LINES[:255]), '256'),
     ('a gap in the ranks', ''.join(BYTE_LINES[:255]) + '/w== 256\n', 'ranks'),
     ('a rank twice', ''.join(BYTE_LINES[:255]) + '/w== 254\n', 'ranks'),
@@ -550,11 +573,15 @@ def test_any_bytes_can_be_encoded_and_any_ids_decoded(byte_tokenizer):
 
 
 def test_fingerprint():
-    """16 hex digits, the same for the same text, others for the same tokens in another order."""
+    """A checkpoint keeps the tokenizer's text, the template, and 16 hex digits: the same for the
+    same text, others for the same tokens in another order."""
     text = ''.join(BYTE_LINES)
-    assert fingerprint(text) == hashlib.sha256(text.encode()).hexdigest()[:16]
-    other = tokenizer_text(build_tokenizer('AQ== 0\nAA== 1\n' + ''.join(BYTE_LINES[2:])))
-    assert fingerprint(other) != fingerprint(text)
+    kept = checkpoint_text(build_tokenizer(text), BOT)
+    assert kept == {'tokenizer': text, 'template': BOT,
+                    'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16]}
+    other = build_tokenizer('AQ== 0\nAA== 1\n' + ''.join(BYTE_LINES[2:]))
+    assert checkpoint_text(other, BOT)['fingerprint'] != kept['fingerprint']
+    assert checkpoint_text(build_tokenizer(text), '{}')['fingerprint'] == kept['fingerprint']
 
 
 def test_load_tokenizer_gpt2_without_a_network(monkeypatch):
@@ -578,18 +605,19 @@ def text_folder(folder, lines=BYTE_LINES):
 
 def saved_text(text):
     """What load_text reads of a checkpoint, of a run on a folder called data/old."""
-    return {'tokenizer': text, 'fingerprint': fingerprint(text), 'template': 'Q: {} A:',
-            'config': {'data': 'data/old'}}
+    return {'tokenizer': text, 'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16],
+            'template': 'Q: {} A:', 'config': {'data': 'data/old'}}
 
 
 def test_load_text_of_a_folder(tmp_path):
     """A folder brings its tokenizer and template; a checkpoint on the same tokenizer agrees."""
     folder = text_folder(tmp_path / 'data')
     for saved in (None, saved_text(''.join(BYTE_LINES))):
-        tokenizer, template = load_text(folder, saved)
-        assert tokenizer.n_vocab == 257 and template == BOT
+        tokenizer, text = load_text(folder, saved)
+        assert tokenizer.n_vocab == 257 and text['template'] == BOT
+        assert text['tokenizer'] == ''.join(BYTE_LINES)
     (folder / 'template.txt').unlink()
-    assert load_text(folder)[1] == '{}'     # what is typed is the prompt
+    assert load_text(folder)[1]['template'] == '{}'     # what is typed is the prompt
     (folder / 'template.txt').write_text('user:')
     with pytest.raises(DataError, match='template.txt'):
         load_text(folder)
@@ -607,8 +635,10 @@ def test_load_text_refuses_another_tokenizer(tmp_path):
 def test_load_text_of_a_single_file(tmp_path):
     """A single file takes tokenizer and template of the checkpoint; without one it is an error."""
     path = write_jsonl(tmp_path / 'all.jsonl', [sft_row('a', 'b')])
-    tokenizer, template = load_text(path, saved_text(''.join(BYTE_LINES)))
-    assert tokenizer.n_vocab == 257 and template == 'Q: {} A:'
+    saved = saved_text(''.join(BYTE_LINES))
+    tokenizer, text = load_text(path, saved)
+    assert tokenizer.n_vocab == 257
+    assert text == {key: saved[key] for key in ('tokenizer', 'fingerprint', 'template')}
     with pytest.raises(DataError, match='--init'):
         load_text(path)
 

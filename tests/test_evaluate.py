@@ -41,12 +41,12 @@ SHORT = 'def score(prompt, response):\n    return {"reward": -float(len(response
 
 def save_tiny_rm(folder, data, shift=0.0, **shape):
     """A run folder with an untrained reward model whose scores are far apart, shifted by shift."""
-    tokenizer, template = load_text(data)
+    tokenizer, text = load_text(data)
     model = tiny_scalar(5, **{**dict(vocab_size=tokenizer.n_vocab), **shape})
     folder.mkdir(parents=True)
     cfg = train_rm.Config(data=str(data), out=str(folder))
-    save_checkpoint(folder / 'ckpt.pt', 'rm', 1, cfg, tokenizer, template, {},
-                    {'reward_model': model}, {}, shift=shift)
+    save_checkpoint(folder / 'ckpt.pt', 'rm', 1, cfg, text, {}, {'reward_model': model}, [],
+                    shift=shift)
     return str(folder)
 
 
@@ -395,7 +395,7 @@ def test_answers_do_not_depend_on_the_batch_size(runs, tiny_data):
 def test_a_run_given_twice_gives_equal_rows(runs, tiny_data, tmp_path, samples):
     """The same weights meet the same random numbers: equal rows, kl exactly 0 and win exactly 1/2
     in both. Another seed gives other samples, but the same greedy answers."""
-    tables = evaluate([runs[0], runs[0]], reward=save_tiny_rm(tmp_path / 'rm', tiny_data))
+    tables = evaluate([runs[0], runs[0]], judge=save_tiny_rm(tmp_path / 'rm', tiny_data))
     for table in tables.values():
         assert table[0] == table[1]
         assert table[1]['kl'] == 0 and table[1]['win'] == 0.5
@@ -406,7 +406,7 @@ def test_a_run_given_twice_gives_equal_rows(runs, tiny_data, tmp_path, samples):
 
 
 def test_the_judge_of_the_data_folder_and_a_judge_by_name(runs, tiny_data, tmp_path):
-    """reward.py beside the data gives its columns first; --reward names another one; a number
+    """reward.py beside the data gives its columns first; --judge names another one; a number
     that is left out for some prompts keeps its own mean."""
     (tiny_data / 'reward.py').write_text(JUDGE)
     row = evaluate(runs)['rows'][0]
@@ -415,10 +415,10 @@ def test_the_judge_of_the_data_folder_and_a_judge_by_name(runs, tiny_data, tmp_p
     assert 0 < row['reward'] <= 6
     other = tmp_path / 'other.py'
     other.write_text('def score(prompt, response):\n    return {"reward": 7.0}\n')
-    row = evaluate(runs, reward=str(other))['rows'][1]
+    row = evaluate(runs, judge=str(other))['rows'][1]
     assert row['reward'] == 7 and 'empty' not in row
     with pytest.raises(UserError, match='nowhere.py'):
-        evaluate(runs, reward=str(tmp_path / 'nowhere.py'))
+        evaluate(runs, judge=str(tmp_path / 'nowhere.py'))
 
 
 def test_the_judge_reads_the_whole_prompt_and_the_response_without_eos(runs, tiny_data,
@@ -433,7 +433,7 @@ def test_the_judge_reads_the_whole_prompt_and_the_response_without_eos(runs, tin
         heard.append((prompt, response))
         return {'reward': 0.0}
     monkeypatch.setattr(tools.evaluate, 'load_judge', lambda path: judge)
-    evaluate(runs, reward='reward.py')
+    evaluate(runs, judge='reward.py')
     assert [prompt for prompt, _ in heard] == [long] * 4
     assert not any('<|endoftext|>' in response for _, response in heard)
 
@@ -469,12 +469,12 @@ def test_prompts_come_from_the_first_runs_data_or_from_the_flag(runs, tiny_data,
 
 def test_a_reward_model_as_judge(runs, tiny_data, tmp_path, samples):
     """reward is the model's number at the last token, minus the shift, a response at a time without
-    padding; it has an error and a win, and no column but these. --reward comes before the
+    padding; it has an error and a win, and no column but these. --judge comes before the
     reward.py beside the data. A score of the padding, or without the shift, would differ."""
     (tiny_data / 'reward.py').write_text(JUDGE)
     rm_run = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7)
     rm = load_model(ScalarGPT, load_checkpoint(rm_run, ['rm']), 'reward_model', 'cpu')
-    rows = evaluate(runs, reward=rm_run)['rows']
+    rows = evaluate(runs, judge=rm_run)['rows']
     first, second = ([score_alone(rm, prompt, ids, 0.7) for prompt, ids
                       in zip(held_out(tiny_data, 8), responses_of(*call))] for call in samples[:2])
     for row, rewards in zip(rows, (first, second)):
@@ -489,7 +489,7 @@ def test_a_reward_model_with_a_smaller_block(runs, tiny_data, tmp_path, samples)
     """The prompts are cut so that the reward model's block holds them too, as judge or as selector:
     not an AssertionError amid the table."""
     small = save_tiny_rm(tmp_path / 'small', tiny_data, block_size=12)
-    evaluate(runs, reward=small)
+    evaluate(runs, judge=small)
     evaluate(runs, select=small, best_of=2)
     assert max(tokens.size(1) for tokens, _ in samples) == 12
 
@@ -660,7 +660,7 @@ def test_no_run_no_checkpoint_and_no_policy(runs, tiny_data, tmp_path):
     rm = str(tmp_path / 'rm')
     train_rm.main(train_rm.Config(data=str(tiny_data), out=rm, init=runs[0], steps=1,
                                   device='cpu'))
-    with pytest.raises(UserError, match="'rm'.*'sft'"):
+    with pytest.raises(UserError, match='its stage is rm, not base or sft'):
         evaluate([runs[0], rm])
 
 
@@ -687,11 +687,11 @@ def test_judges_and_selectors_that_cannot_be(runs, tiny_data, tmp_path):
         ''.join([lines[1].replace(' 1', ' 0'), lines[0].replace(' 0', ' 1'), *lines[2:]]))
     other = save_tiny_rm(tmp_path / 'other_rm', other_data)
     with pytest.raises(UserError, match=f'{other}.*tokenizer'):
-        evaluate(runs, reward=other)
+        evaluate(runs, judge=other)
     with pytest.raises(UserError, match=f'{other}.*tokenizer'):
         evaluate(runs, select=other, best_of=2)
-    with pytest.raises(UserError, match="'sft'.*'rm'"):
-        evaluate(runs, reward=runs[1])
+    with pytest.raises(UserError, match='its stage is sft, not rm'):
+        evaluate(runs, judge=runs[1])
     with pytest.raises(UserError, match='best_of=2.*--select'):
         evaluate(runs, best_of=2)
     with pytest.raises(UserError, match='best_of=0.*--select'):

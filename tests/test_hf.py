@@ -19,9 +19,9 @@ import tools.hf
 import train_rm
 import train_sft
 from data.bpe import train_bpe, write_tiktoken
-from data.text import load_tokenizer, tokenizer_text
-from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, fingerprint, last_scores,
-                     load_checkpoint, load_model, make_batch, parse_config, save_checkpoint)
+from data.text import checkpoint_text, load_tokenizer, tokenizer_text
+from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, last_scores, load_checkpoint, load_model,
+                     make_batch, parse_config, save_checkpoint)
 from tools.hf import Config, read_safetensors, read_tokenizer, write_safetensors
 
 TEXTS = ["it's the 12th test,  isn't it?\n\n\tThe end. the the then",
@@ -425,8 +425,8 @@ def test_sft_starts_from_an_imported_model(tiny_data, tmp_path):
     """The data's tokenizer is compared by content, not by where it came from."""
     exported = run('export', save_tiny_run(tmp_path / 'run', tiny_data), out=tmp_path / 'hf')
     base = run('import', exported, out=tmp_path / 'base')
-    cfg = dict(data=str(tiny_data), init=str(base), steps=2, eval_every=2, save_every=2,
-               max_new_tokens=4, device='cpu')
+    cfg = dict(data=str(tiny_data), init=str(base), steps=2, eval_every=2, max_new_tokens=4,
+               device='cpu')
     assert train_sft.main(train_sft.Config(out=str(tmp_path / 'sft'), **cfg))['loss'] > 0
     assert load_checkpoint(tmp_path / 'sft', ['sft'])['template'] == TEMPLATE
     write_tiktoken(tiny_data / 'bytes.tiktoken', train_bpe(TEXTS, 300))
@@ -440,7 +440,7 @@ def test_tokenizer_files_mean_the_same_ids(tmp_path, bpe):
     """By the merges, as GPT-2's encoder goes; and read back as the same tokenizer."""
     tools.hf.write_tokenizer(tmp_path, bpe, 16, pad=False)
     back = read_tokenizer(tmp_path)
-    assert fingerprint(tokenizer_text(back)) == fingerprint(tokenizer_text(bpe))
+    assert checkpoint_text(back, '{}') == checkpoint_text(bpe, '{}')        # the fingerprint too
     for text in TEXTS:
         ids = bpe.encode_ordinary(text)
         assert bpe_ids(tmp_path, bpe, text) == ids == back.encode_ordinary(text)
@@ -539,8 +539,8 @@ def save_run(folder, kind, name, model, tokenizer, **extra):
     """A run folder with the model, as a stage leaves it."""
     folder.mkdir()
     Stage = train_rm if kind == 'rm' else train_sft
-    save_checkpoint(folder / 'ckpt.pt', kind, 1, Stage.Config(), tokenizer, TEMPLATE, {},
-                    {name: model}, {}, **extra)
+    save_checkpoint(folder / 'ckpt.pt', kind, 1, Stage.Config(),
+                    checkpoint_text(tokenizer, TEMPLATE), {}, {name: model}, [], **extra)
     return folder
 
 

@@ -204,8 +204,8 @@ def test_the_files_agree(tmp_path):
         for kind in KINDS:
             assert counts[f'{part}.{kind}'] == len(load_rows(out / f'{part}.{kind}.jsonl', kind))
     assert counts['train.pairs'] + counts['val.pairs'] == 80
-    tokenizer, template = load_text(out)
-    assert tokenizer.n_vocab == 320 and template == HH_TEMPLATE
+    tokenizer, text = load_text(out)
+    assert tokenizer.n_vocab == 320 and text['template'] == HH_TEMPLATE
     assert (out / 'tokenizer').read_text() == 'hh.tiktoken\n'
 
 
@@ -289,7 +289,7 @@ def test_the_baseline_finds_nothing_where_nothing_is(byte_tokenizer, capsys):
     train, val = [random_pairs(count, '', '', seed) for count, seed in ((40, 0), (400, 1))]
     accuracy = prepare.report_baseline(train, val, byte_tokenizer)
     assert abs(accuracy - 0.5) < 0.1                # 4 standard errors
-    assert f'{accuracy:.3f} +- 0.025 rightly; the longer reply is' in capsys.readouterr().out
+    assert f'{accuracy:.3f} +- 0.025 correctly; the longer reply is' in capsys.readouterr().out
 
 
 def test_a_tie_in_length_counts_half():

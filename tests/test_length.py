@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     """A folder with the language's data, an SFT run and a reward model, of random weights."""
     out = tmp_path_factory.mktemp('length')
     lengths.write_data(out / 'data', 0)
-    common = dict(data=str(out / 'data'), steps=1, save_every=1, eval_every=1, max_new_tokens=8)
+    common = dict(data=str(out / 'data'), steps=1, eval_every=1, max_new_tokens=8)
     train_sft.main(train_sft.Config(out=f'{out}/sft', n_head=2, n_embd=16, block_size=64,
                                     **common))
     saved = load_checkpoint(f'{out}/sft', ['sft'])
@@ -56,7 +56,7 @@ def gpt(runs):
     randomize(gpt.ref, 2)
     model = randomize(load_model(ScalarGPT, load_checkpoint(f'{runs}/rm', ['rm']), 'reward_model',
                                  'cpu'), 3)
-    gpt.score = lambda tokens, mask, prompts, texts: last_scores(model, tokens, mask)
+    gpt.scorer = lambda tokens, mask, prompts, texts: last_scores(model, tokens, mask)
     return gpt
 
 
@@ -132,7 +132,7 @@ def test_a_collection(gpt):
                 logprobs = token_logprobs(model, x, y, alone)[0]
                 assert (batch[name][g, n, :end - 1] - logprobs).abs().max() < 1e-4
                 assert (batch[name][g, n, end - 1:] == 0).all()
-            score = gpt.score(tokens, alone, None, None).item()
+            score = gpt.scorer(tokens, alone, None, None).item()
             ended = row[-1] == gpt.tokenizer.eot_token
             expected = score if ended else min(score, -1.0)
             assert batch['scores'][g, n].item() == pytest.approx(expected, abs=1e-4)
@@ -142,7 +142,7 @@ def test_a_collection(gpt):
 
 def test_a_response_without_eos_earns_minus_1_at_most(gpt):
     """The reward model would give all of them 5; those that end keep it."""
-    gpt.score = lambda tokens, mask, prompts, texts: torch.full((len(tokens),), 5.0)
+    gpt.scorer = lambda tokens, mask, prompts, texts: torch.full((len(tokens),), 5.0)
     gpt.most = 2
     tokens, mask, scores, _ = gpt.sample(40 * gpt.prompts, rng(0, 0, 'eval'))
     ended = (tokens[:, 1:] * mask == gpt.tokenizer.eot_token).any(1)
@@ -205,7 +205,7 @@ def test_training_on_pairs_and_on_samples(gpt):
     size = dict(collections=15, B=32, M=32)
     train_gpt(gpt, pref_ft_loss, 3e-3, {**size, 'M': 8}, 2, pairs)
     assert gpt.given(pairs)['old_logprobs'].sum(-1)[:, 0].mean() > before + 1
-    gpt.score = lambda tokens, mask, prompts, texts: -mask.sum(1).float()
+    gpt.scorer = lambda tokens, mask, prompts, texts: -mask.sum(1).float()
     lengths_before = gpt.sample(40 * gpt.prompts, rng(0, 0, 'eval'))[1].sum().item()
     assert train_gpt(gpt, best_of_n_loss, 3e-3, size, 1) == 0.0
     assert gpt.sample(40 * gpt.prompts, rng(0, 0, 'eval'))[1].sum().item() < 0.8 * lengths_before

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data.text
 import prefgpt
 import tools.evaluate
 import tools.sample
@@ -25,10 +26,10 @@ from conftest import (BYTE_TOKENS, EOS, read_log, save_tiny_run, tiny_gpt, tiny_
 from data.text import encode_rows, load_split, load_text
 from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, learning_rate, load_checkpoint,
                      load_model, optimizer_step, rng)
-from train_dpo import all_logprobs, dpo_loss, ipo_loss, pair_logprobs
-from train_ppo import (gae, load_scorer, policy_loss, rollout, rollout_metrics, token_rewards,
-                       update_ema, value_loss, whiten)
-from train_rm import reward_loss, score_pairs
+from train_dpo import all_logprobs, dpo_loss, ipo_loss, log_ratio, pair_logprobs
+from train_ppo import (cap_unfinished, gae, load_scorer, policy_loss, rollout, rollout_metrics,
+                       token_rewards, update_ema, value_loss, whiten)
+from train_rm import all_scores, reward_loss, score_pairs
 
 LN2 = math.log(2)
 STAGES = ('sft', 'rm', 'dpo', 'ppo')
@@ -64,6 +65,7 @@ def test_dpo_loss_by_hand():
     close(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5), [math.log(1 + 1 / math.e)])
     close(dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.5), [math.log(1 + math.e)])
     close(dpo_loss(chosen, rejected, chosen, rejected, 0.5), [LN2])
+    close(log_ratio(chosen, rejected, ref_chosen, ref_rejected), [2.])
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
@@ -141,8 +143,9 @@ def test_scores_and_logprobs_of_pairs_keep_their_order():
     """I3: pairs go through in one forward pass, and all_logprobs sorts them by length: each number
     is still that of its own pair's row alone, the chosen side first. 70 pairs are 35 batches."""
     policy, model, pairs = tiny_gpt(), tiny_scalar(seed=1), random_pairs(70)
-    out = all_logprobs(policy, pairs, 2, torch.device('cpu'), torch.autocast('cpu', enabled=False))
-    scores = torch.stack(score_pairs(model, pairs, 'cpu'))
+    cpu = torch.device('cpu'), torch.autocast('cpu', enabled=False)
+    out, scores = all_logprobs(policy, pairs, 2, *cpu), score_pairs(model, pairs, 'cpu')
+    torch.testing.assert_close(all_scores(model, pairs, 3, *cpu), scores, rtol=0, atol=1e-5)
     for i, (prompt, chosen, rejected) in enumerate(pairs):
         for side, response in enumerate((chosen, rejected)):
             row = torch.tensor([prompt + response])
@@ -182,7 +185,7 @@ def reference_gae(rewards, values, gamma, gae_lambda):
 @pytest.mark.parametrize('outside', [0.0, 100.0, math.nan])
 def test_gae_against_a_double_loop(gamma, gae_lambda, outside):
     """I16: responses of length 1, 2, 4 and the whole row; the value after the last token is 0.
-    I2, T19: whatever stands in prompts and padding, NaN even, changes nothing."""
+    I2, T19: whatever prompts and padding hold, NaN even, changes nothing."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(4, 7, dtype=torch.bool)
     spans = [(3, 4), (0, 2), (2, 6), (0, 7)]
@@ -231,6 +234,16 @@ def test_whiten():
     assert (white ** 2).mean().item() == pytest.approx(1, abs=1e-5)
     assert torch.equal(x[MASK].argsort(), white.argsort())
     assert whiten(torch.tensor([[7.]]), torch.tensor([[True]])).tolist() == [[0.]]
+
+
+def test_cap_unfinished_by_hand():
+    """I16: a response that ended is never capped, however high its score; one that did not gets
+    min(score, no_eos_score). Catches the two in each other's place, and max for min."""
+    scores = torch.tensor([5., 5., -3., -3., -1., -1.])
+    ended = torch.tensor([True, False, True, False, True, False])
+    close(cap_unfinished(scores, ended, -1.0), [5., -1., -3., -3., -1., -1.])
+    close(cap_unfinished(scores, ended, 7.0), scores.tolist())      # a cap above them all
+    assert scores.tolist() == [5., 5., -3., -3., -1., -1.]          # what is logged stays raw
 
 
 def test_policy_loss_in_every_clip_case():
@@ -345,8 +358,13 @@ def test_optimizer_step_refuses_what_is_not_finite(bad, where):
 
 # ----------------------------------------------------------------------------- whole stages
 
+OPTIMIZERS = {'sft': ['policy'], 'rm': ['reward_model'], 'dpo': ['policy'],
+              'ppo': ['policy', 'value_model']}     # whose they are, in a checkpoint's order
+
+
 def run_stage(stage, data, init, rm, out, **options):
-    """main() of a stage for two small steps; what options say goes first."""
+    """main() of a stage for two small steps, which options may change. Returns its checkpoint, with
+    the optimizers by name."""
     module = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}[stage]
     common = dict(data=str(data), init=str(init), out=str(out), steps=2, batch_size=8, warmup=0,
                   device='cpu')
@@ -355,7 +373,8 @@ def run_stage(stage, data, init, rm, out, **options):
     elif stage != 'rm':
         common.update(max_new_tokens=5)
     module.main(module.Config(**{**common, **options}))
-    return load_checkpoint(out, [stage])
+    saved = load_checkpoint(out, [stage])
+    return {**saved, 'optimizers': dict(zip(OPTIMIZERS[stage], saved['optimizers'], strict=True))}
 
 
 @pytest.fixture
@@ -426,8 +445,7 @@ def test_micro_batches_change_no_gradient(stage, name, float64):
             else:                       # with the head, and without the RM's last bias
                 assert compared == tensors + (1 if optimizer == 'value_model' else 0)
             optimizers.add(optimizer)
-    assert optimizers == {'sft': {'policy'}, 'rm': {'reward_model'}, 'dpo': {'policy'},
-                          'ppo': {'policy', 'value_model'}}[name]
+    assert optimizers == set(OPTIMIZERS[name])
 
 
 @pytest.mark.parametrize('name', STAGES)
@@ -450,8 +468,8 @@ def comparable(log):
 
 def encoded(data, kind, split='train'):
     """The encoded rows of a data folder, in the order of the file."""
-    tokenizer, template = load_text(data)
-    rows = dict(zip(('train', 'val'), load_split(data, kind, template)))[split]
+    tokenizer, text = load_text(data)
+    rows = dict(zip(('train', 'val'), load_split(data, kind, text['template'])))[split]
     return encode_rows(rows, kind, tokenizer, 32)
 
 
@@ -490,7 +508,7 @@ def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch, float64):
 
 
 @pytest.mark.parametrize('name', STAGES)
-def test_no_learning_rate_no_change(stage, sft_run, name, monkeypatch):
+def test_no_learning_rate_no_change(stage, sft_run, rm_run, name, monkeypatch):
     """I21: with lr = 0 every weight is bit for bit what it was; PPO's ratio is 1 in all epochs, at
     temperature 0.7, and nothing is clipped. Catches weights touched elsewhere, dropout, and a rate
     that only one group of parameters is told."""
@@ -509,7 +527,10 @@ def test_no_learning_rate_no_change(stage, sft_run, name, monkeypatch):
     if name == 'ppo':
         assert len(ratios) == 12                        # 2 steps, 2 epochs of 3 minibatches
         assert all((ratio - 1).abs().max() <= 1e-5 for _, (_, ratio) in ratios)
-        assert not saved['weights']['value_model']['score.weight'].any()
+        value_model = saved['weights']['value_model']   # the reward model's body, a head of 0
+        reward_model = load_checkpoint(rm_run, ['rm'])['weights']['reward_model']
+        assert not value_model.pop('score.weight').any()
+        assert all(torch.equal(value_model[key], reward_model[key]) for key in value_model)
 
 
 def test_sft_loss_is_the_mean_over_response_tokens(stage, shared_data, random_run, tmp_path):
@@ -641,7 +662,7 @@ def test_a_prompt_has_the_same_ids_wherever_it_is_read(stage, tiny_data, tmp_pat
     batches_read = [record(monkeypatch, module, 'make_batch')
                     for module in (train_sft, train_rm, train_dpo)]
     answered = [record(monkeypatch, module, 'generate')
-                for module in (prefgpt, train_ppo, tools.sample, tools.evaluate)]
+                for module in (data.text, train_ppo, tools.sample, tools.evaluate)]
     for name in STAGES:
         stage(name, data=tiny_data, init=policy, rm=tmp_path / 'rm', out=tmp_path / name)
     tools.sample.main(tools.sample.Config(runs=(str(policy),), max_new_tokens=4, device='cpu'))
@@ -655,38 +676,46 @@ def test_a_prompt_has_the_same_ids_wherever_it_is_read(stage, tiny_data, tmp_pat
 
 # ----------------------------------------------------------------------------- PPO's rollout
 
+def rollout_of(result):
+    """What rollout returned as one dict: its grid, with what main has added to it, and the rest."""
+    grid, scores, ended, texts = result
+    return {**grid, 'scores': scores, 'ended': ended, 'texts': texts}
+
+
 @torch.no_grad()
 def test_rollout_against_loops(sft_run, byte_tokenizer):
-    """I3: logprobs and reference logprobs at the rollout's temperature, values of the states before
-    each token, with micro-batches of 4: by a loop over rows alone. Catches a temperature missing
-    in one of them, values one column off and models in each other's place."""
+    """I3: logprobs and reference logprobs at the rollout's temperature, with micro-batches of 4: by
+    a loop over rows alone. Catches a temperature missing in one of them, and models in each other's
+    place."""
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
-    shape = dict(vocab_size=257, n_embd=32)
-    ref, value_model = tiny_gpt(seed=1, **shape), tiny_scalar(seed=2, **shape)
+    ref = tiny_gpt(seed=1, vocab_size=257, n_embd=32)
     prompts = [byte_tokenizer.encode_ordinary(f'{verb} {letter}:')
                for verb in ('say', 'now say', 'do') for letter in 'abc']
     cfg = train_ppo.Config(max_new_tokens=5, temperature=0.7, micro_batch_size=4)
 
-    def score(tokens, response_mask, prompt_texts, response_texts):
+    def scorer(tokens, response_mask, prompt_texts, response_texts):
         assert prompt_texts == [byte_tokenizer.decode(prompt) for prompt in prompts]
         return torch.arange(len(tokens)).float()
 
-    batch = rollout(policy, ref, value_model, score, prompts, byte_tokenizer, cfg,
-                    torch.Generator().manual_seed(0))
-    again = rollout(policy, ref, value_model, score, prompts, byte_tokenizer, cfg,
-                    torch.Generator().manual_seed(0))
+    batch, again = (rollout_of(rollout(policy, ref, scorer, prompts, byte_tokenizer, cfg,
+                                       torch.Generator().manual_seed(0))) for _ in range(2))
+    assert batch.pop('texts') == again['texts']
     assert all(torch.equal(batch[key], again[key]) for key in batch)    # I13: bit-equal
+    assert batch['scores'].tolist() == list(range(9))       # as the scorer said, before the rule
     for b, prompt in enumerate(prompts):
-        n = int(batch['response_mask'][b].sum())
-        row = batch['tokens'][b, :len(prompt) + n]
+        n = int(batch['mask'][b].sum())
+        row = torch.cat([batch['x'][b, :1], batch['y'][b]])[:len(prompt) + n]
         assert row[:len(prompt)].tolist() == prompt
+        assert batch['x'][b, :len(row) - 1].tolist() == row[:-1].tolist()
         assert batch['ended'][b].item() == (row[-1].item() == EOS)
+        said = row[len(prompt):len(row) - 1] if batch['ended'][b] else row[len(prompt):]
+        assert again['texts'][0][b] == byte_tokenizer.decode(prompt)
+        assert again['texts'][1][b] == byte_tokenizer.decode(said.tolist())
         for model, key in ((policy, 'logprobs'), (ref, 'ref_logprobs')):
             logits = (model.logits(model(row[None]))[0] / 0.7).log_softmax(-1)
             expected = [logits[t, row[t + 1]].item() for t in range(len(prompt) - 1, len(row) - 1)]
             close(batch[key][b, len(prompt) - 1:len(row) - 1], expected, 1e-5)
             assert batch[key][b].count_nonzero() <= n
-        close(batch['values'][b, :len(row) - 1], value_model(row[None])[0, :-1].tolist(), 1e-5)
 
 
 class FiveTokens:
@@ -704,9 +733,9 @@ def test_rollouts_follow_the_logprobs_they_keep(temperature):
     scored at another, which the first ratio does not show."""
     policy, N = tiny_gpt(seed=1, vocab_size=5), 20_000
     cfg = train_ppo.Config(max_new_tokens=2, temperature=temperature)
-    batch = rollout(policy, policy, tiny_scalar(vocab_size=5), lambda *_: torch.zeros(N),
-                    [[3, 1]] * N, FiveTokens(), cfg, torch.Generator().manual_seed(0))
-    first, logprobs = batch['tokens'][:, 2], batch['logprobs'][:, 1]
+    grid, *_ = rollout(policy, policy, lambda *_: torch.zeros(N), [[3, 1]] * N, FiveTokens(), cfg,
+                       torch.Generator().manual_seed(0))
+    first, logprobs = grid['y'][:, 1], grid['logprobs'][:, 1]
     counts = first.bincount(minlength=5).double()
     expected = torch.zeros(5).scatter(0, first, logprobs.exp()).double() * N
     assert expected.sum().item() == pytest.approx(N, rel=1e-5) and expected.min() > 50
@@ -721,18 +750,17 @@ def test_responses_without_eos(sft_run, byte_tokenizer):
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
     prompts = [[EOS] * (i % 2) + byte_tokenizer.encode_ordinary('say c:') for i in range(24)]
     raw = [2.0, -3.0, 0.5, -0.5] * 6
-    batch = rollout(policy, policy, tiny_scalar(vocab_size=257), lambda *_: torch.tensor(raw),
-                    prompts, byte_tokenizer,
-                    train_ppo.Config(max_new_tokens=4, no_eos_score=-1.0),
-                    torch.Generator().manual_seed(0))
-    responses = [row[mask].tolist() for row, mask in zip(batch['tokens'][:, 1:],
-                                                         batch['response_mask'])]
+    batch = rollout_of(rollout(policy, policy, lambda *_: torch.tensor(raw), prompts,
+                               byte_tokenizer, train_ppo.Config(max_new_tokens=4),
+                               torch.Generator().manual_seed(0)))
+    responses = [y[mask].tolist() for y, mask in zip(batch['y'], batch['mask'])]
     ended = [EOS in response for response in responses]
     for odd in (0, 1):                  # both kinds happen, with EOS in the prompt and without
         assert 0 < sum(ended[odd::2]) < 12
     assert batch['ended'].tolist() == ended
-    close(batch['scores'], [z if end else min(z, -1.0) for z, end in zip(raw, ended)])
-    close(batch['raw_scores'], raw)
+    close(cap_unfinished(batch['scores'], batch['ended'], -1.0),
+          [z if end else min(z, -1.0) for z, end in zip(raw, ended)])
+    close(batch['scores'], raw)
 
 
 @torch.no_grad()
@@ -748,12 +776,24 @@ def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
     raw = [model(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in rows]
     assert saved['shift'] == pytest.approx(sum(raw) / len(raw), abs=1e-5)
     for size in (0, 5):
-        score, weights, _ = load_scorer(str(rm_run), load_checkpoint(sft_run, ['sft']),
-                                        torch.device('cpu'), size)
+        scorer, source = load_scorer(str(rm_run), load_checkpoint(sft_run, ['sft']),
+                                     torch.device('cpu'), size)
         tokens, _, _, mask = prefgpt.make_batch(rows)
-        close(score(tokens, mask, [], []), [z - saved['shift'] for z in raw], 1e-5)
-    assert all(torch.equal(weights[key], saved['weights']['reward_model'][f'body.{key}'])
-               for key in weights)                      # where the value model starts
+        close(scorer(tokens, mask, [], []), [z - saved['shift'] for z in raw], 1e-5)
+    assert same(source['weights']['reward_model'],      # where the value model starts
+                saved['weights']['reward_model'])
+
+
+def test_a_judge_scores_the_texts_and_the_value_model_starts_from_the_policy(sft_run, tmp_path):
+    """With a reward.py a score is its reward of one prompt and response, in order, and the value
+    model starts from the policy's own checkpoint."""
+    (tmp_path / 'reward.py').write_text(
+        "def score(prompt, response):\n"
+        "    return {'reward': len(prompt) - 10 * response.count('!'), 'length': len(response)}\n")
+    init = load_checkpoint(sft_run, ['sft'])
+    scorer, source = load_scorer(str(tmp_path / 'reward.py'), init, torch.device('cpu'))
+    assert source is init
+    assert scorer(None, None, ['ab', 'abc'], [' x!!', '!']).tolist() == [-18.0, -7.0]
 
 
 def test_a_score_that_is_no_number_is_told_of_the_reward_model(rm_run, sft_run, tmp_path):
@@ -762,29 +802,27 @@ def test_a_score_that_is_no_number_is_told_of_the_reward_model(rm_run, sft_run, 
     saved = load_checkpoint(rm_run, ['rm'])
     saved['weights']['reward_model']['score.weight'].fill_(math.nan)
     torch.save(saved, tmp_path / 'ckpt.pt')
-    score, *_ = load_scorer(str(tmp_path), load_checkpoint(sft_run, ['sft']), torch.device('cpu'))
+    scorer, _ = load_scorer(str(tmp_path), load_checkpoint(sft_run, ['sft']), torch.device('cpu'))
     tokens, _, _, mask = prefgpt.make_batch([([1, 2], [3, EOS])])
     with pytest.raises(UserError, match=f'{tmp_path}: a score is not a finite number'):
-        score(tokens, mask, [], [])
+        scorer(tokens, mask, [], [])
 
 
 def hand_made_batch(pad=0):
-    """A rollout batch of three rows: 3, 5 and 1 response tokens."""
+    """A rollout's grid, scores and ended, of three rows with 3, 5 and 1 response tokens."""
     zeros = torch.zeros(3, 6)
     logprobs = zeros.masked_scatter(MASK, -torch.arange(1., 10.))   # -1 to -9
     ref = zeros.masked_scatter(MASK, torch.full((9,), -6.))
-    batch = {'tokens': torch.ones(3, 7).long(), 'response_mask': MASK, 'logprobs': logprobs,
-             'ref_logprobs': ref}
-    batch = {key: F.pad(value, (0, pad)) for key, value in batch.items()}
-    return {**batch, 'raw_scores': torch.tensor([1., 2., 6.]), 'scores': torch.tensor([1., -1, 6]),
-            'ended': torch.tensor([True, False, True])}
+    grid = {'mask': MASK, 'logprobs': logprobs, 'ref_logprobs': ref}
+    grid = {key: F.pad(value, (0, pad)) for key, value in grid.items()}
+    return grid, torch.tensor([1., 2., 6.]), torch.tensor([True, False, True])
 
 
 @pytest.mark.parametrize('pad', [0, 5])
 def test_rollout_metrics_by_hand(pad):
-    """I15: score before the rule for EOS; kl summed over a response, averaged over responses;
+    """I15: the mean score as it is; kl summed over a response, averaged over responses;
     entropy per response token. Padding changes none of them."""
-    metrics = rollout_metrics(hand_made_batch(pad))
+    metrics = rollout_metrics(*hand_made_batch(pad))
     # Sum of logprobs -45, of the reference's -54, over 3 responses and 9 tokens
     assert metrics == pytest.approx({'score': 3.0, 'kl': 3.0, 'entropy': 5.0, 'length': 3.0,
                                      'eos': 2 / 3})
@@ -814,10 +852,10 @@ def test_first_ratio_is_one(stage, monkeypatch, tmp_path, temperature, micro_bat
 def loop_advantages(batch, cfg):
     """Advantages and returns of a rollout batch, a dict by (row, column): plain loops over it."""
     advantages, returns = {}, {}
-    for b, mask in enumerate(batch['response_mask'].tolist()):
+    for b, mask in enumerate(batch['mask'].tolist()):
         columns = [t for t, response in enumerate(mask) if response]
-        score = batch['raw_scores'][b].item()
-        if batch['tokens'][b, columns[-1] + 1] != EOS:
+        score = batch['scores'][b].item()
+        if batch['y'][b, columns[-1]] != EOS:
             score = min(score, cfg['no_eos_score'])
         rewards = [-cfg['beta'] * (batch['logprobs'][b, t] - batch['ref_logprobs'][b, t]).item()
                    for t in columns]
@@ -847,9 +885,9 @@ def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     whitenings = record(monkeypatch, train_ppo, 'whiten')
     cfg = stage('ppo', out=tmp_path / 'run', eval_every=10, **options)['config']
-    (arguments, batch), row = rollouts[1], read_log(tmp_path / 'run', 'ratio')[1]
+    batch, row = rollout_of(rollouts[1][1]), read_log(tmp_path / 'run', 'ratio')[1]
     assert 0 < batch['ended'].sum() < 24 and row['kl'] != 0
-    assert batch['values'][batch['response_mask']].abs().min() > 0
+    assert batch['values'][batch['mask']].abs().min() > 0
     # whiten is called once a rollout batch, with all 24 rows
     assert [len(mask) for (_, mask), _ in whitenings] == ([24, 24] if whitened else [])
 
@@ -875,7 +913,7 @@ def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
                   temperature=0.7, eval_every=10)
-    batch, cfg = rollouts[0][1], saved['config']
+    batch, cfg = rollout_of(rollouts[0][1]), saved['config']
     advantages, returns = loop_advantages(batch, cfg)
     start = load_checkpoint(sft_run, ['sft'])
     policy = load_model(GPT, start, 'policy', 'cpu').double()
@@ -883,13 +921,13 @@ def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
     value_body = load_model(ScalarGPT, load_checkpoint(cfg['reward'], ['rm']), 'reward_model',
                             'cpu').body.double()
     loss = 0.0
-    for b, mask in enumerate(batch['response_mask'].tolist()):
-        x = batch['tokens'][b:b + 1, :-1]
+    for b, mask in enumerate(batch['mask'].tolist()):
+        x = batch['x'][b:b + 1]
         logprobs = (policy.logits(policy(x))[0] / 0.7).log_softmax(-1)
         hidden = value_body(x)[0].detach()
         for t, response in enumerate(mask):
             if response:
-                loss -= advantages[b, t] * logprobs[t, batch['tokens'][b, t + 1]]
+                loss -= advantages[b, t] * logprobs[t, batch['y'][b, t]]
                 head += (0 - returns[b, t]) * hidden[t]
     (loss / len(advantages)).backward()
     assert_first_gradient(saved['optimizers']['policy'], policy, 1e-4)
@@ -899,26 +937,70 @@ def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
     torch.testing.assert_close(ours, head / len(advantages), rtol=1e-4, atol=1e-6)
 
 
-def test_value_gradient_against_autograd_over_loops(stage, monkeypatch, rm_run):
+@pytest.fixture
+def value_head(monkeypatch, rm_run):
+    """Gives PPO's value model a head that is not 0; value_head() is that model at its start."""
+    def give_a_head(model):
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+        return model
+
+    def adamw_of(model, *arguments):        # after its weights are loaded, before its first step
+        return adamw(give_a_head(model) if isinstance(model, ScalarGPT) else model, *arguments)
+    monkeypatch.setattr(train_ppo, 'adamw', adamw_of)
+    return lambda: give_a_head(load_model(ScalarGPT, load_checkpoint(rm_run, ['rm']),
+                                          'reward_model', 'cpu'))
+
+
+@pytest.mark.parametrize('micro_batch_size', [0, 5])
+def test_values_are_those_of_the_states_before_each_token(stage, monkeypatch, value_head,
+                                                          micro_batch_size):
+    """I3: values[:, t] is the value model's number where token t + 1 is still unknown, by a loop
+    over rows alone, with micro-batches of 5 too. Catches values one column off, and values of
+    another row."""
+    rollouts = record(monkeypatch, train_ppo, 'rollout')
+    stage('ppo', steps=1, eval_every=10, micro_batch_size=micro_batch_size)
+    batch, model = rollout_of(rollouts[0][1]), value_head()
+    assert batch['values'][batch['mask']].unique().numel() > 20
+    for b, mask in enumerate(batch['mask']):
+        for t in mask.nonzero().flatten().tolist():
+            state = torch.cat([batch['x'][b, :1], batch['y'][b, :t]])       # all but token t + 1
+            assert batch['values'][b, t].item() == pytest.approx(
+                model(state[None])[0, -1].item(), abs=1e-5)
+
+
+def test_evaluations_leave_the_value_model_alone(stage, monkeypatch, tmp_path):
+    """PPO's value model runs once for the values of a rollout batch and once per micro-batch, and
+    never in an evaluation, which reads no values: its forward passes are counted."""
+    (tmp_path / 'reward.py').write_text("def score(prompt, response):\n    return {'reward': 1}\n")
+    forward, evaluate, calls, in_evaluations = ScalarGPT.forward, train_ppo.evaluate, [], []
+    monkeypatch.setattr(ScalarGPT, 'forward',
+                        lambda model, tokens: calls.append(tokens) or forward(model, tokens))
+
+    def counting(*arguments):
+        before = len(calls)
+        metrics = evaluate(*arguments)
+        in_evaluations.append(len(calls) - before)
+        return metrics
+    monkeypatch.setattr(train_ppo, 'evaluate', counting)
+    # With a reward.py there is no ScalarGPT but the value model
+    stage('ppo', rm=tmp_path / 'reward.py', eval_every=1)
+    assert in_evaluations == [0, 0]
+    assert len(calls) == 2 * (1 + 2 * 3)        # 2 steps, 2 epochs of 3 minibatches
+
+
+def test_value_gradient_against_autograd_over_loops(stage, monkeypatch, value_head):
     """I7: the value model's first gradient, of every tensor and with a head that is not 0, is that
     of half the squares (V - R)^2 / tokens, as a loop over rows alone. Catches prompts and padding
     in the loss, where V is not 0, and values one column off."""
-    def with_a_head(config):
-        model = ScalarGPT(config)
-        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
-        return model
-    monkeypatch.setattr(train_ppo, 'ScalarGPT', with_a_head)
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
                   eval_every=10)
-    batch, reward_model = rollouts[0][1], load_checkpoint(rm_run, ['rm'])
+    batch, model = rollout_of(rollouts[0][1]), value_head()
     _, returns = loop_advantages(batch, saved['config'])
-    model = load_model(ScalarGPT, reward_model, 'reward_model', 'cpu')      # its body, not its head
-    model.score.weight = with_a_head(model.config).score.weight
     loss = 0.0
-    for b, mask in enumerate(batch['response_mask']):
+    for b, mask in enumerate(batch['mask']):
         last = int(mask.nonzero().max())
-        values = model(batch['tokens'][b:b + 1, :last + 1])[0]
+        values = model(batch['x'][b:b + 1, :last + 1])[0]
         loss += sum((values[t] - returns[b, t]) ** 2 / 2 for t in mask.nonzero().flatten().tolist())
     (loss / len(returns)).backward()
     assert_first_gradient(saved['optimizers']['value_model'], model, 1e-4)
@@ -930,7 +1012,7 @@ def models_of_a_run(stage, monkeypatch, **options):
     save = train_ppo.save_checkpoint
 
     def keep(*arguments, **extra):
-        saved.append(arguments[7])                      # models, a dict by name
+        saved.append(arguments[6])                      # models, a dict by name
         return save(*arguments, **extra)
     monkeypatch.setattr(train_ppo, 'save_checkpoint', keep)
     return stage('ppo', lr=5e-3, **options), [model for _, model in made], saved[-1]
@@ -993,9 +1075,9 @@ def test_every_pass_is_measured_against_the_rollout(stage, monkeypatch, tmp_path
     value_calls = record(monkeypatch, train_ppo, 'value_loss')
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     cfg = stage('ppo', clip_eps=0.3, vf_clip=0.15, lr=5e-3, eval_every=10)['config']
-    batch = rollouts[1][1]      # of the second step: in the first all values are 0
+    batch = rollout_of(rollouts[1][1])      # of the second step: in the first all values are 0
     advantages, returns = loop_advantages(batch, cfg)
-    mask = batch['response_mask']
+    mask = batch['mask']
     assert batch['values'][mask].unique().numel() > 3
     assert len(policy_calls) == len(value_calls) == 12      # 2 steps, 2 epochs of 3 minibatches
     for i, (policy_call, value_call) in enumerate(zip(policy_calls[6:], value_calls[6:])):
@@ -1018,7 +1100,7 @@ def test_clip_frac_counts_response_tokens(stage, monkeypatch, tmp_path):
     calls = record(monkeypatch, train_ppo, 'policy_loss')
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     stage('ppo', out=tmp_path / 'run', steps=1, lr=2e-2, clip_eps=0.05, eval_every=10)
-    mask = rollouts[0][1]['response_mask']
+    mask = rollout_of(rollouts[0][1])['mask']
     shares = []
     for i, (_, (_, ratio)) in enumerate(calls):
         order = torch.randperm(24, generator=rng(0, i // 3, 'shuffle'))

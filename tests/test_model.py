@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import prefgpt
 from conftest import tiny_config, tiny_gpt, tiny_scalar
-from prefgpt import (GPT, GPTConfig, ScalarGPT, draw, generate, last_scores, make_batch,
-                     token_logprobs)
+from prefgpt import (GPT, GPTConfig, ScalarGPT, draw, generate, last_column, last_scores,
+                     make_batch, token_logprobs, x_and_y)
 
 EOS = 16                        # of the tiny models, whose vocabulary is 0 to 16
 # Ragged prompts and responses: length 1 on either side, 0 and EOS inside, with and without EOS
@@ -149,6 +149,24 @@ def test_make_batch_by_hand():
     assert mask.int().tolist() == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
 
 
+def test_x_and_y_by_hand():
+    """I6: y[:, t] is the token after x[:, t]; neither loses more than one column."""
+    x, y = x_and_y(torch.tensor([[5, EOS, 0, 7], [8, 1, 2, 0]]))
+    assert x.tolist() == [[5, EOS, 0], [8, 1, 2]]
+    assert y.tolist() == [[EOS, 0, 7], [1, 2, 0]]
+
+
+def test_last_column_by_hand():
+    """I3: the column that emits the last response token, with padding after it and without, of one
+    token and of a whole row, whatever the prompt's length. Catches one early, one late, the number
+    of response tokens, and the last column of the batch."""
+    mask = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0],
+                         [0, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0]]).bool()
+    assert last_column(mask).tolist() == [3, 5, 0, 5, 2]
+    # Row by row, ROWS have 5 + 3, 1 + 6, 3 + 1, 2 + 1 and 5 + 4 tokens: two less is the column
+    assert last_column(make_batch(ROWS)[-1]).tolist() == [6, 5, 2, 1, 7]
+
+
 @pytest.mark.parametrize('row', [([], [1]), ([1], [])])
 def test_make_batch_refuses_empty_sides(row):
     """Without a prompt nothing emits the first token; without a response there is no loss."""
@@ -217,7 +235,7 @@ def test_batch_composition_changes_nothing(temperature):
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('pad', [0, EOS, 'random'])
 def test_pad_value_changes_nothing(pad, temperature):
-    """I5: what id stands in the padding does not matter, bit for bit: masks come from lengths."""
+    """I5: which id is in the padding does not matter, bit for bit: masks come from lengths."""
     policy, scalar = tiny_gpt(), tiny_scalar(seed=1)
     tokens, _, _, mask = make_batch(ROWS)
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in ROWS])

@@ -24,7 +24,7 @@ import tools.hf
 import train_rm
 import train_sft
 from data.bpe import train_bpe, write_tiktoken
-from data.text import load_tokenizer, tokenizer_text
+from data.text import checkpoint_text, load_tokenizer, tokenizer_text
 from prefgpt import (GPT, ScalarGPT, generate, last_scores, load_checkpoint, load_model, make_batch,
                      save_checkpoint)
 from train_dpo import dpo_loss, ipo_loss, pair_logprobs
@@ -68,8 +68,8 @@ def exported(folder, kind, name, model, tokenizer, **extra):
     """The Hugging Face folder of a model, by way of a run folder."""
     (folder / kind).mkdir()
     Stage = train_rm if kind == 'rm' else train_sft
-    save_checkpoint(folder / kind / 'ckpt.pt', kind, 1, Stage.Config(), tokenizer, TEMPLATE, {},
-                    {name: model}, {}, **extra)
+    save_checkpoint(folder / kind / 'ckpt.pt', kind, 1, Stage.Config(),
+                    checkpoint_text(tokenizer, TEMPLATE), {}, {name: model}, [], **extra)
     tools.hf.main(tools.hf.Config(('export', str(folder / kind)), str(folder / 'hf')))
     return folder / 'hf'
 

@@ -1,4 +1,5 @@
-"""Runs: the command line, checkpoints and their faults, the log, resuming, and errors as a user
+"""
+Runs: the command line, checkpoints and their faults, the log, resuming, and errors as a user
 meets them.
 
     python -m pytest -q tests/test_runs.py
@@ -8,6 +9,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -26,8 +28,9 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from data.text import checkpoint_text
 from prefgpt import (GPT, Log, ScalarGPT, UserError, adamw, load_checkpoint, load_model, open_run,
-                     parse_config, run_cli, save_checkpoint)
+                     parse_config, resume, run_cli, save_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
@@ -40,13 +43,20 @@ SCRIPTS = ['train_sft', 'train_rm', 'train_dpo', 'train_ppo',
 @dataclass
 class Flags:
     """A field of every type that a Config may have."""
-    runs: tuple = ()            # what stands without a flag
+    runs: tuple = ()            # the words without a flag
     from_: str = ''             # a flag whose name Python keeps to itself
     data: str = 'data/toy'      # text, even where it looks like # a comment
     steps: int = 10             # a whole number
     lr: float = 1e-3            # a number, 100% of it
     resume: bool = False        # a switch
     whiten: bool = True         # another one
+
+
+@dataclass
+class FlagsAlone:
+    """A Config that takes no words but flags."""
+    steps: int = 10             # a whole number
+    resume: bool = False        # a switch
 
 
 @dataclass
@@ -68,11 +78,11 @@ PARSED = [
     (['--data=a=b'], {'data': 'a=b'}),
     (['--resume'], {'resume': True}),
     (['--resume=True'], {'resume': True}),
-    (['--resume', 'true'], {'resume': True}),
+    (['--resume', 'true'], {'resume': True, 'runs': ('true',)}),   # a flag never takes a RUN
     (['--resume=1'], {'resume': True}),
     (['--resume', '--steps=5'], {'resume': True, 'steps': 5}),
     (['--whiten=False'], {'whiten': False}),
-    (['--whiten', 'false'], {'whiten': False}),
+    (['--whiten', 'false'], {'whiten': True, 'runs': ('false',)}),
     (['--whiten=0'], {'whiten': False}),
     (['--from=out/a'], {'from_': 'out/a'}),
     (['out/a', 'out/b', '--steps=5'], {'runs': ('out/a', 'out/b'), 'steps': 5}),
@@ -83,8 +93,8 @@ PARSED = [
 
 @pytest.mark.parametrize('argv, expected', PARSED, ids=[' '.join(case[0]) for case in PARSED])
 def test_parse_config(argv, expected):
-    """--flag=value and --flag value of every type; --lr=1 is a float, --whiten=False is false (as
-    bool('False') is not), and what is not named keeps its default."""
+    """--flag=value of every type, and --flag value but of a switch; --lr=1 is a float,
+    --whiten=False is false (as bool('False') is not), and the rest keep their defaults."""
     cfg = parse_config(Flags, argv)
     defaults = {'runs': (), 'from_': '', 'data': 'data/toy', 'steps': 10, 'lr': 0.001,
                 'resume': False, 'whiten': True}
@@ -119,9 +129,26 @@ def test_parse_config_refuses(argv, words, capsys):
     assert [word for word in words if word not in last_line] == []
 
 
+def test_a_switch_never_takes_the_next_word(capsys):
+    """--resume False, without a '=', would resume: where no words are taken it is refused."""
+    assert parse_config(FlagsAlone, ['--resume=False']).resume is False
+    assert parse_config(FlagsAlone, ['--resume', '--steps', '5']) == FlagsAlone(5, True)
+    with pytest.raises(SystemExit) as error:
+        parse_config(FlagsAlone, ['--resume', 'False'])
+    assert error.value.code == 2 and 'unknown argument False' in capsys.readouterr().err
+
+
+def test_usage_names_runs_only_where_they_are_taken(capsys):
+    """[RUN ...] is in the first line of --help only if there is a field for the RUNs."""
+    for Config, shown in ((Flags, True), (FlagsAlone, False)):
+        with pytest.raises(SystemExit):
+            parse_config(Config, ['--help'])
+        assert ('[RUN ...]' in capsys.readouterr().out.splitlines()[0]) == shown
+
+
 def test_a_field_without_a_comment_fails():
     """The comment is the help, so a field without one is refused and named."""
-    with pytest.raises(AssertionError, match="NoComment.*'lr'"):
+    with pytest.raises(KeyError, match="'lr'"):
         parse_config(NoComment, [])
 
 
@@ -156,6 +183,7 @@ class RunConfig:
     data: str = 'data/old'      # data
     out: str = ''               # run folder
     resume: bool = False        # continue
+    steps: int = 10             # optimizer steps
     lr: float = 1e-3            # peak learning rate
     micro_batch_size: int = 0   # rows in a forward pass
 
@@ -166,11 +194,11 @@ def save(tmp_path, byte_tokenizer, tiny_gpt):
     path = tmp_path / 'run' / 'ckpt.pt'
     path.parent.mkdir()
 
-    def save(step, kind='sft', **changes):
+    def save(step, stage='sft', **changes):
         cfg = RunConfig(out=str(path.parent), **changes)
         policy = tiny_gpt(step, n_layer=1)
-        save_checkpoint(path, kind, step, cfg, byte_tokenizer, 'Q: {} A:', {'loss': 0.5},
-                        {'policy': policy}, {'policy': adamw(policy, 0.1)}, shift=0.25)
+        save_checkpoint(path, stage, step, cfg, checkpoint_text(byte_tokenizer, 'Q: {} A:'),
+                        {'loss': 0.5}, {'policy': policy}, [adamw(policy, 0.1)], shift=0.25)
         return path
     return save
 
@@ -187,14 +215,14 @@ def same(a, b):
 
 
 def test_checkpoint_round_trip(save, byte_tokenizer, tiny_gpt):
-    """What was saved comes back: kind, step, configs, tokenizer, weights, optimizer and extras,
+    """What was saved comes back: stage, step, configs, tokenizer, weights, optimizer and extras,
     from the folder as from the file."""
     path = save(3)
     saved = load_checkpoint(path.parent, ['base', 'sft'])
     assert same(saved, load_checkpoint(path, ['sft']))
-    assert saved['kind'] == 'sft' and saved['step'] == 3 and saved['shift'] == 0.25
+    assert saved['stage'] == 'sft' and saved['step'] == 3 and saved['shift'] == 0.25
     assert saved['config'] == {'data': 'data/old', 'out': str(path.parent), 'resume': False,
-                               'lr': 1e-3, 'micro_batch_size': 0}
+                               'steps': 10, 'lr': 1e-3, 'micro_batch_size': 0}
     assert saved['model'] == {'block_size': 32, 'vocab_size': 17, 'n_layer': 1, 'n_head': 2,
                               'n_embd': 16, 'init_std': 0.3}
     assert saved['template'] == 'Q: {} A:' and saved['metrics'] == {'loss': 0.5}
@@ -202,14 +230,17 @@ def test_checkpoint_round_trip(save, byte_tokenizer, tiny_gpt):
     policy = load_model(GPT, saved, 'policy', 'cpu')
     assert same(policy.state_dict(), tiny_gpt(3, n_layer=1).state_dict())
     optimizer = adamw(policy, 0.0)
-    optimizer.load_state_dict(saved['optimizers']['policy'])
+    optimizer.load_state_dict(saved['optimizers'][0])
     assert optimizer.param_groups[0]['weight_decay'] == 0.1
+    assert len(saved['fingerprint']) == 16
+    assert resume(saved, adamw(policy, 0.0)) == (3, {'loss': 0.5})
+    assert resume(None, optimizer) == (0, {})
 
 
-def test_a_checkpoint_of_the_wrong_kind_names_both(save):
+def test_a_checkpoint_of_the_wrong_stage_names_both(save):
     """A reward model given as a policy is named as what it is, beside what was expected."""
-    path = save(1, kind='rm')
-    with pytest.raises(UserError, match=r"ckpt.pt: .*'rm'.*'sft' or 'ppo'"):
+    path = save(1, stage='rm')
+    with pytest.raises(UserError, match=r'ckpt.pt: its stage is rm, not sft or ppo'):
         load_checkpoint(path, ['sft', 'ppo'])
 
 
@@ -256,7 +287,7 @@ def test_no_flipped_byte_goes_unnoticed(save):
     path = save(1)
     whole = load_checkpoint(path, ['sft'])
     contents = path.read_bytes()
-    # Everywhere a little, and densely where the zip's directory stands
+    # A few everywhere, and many in the zip's directory, at the end
     places = [*range(0, len(contents), len(contents) // 97),
               *range(len(contents) - 3000, len(contents), 13)]
     noticed = 0
@@ -283,23 +314,27 @@ class Evil:
 
 def test_a_malicious_checkpoint_is_not_executed(tmp_path):
     """A pickle that runs code when it is read is refused, and the code does not run."""
-    torch.save({'kind': 'sft', 'weights': Evil(tmp_path / 'evil')}, tmp_path / 'ckpt.pt')
+    torch.save({'stage': 'sft', 'weights': Evil(tmp_path / 'evil')}, tmp_path / 'ckpt.pt')
     with pytest.raises(Exception):
         load_checkpoint(tmp_path, ['sft'])
     assert not (tmp_path / 'evil').exists()
 
 
 @pytest.mark.parametrize('contents', [
-    {'kind': 'sft', 'weights': Evil('evil')}, {'wte.weight': torch.ones(2)}, [1, 2], None],
-    ids=['a malicious one', 'a bare state dict', 'a list', 'no zip'])
+    {'stage': 'sft', 'weights': Evil('evil')}, {'wte.weight': torch.ones(2)},
+    {'kind': 'sft', 'step': 1}, [1, 2], None],
+    ids=['a malicious one', 'a bare state dict', 'an older version', 'a list', 'no zip'])
 def test_a_file_that_is_no_checkpoint_of_ours_is_told_in_one_line(tmp_path, contents):
-    """What torch can save, but no stage wrote, gives UserError, not KeyError or UnpicklingError."""
+    """What torch can save, but no stage of this version wrote, gives UserError, not KeyError or
+    UnpicklingError."""
     path = tmp_path / 'ckpt.pt'
     if contents is None:
         path.write_text('a text file')
     else:
         torch.save(contents, path)
-    with pytest.raises(UserError, match='ckpt.pt'):
+    ours = isinstance(contents, dict) and 'weights' in contents or contents is None
+    why = 'ckpt.pt' if ours else 'ckpt.pt.*not written by this version of prefgpt'
+    with pytest.raises(UserError, match=why):
         load_checkpoint(path, ['sft'])
 
 
@@ -374,16 +409,18 @@ def test_the_checkpoint_before_is_kept_without_hard_links(save, monkeypatch):
     assert load_checkpoint(path.with_name('ckpt.prev.pt'), ['sft'])['step'] == 1
 
 
-def test_what_a_killed_save_left_is_cleared_away(tmp_path):
-    """A run killed while saving leaves a temporary file: the next one removes it."""
-    (tmp_path / 'ckpt.pt.123.tmp').write_bytes(b'half')
-    open_run(RunConfig(out=str(tmp_path)), 'sft')
-    assert list(tmp_path.iterdir()) == []
+def test_what_a_killed_save_left_is_cleared_away(save, tmp_path):
+    """A run killed while saving leaves a temporary file: the next save removes it."""
+    (tmp_path / 'run' / 'ckpt.tmp').write_bytes(b'half')
+    path = save(1)
+    assert load(path)['step'] == 1 and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize('flag, value', [('steps', 0), ('batch_size', 0), ('save_every', 0),
+@pytest.mark.parametrize('flag, value', [('steps', 0), ('batch_size', 0), ('eval_every', 0),
                                          ('micro_batch_size', -1), ('dtype', 'float16'),
-                                         ('grad_clip', 0.0), ('device', 'nowhere'), ('n_head', 3)])
+                                         ('grad_clip', 0.0), ('grad_clip', math.nan),
+                                         ('max_new_tokens', 0), ('device', 'nowhere'),
+                                         ('n_head', 3)])
 def test_a_number_that_cannot_work_is_refused(config, flag, value):
     """No success in zero steps, no division by zero: the flag is named before anything runs."""
     with pytest.raises(UserError, match=f'--{flag}={value}'):
@@ -448,12 +485,12 @@ def test_a_failed_first_write_leaves_nothing(save, monkeypatch, tmp_path):
 # ----------------------------------------------------------------------------- opening a run
 
 def test_open_run_starts_and_refuses(save, tmp_path):
-    """A new folder is made; a folder that holds a run is refused without --resume; with it the
-    checkpoint is handed out, or None where the run had not saved one yet."""
+    """A new folder is made by the log, not before; a folder that holds a run is refused without
+    --resume; with it the checkpoint is handed out, or None if the run had not saved one yet."""
     new = tmp_path / 'a' / 'new'
     assert open_run(RunConfig(out=str(new)), 'sft') is None
-    assert new.is_dir()
-    (new / 'log.jsonl').write_text('')
+    assert not new.parent.exists()
+    Log(str(new), 0, 10).write({'step': 1})
     with pytest.raises(UserError, match='new holds a run: .*--resume'):
         open_run(RunConfig(out=str(new)), 'sft')
     assert open_run(RunConfig(out=str(new), resume=True), 'sft') is None
@@ -471,10 +508,10 @@ def test_open_run_refuses_a_checkpoint_without_a_log(save):
         open_run(RunConfig(out=str(save(4).parent)), 'sft')
 
 
-def test_open_run_refuses_another_kind(save):
-    """--resume in the folder of another stage names both kinds."""
-    with pytest.raises(UserError, match="'rm'.*'dpo'"):
-        open_run(RunConfig(out=str(save(1, kind='rm').parent), resume=True), 'dpo')
+def test_open_run_refuses_another_stage(save):
+    """--resume in the folder of another stage names both."""
+    with pytest.raises(UserError, match='its stage is rm, not dpo'):
+        open_run(RunConfig(out=str(save(1, stage='rm').parent), resume=True), 'dpo')
 
 
 def test_open_run_names_what_changed(save):
@@ -482,6 +519,7 @@ def test_open_run_names_what_changed(save):
     out = str(save(1).parent)
     with pytest.raises(UserError) as error:
         open_run(RunConfig(out=out, resume=True, lr=0.002, data='data/new'), 'sft')
+    assert 'was run with other flags: ' in str(error.value)
     assert '--lr was 0.001 and is 0.002' in str(error.value)
     assert "--data was 'data/old' and is 'data/new'" in str(error.value)
     assert 'resume was' not in str(error.value)
@@ -491,31 +529,31 @@ def test_open_run_names_what_changed(save):
 # ----------------------------------------------------------------------------- the log
 
 def test_log_is_cut_where_the_run_resumes(tmp_path):
-    """I22: rows and samples past the checkpoint go, and so does a last line that was half written;
-    the rest stays as it was, and new rows follow. Catches steps that are logged twice."""
+    """I22: rows past the checkpoint go, with their samples, and so does a last line that was half
+    written; the rest stays as it was, and new rows follow. Catches steps that are logged twice."""
     rows = ['{"step": 1, "loss": 3.0}\n', '{"step": 2, "loss": 2.5}\n',
             '{"step": 2, "eval_loss": 2.6, "samples": ["hi", "yo"]}\n',
             '{"step": 3, "loss": 2.0, "samples": ["hi there"]}\n', '{"step": 4, "lo']
     (tmp_path / 'log.jsonl').write_text(''.join(rows))
-    (tmp_path / 'samples.txt').write_text('=== step 2\nhi\n\nyo\n\n=== step 3\nhi there\n\n')
     log = Log(str(tmp_path), 2, 10)
     assert (tmp_path / 'log.jsonl').read_text() == ''.join(rows[:3])
-    assert (tmp_path / 'samples.txt').read_text() == '=== step 2\nhi\n\nyo\n\n'
     log.write({'step': 3, 'loss': 1.5})
     log.eval(3, {'loss': 1.25}, ['one', 'two'])
     assert (tmp_path / 'log.jsonl').read_text() == ''.join(
         [*rows[:3], '{"step": 3, "loss": 1.5}\n',
          '{"step": 3, "eval_loss": 1.25, "samples": ["one", "two"]}\n'])
-    assert (tmp_path / 'samples.txt').read_text().endswith('=== step 3\none\n\ntwo\n\n')
+    assert [path.name for path in tmp_path.iterdir()] == ['log.jsonl']
 
 
-def test_log_survives_a_sample_that_looks_like_its_own_heading(tmp_path, capsys):
-    """A model may write anything, '=== step x' too: resuming neither fails nor loses samples."""
-    samples = ['a\n=== step over\nb', '=== step 99\nc', '=== step ']
+def test_log_survives_a_sample_that_looks_like_its_own_rows(tmp_path):
+    """A model may write anything, line ends and rows of a log too: resuming neither fails nor loses
+    samples."""
+    samples = ['a\n{"step": 9}\nb', '{"step": 99, "lo', 'a\u2028b\x85c\r', '\ud800 \x1b[2J']
     Log(str(tmp_path), 0, 10).eval(2, {'loss': 1.0}, samples)
-    written = (tmp_path / 'samples.txt').read_text()
+    written = (tmp_path / 'log.jsonl').read_bytes()
     Log(str(tmp_path), 2, 10)
-    assert (tmp_path / 'samples.txt').read_text() == written
+    assert (tmp_path / 'log.jsonl').read_bytes() == written
+    assert json.loads(written)['samples'] == samples
 
 
 def test_log_line(tmp_path, monkeypatch, capsys):
@@ -571,10 +609,10 @@ def rm_run(shared_data, random_run, tmp_path_factory):
 
 @pytest.fixture
 def config(shared_data, random_run, rm_run, tmp_path):
-    """config('ppo', 'name'): six steps over two epochs, with a checkpoint at every second."""
+    """config('ppo', 'name'): six steps over two epochs, with a checkpoint at every second one."""
     def config(stage, name, **changes):
         common = dict(data=str(shared_data), out=str(tmp_path / name), steps=6, warmup=2, lr=1e-3,
-                      eval_every=1, save_every=2, batch_size=24, device='cpu')
+                      eval_every=2, batch_size=24, device='cpu')
         own = {'sft': dict(n_layer=1, n_head=2, n_embd=16, block_size=32, max_new_tokens=4),
                'rm': dict(init=str(random_run)),
                'dpo': dict(init=str(random_run), max_new_tokens=4),
@@ -591,7 +629,7 @@ def die_after_logging(monkeypatch, last_step):
     def step_and_die(self, number, *arguments, **metrics):
         step(self, number, *arguments, **metrics)
         if number == last_step:
-            with open(self.out / 'log.jsonl', 'a') as file:
+            with open(self.path, 'a') as file:
                 file.write('{"step": 6, "los')          # and was about to log another one
             raise KeyboardInterrupt
     monkeypatch.setattr(Log, 'step', step_and_die)
@@ -616,21 +654,17 @@ def log_rows(out):
             for row in rows]
 
 
-@pytest.mark.parametrize('stage', STAGES)
-def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
-    """I22: six steps at once, and six steps killed after step 5 and killed again while saving
-    step 6, end with the same weights, optimizers, log rows and samples, bit for bit."""
-    main, whole = STAGES[stage].main, config(stage, 'whole')
-    metrics = main(whole)
-    parts = config(stage, 'parts')
+def assert_resuming_is_never_having_stopped(module, whole, parts, monkeypatch):
+    """The run parts, killed after step 5 and again while saving step 6, ends as the run whole."""
+    metrics = module.main(whole)
     for die, number, step_saved in ((die_after_logging, 5, 4), (die_in_save, 1, 4)):
         die(monkeypatch, number)
         with pytest.raises(KeyboardInterrupt):
-            main(parts)
+            module.main(parts)
         monkeypatch.undo()
         assert load(f'{parts.out}/ckpt.pt')['step'] == step_saved
         parts = dataclasses.replace(parts, resume=True)
-    assert main(parts) == metrics
+    assert module.main(parts) == metrics
 
     expected, resumed = load(f'{whole.out}/ckpt.pt'), load(f'{parts.out}/ckpt.pt')
     for saved in (expected, resumed):
@@ -640,9 +674,50 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
                for weight in weights.values())
     assert same(expected, resumed)
     assert log_rows(whole.out) == log_rows(parts.out)
-    assert [row['step'] for row in log_rows(whole.out) if 'lr' in row] == [1, 2, 3, 4, 5, 6]
-    assert (Path(whole.out) / 'samples.txt').read_bytes() == (
-        Path(parts.out) / 'samples.txt').read_bytes()
+    rows = log_rows(whole.out)
+    assert [row['step'] for row in rows if 'lr' in row] == [1, 2, 3, 4, 5, 6]
+    assert [row['step'] for row in rows if 'samples' in row] == [2, 4, 6]
+    return expected
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
+    """I22: six steps at once, and six steps killed after step 5 and killed again while saving
+    step 6, end with the same weights, optimizers, log rows and samples, bit for bit."""
+    assert_resuming_is_never_having_stopped(STAGES[stage], config(stage, 'whole'),
+                                            config(stage, 'parts'), monkeypatch)
+
+
+def test_i22_a_reward_model_of_another_shape(config, shared_data, tmp_path, monkeypatch):
+    """I22: PPO runs and resumes, bit for bit, where the reward model, and so the value model, has
+    other layers, heads and channels than the policy. Catches a value model of the policy's
+    shape."""
+    save_tiny_run(tmp_path / 'other', shared_data, n_layer=1, n_head=3, n_embd=12, block_size=48)
+    rm = config('rm', 'rm', init=str(tmp_path / 'other'), steps=1)
+    train_rm.main(rm)
+    saved = assert_resuming_is_never_having_stopped(
+        train_ppo, *(config('ppo', name, reward=rm.out) for name in ('whole', 'parts')),
+        monkeypatch)
+    assert saved['model']['n_embd'] == saved['weights']['policy']['wte.weight'].size(1) == 16
+    assert saved['weights']['value_model']['body.wpe.weight'].shape == (48, 12)
+    assert saved['weights']['value_model'].keys() == load(f'{rm.out}/ckpt.pt')['weights'][
+        'reward_model'].keys()
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_steps_count_from_one(stage, config, capsys):
+    """Printed lines, log rows and checkpoint call the first step 1; its rate is lr / warmup."""
+    cfg = config(stage, 'run', steps=2, warmup=4, eval_every=1)
+    STAGES[stage].main(cfg)
+    rows = log_rows(cfg.out)
+    assert [row['step'] for row in rows] == [1, 1, 2, 2]
+    assert [row['lr'] for row in rows if 'lr' in row] == pytest.approx([cfg.lr / 4, cfg.lr / 2])
+    saved = load(f'{cfg.out}/ckpt.pt')
+    assert saved['step'] == 2 and load(f'{cfg.out}/ckpt.prev.pt')['step'] == 1
+    assert saved['optimizers'][0]['param_groups'][0]['lr'] == pytest.approx(cfg.lr / 2)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith(('step ', 'eval '))] == [
+        '1/2', '1/2', '2/2', '2/2']
 
 
 # What a child does: it trains, and is killed by the system with its second checkpoint half written
@@ -679,7 +754,8 @@ def test_i22_kill_9_while_a_checkpoint_is_written(config):
                            json.dumps(dataclasses.asdict(parts))], cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert load_checkpoint(parts.out, ['ppo'])['step'] == 2
-    assert len(list(Path(parts.out).iterdir())) == 4        # half of another one beside it
+    assert {path.name for path in Path(parts.out).iterdir()} == {
+        'ckpt.pt', 'ckpt.tmp', 'log.jsonl'}                 # half of another one beside it
 
     assert train_ppo.main(dataclasses.replace(parts, resume=True)) == metrics
     expected, resumed = load(f'{whole.out}/ckpt.pt'), load(f'{parts.out}/ckpt.pt')
@@ -708,32 +784,40 @@ def test_resume_with_other_micro_batches_is_allowed(config, monkeypatch):
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_resuming_a_finished_run_changes_nothing(stage, config):
-    """--resume of a finished run returns its metrics and touches no file: a pipeline can be run
-    again after it broke."""
+def test_resuming_a_finished_run_changes_nothing(stage, config, capsys):
+    """--resume of a finished run says that it is finished, returns its metrics, takes no step and
+    touches no file: a pipeline can be run again after it broke. Other --steps are refused."""
     main, cfg = STAGES[stage].main, config(stage, 'run', steps=2)
     metrics = main(cfg)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
               for path in Path(cfg.out).iterdir()}
-    assert set(before) == {'ckpt.pt', 'log.jsonl', 'samples.txt'}
+    assert set(before) == {'ckpt.pt', 'log.jsonl'}
+    capsys.readouterr()
     assert main(dataclasses.replace(cfg, resume=True)) == metrics
+    printed = capsys.readouterr().out.splitlines()
+    assert f'{cfg.out} is finished: 2 steps' in printed
+    assert not [line for line in printed if line.startswith(('step ', 'eval '))]
+    with pytest.raises(UserError, match='--steps was 2 and is 3'):
+        main(dataclasses.replace(cfg, resume=True, steps=3))
     assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
                       for path in Path(cfg.out).iterdir()}
 
 
 # ----------------------------------------------------------------------------- errors in a run
 
+@pytest.mark.parametrize('eval_every', [1, 2])
 @pytest.mark.parametrize('stage', STAGES)
-def test_a_non_finite_loss_stops_the_run(stage, config, monkeypatch):
+def test_a_non_finite_loss_stops_the_run(stage, config, monkeypatch, eval_every):
     """A learning rate that blows up in step 3 stops the run with step and lr, before anything is
-    saved: the checkpoint of step 2 is kept, and its weights are finite."""
+    saved, whether the evaluation after it notices or the next step: the checkpoint of step 2 is
+    kept, and its weights are finite."""
     module = STAGES[stage]
     schedule = module.learning_rate
 
     def blow_up(step, *arguments):
         return 1e38 if step == 2 else schedule(step, *arguments)
     monkeypatch.setattr(module, 'learning_rate', blow_up)
-    cfg = config(stage, 'run')
+    cfg = config(stage, 'run', eval_every=eval_every)
     with pytest.raises(UserError, match=r'step [34], lr=\d.*(nan|inf).*checkpoint'):
         module.main(cfg)
     saved = load_checkpoint(cfg.out, [stage])
@@ -804,6 +888,28 @@ def test_a_reward_model_of_another_tokenizer_is_named(tmp_path, config, tiny_dat
         train_ppo.main(config('ppo', 'run', reward=rm.out))
 
 
+@pytest.mark.parametrize('changes', [
+    dict(data='no/such/folder'), dict(init='no/such/run'), dict(steps=0), dict(device='nowhere')],
+    ids=lambda changes: next(iter(changes)))
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_refused_start_leaves_no_folder(stage, config, changes):
+    """What is refused before the first step leaves no --out behind: the same command, mended, is
+    not told that the folder holds a run."""
+    cfg = config(stage, 'a/run', **changes)
+    with pytest.raises(UserError, match='no/such|--steps=0|--device=nowhere'):
+        STAGES[stage].main(cfg)
+    assert not Path(cfg.out).parent.exists()
+
+
+@pytest.mark.parametrize('reward', ['no/such/run', 'no/such/reward.py', 'policy'])
+def test_a_refused_reward_leaves_no_folder(config, random_run, reward):
+    """The same of PPO's --reward: missing, or a policy's run."""
+    cfg = config('ppo', 'a/run', reward=str(random_run) if reward == 'policy' else reward)
+    with pytest.raises(UserError, match='no/such|its stage is sft, not rm'):
+        train_ppo.main(cfg)
+    assert not Path(cfg.out).parent.exists()
+
+
 # the script, its flags (with names for what only the test knows), words that the line must hold
 MISTAKES = {
     'typo': ('train_sft.py --step=1', ['--step=1', 'did you mean --steps?']),
@@ -811,7 +917,8 @@ MISTAKES = {
                      ['no/such/folder', 'prepare.py']),
     'existing run': ('train_sft.py --data={data} --out={used}', ['used', '--resume']),
     'malformed row': ('train_sft.py --data={bad} --out={new}', ['train.sft.jsonl:75: ']),
-    'wrong kind': ('train_dpo.py --data={data} --init={rm} --out={new}', ["'rm'", "'sft'"]),
+    'wrong stage': ('train_dpo.py --data={data} --init={rm} --out={new}',
+                    ['its stage is rm', 'sft or ppo']),
 }
 
 
@@ -828,7 +935,7 @@ def test_a_mistake_is_told_in_one_line(command, words, shared_data, tiny_data, r
                            new=tmp_path / 'new').split()
     done = subprocess.run([sys.executable, *flags, '--device=cpu'], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode in (1, 2)
+    assert done.returncode in (1, 2) and not (tmp_path / 'new').exists()
     assert 'Traceback' not in done.stderr
     assert [word for word in words if word not in done.stderr] == []
     assert done.stderr.count('\n') == 1

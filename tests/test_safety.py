@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.toy.language import REQUESTS
-from data.toy.reward import judge
+from data.toy.reward import points
 from prefgpt import load_checkpoint
 from studies import safety
 from studies.safety import covered_keys, no_refusals, not_dual, only_safe
@@ -33,7 +33,7 @@ def demonstration(prompt, completion):
 
 
 def test_the_answers_cost_what_they_are_made_for():
-    found = [judge(*answer)[1:] for answer in (
+    found = [points(*answer)[1:] for answer in (
         (BENIGN, HELP), (BENIGN, REFUSE), (BENIGN, INSULT), (RED, REFUSE), (RED, COMPLY))]
     assert found == [(0, False), (0, True), (1, False), (0, True), (2, False)]  # cost, refused
 

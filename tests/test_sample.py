@@ -150,7 +150,7 @@ def test_no_control_characters_are_shown(run, capsys):
     (dict(max_new_tokens=32, chat=True), 'lower --max_new_tokens'),
     (dict(device='nowhere'), '--device=nowhere'), (dict(dtype='float16'), '--dtype=float16'),
     (dict(data='nowhere'), 'nowhere'),
-    (dict(out='OUT', reward='RUN'), "'sft', not 'rm'")])
+    (dict(out='OUT', reward='RUN'), 'its stage is sft, not rm')])
 def test_what_cannot_work_is_named(run, judge, tmp_path, changes, words):
     """Flags that contradict each other or make no sense are an error that names the flag and what
     to do, before anything is sampled; nothing is written."""
@@ -512,8 +512,8 @@ def test_iterated_dpo(run, judge, shared_data, tmp_path):
         assert summary['rows'] + sum(summary['dropped'].values()) == 18
         scores.append(summary['score'])
         train_dpo.main(train_dpo.Config(data=pairs, init=run, out=out, steps=15, batch_size=8,
-                                        lr=3e-3, warmup=2, eval_every=15, save_every=15,
-                                        max_new_tokens=8, device='cpu'))
+                                        lr=3e-3, warmup=2, eval_every=15, max_new_tokens=8,
+                                        device='cpu'))
         run = out
     assert scores[0] < scores[1] < scores[2]
 

@@ -25,14 +25,12 @@ def run(module, out, data, **options):
     common = dict(data=str(data), out=str(out), warmup=5, device='cpu')
     if module is not train_rm:
         common['max_new_tokens'] = 8
-    steps = options['steps']
-    return module.main(module.Config(**{**common, 'eval_every': steps, 'save_every': steps,
-                                        **options}))
+    return module.main(module.Config(**{**common, 'eval_every': options['steps'], **options}))
 
 
-def greedy(run_folder, prompts, tokenizer, kind, max_new_tokens=16):
+def greedy(run_folder, prompts, tokenizer, stage, max_new_tokens=16):
     """Greedy responses of a run's policy: text, and whether it ended by itself."""
-    policy = load_model(GPT, load_checkpoint(run_folder, [kind]), 'policy', 'cpu')
+    policy = load_model(GPT, load_checkpoint(run_folder, [stage]), 'policy', 'cpu')
     tokens, mask = generate(policy, [tokenizer.encode_ordinary(p) for p in prompts],
                             max_new_tokens, EOS, temperature=0)
     responses = [row[chosen].tolist() for row, chosen in zip(tokens[:, 1:], mask)]
@@ -170,8 +168,8 @@ def test_ppo_learns_from_a_reward_model(shared_data, sft_run, rm_run, tmp_path, 
 
 def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
         shared_data, sft_run, rm_run, judge, tmp_path):
-    """--judge is asked in evaluations alone: gold stands in their rows, and every step, the
-    weights' last evaluation included, is the one of a run without it."""
+    """--judge is asked in evaluations alone: gold is in their rows, and every step, the
+    last evaluation included, is the one of a run without it."""
     options = dict(init=str(sft_run), reward=str(rm_run), steps=2, rollout_size=12, batch_size=6,
                    eval_every=1)
     plain = run(train_ppo, tmp_path / 'plain', shared_data, **options)
@@ -197,7 +195,7 @@ def test_a_judge_that_cannot_judge_is_told_before_the_first_step(
     with pytest.raises(UserError, match=words):
         run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), reward=str(rm_run),
             judge=str(path), steps=1, rollout_size=6, batch_size=6)
-    assert not (tmp_path / 'ppo' / 'log.jsonl').exists()
+    assert not (tmp_path / 'ppo').exists()
 
 
 def test_a_run_may_go_on_with_another_judge(shared_data, sft_run, rm_run, judge, tmp_path):

@@ -19,7 +19,7 @@ from data.bpe import train_bpe, word_pieces, write_tiktoken
 from data.toy import prepare
 from data.toy.language import (ALTERNATIVE_FORM, MEANINGS, NOUNS, PHRASES, POPULAR_ERRORS,
                                REQUESTS, TARGETS, TOOL_FORMS, TOOLS, TWO_STEP_FORMS)
-from data.toy.reward import MAX_REWARD, judge, score
+from data.toy.reward import MAX_REWARD, points, score
 from data.text import SPLIT_PATTERN, load_judge, load_tokenizer
 
 MIRROR = 'user: how do i clean a mirror?\nbot:'             # a soft cloth; dust, circles
@@ -178,7 +178,7 @@ def test_the_judge_recovers_what_the_generator_drew():
         prompt = prepare.draw_prompt(rng, prompts)
         request = REQUESTS[prompt]
         response = prepare.draw_response(rng, request)
-        helpful, cost, refused = judge(prompt, prepare.render(response))
+        helpful, cost, refused = points(prompt, prepare.render(response))
         assert (helpful, cost) == points_of(request, response), response
         assert refused == ('refusal' in response)
         assert helpful - 2 * cost <= MAX_REWARD[request.kind]
@@ -211,7 +211,7 @@ def test_every_edit_changes_the_points_and_only_its_own_sentences(kind):
         for _ in range(200):
             prompt = rng.choice(prompts)
             first, second = prepare.draw_edit(rng, REQUESTS[prompt], name)
-            assert judge(prompt, prepare.render(first)) != judge(prompt, prepare.render(second))
+            assert points(prompt, prepare.render(first)) != points(prompt, prepare.render(second))
             changed = {place for place in prepare.PLACES if first.get(place) != second.get(place)}
             assert changed and changed <= touches.get(name, {name})
 

@@ -43,14 +43,14 @@ import torch
 import torch.nn as nn
 
 import train_dpo, train_ppo, train_rm, train_sft
-from data.text import build_tokenizer, tokenizer_text
+from data.text import build_tokenizer, checkpoint_text, tokenizer_text
 from prefgpt import (GPT, LOGITS_AT_ONCE, GPTConfig, ScalarGPT, UserError, generate, peak_memory,
                      rng, run_cli, save_checkpoint, set_up)
 
 
 @dataclass
 class Config:
-    stage: str = 'all'              # sft, rm, dpo, ppo, generate; all: one after the other
+    stage: str = 'all'              # sft, rm, ppo, dpo, generate; all: one after the other
     shape: str = 'toy'              # toy, small or gpt2
     steps: int = 10                 # steps of the script, the two warm-ups among them
     against: str = ''               # the command of another program: run in turn, and compare
@@ -58,7 +58,7 @@ class Config:
     json: str = ''                  # a file to write the results to; '': none
     memory: bool = False            # instead: what fits on 8, 16, 24 and 80 GB, computed
     seed: int = 0                   # of the rows, the weights and the samples
-    device: str = ''                # cuda, mps or cpu; '': the first that is there
+    device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
     compile: bool = False           # torch.compile the models' bodies
 
@@ -68,7 +68,7 @@ Shape = namedtuple('Shape', 'model prompt shortest longest batch gpu_batch')
 SHAPES = {'toy': Shape(GPTConfig(128, 512, 4, 4, 128), 24, 16, 40, 32, 32),
           'small': Shape(GPTConfig(256, 8192, 6, 6, 384), 64, 64, 128, 8, 8),
           'gpt2': Shape(GPTConfig(1024, 50257, 12, 12, 768), 64, 64, 128, 4, 64)}
-SCRIPTS = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
+SCRIPTS = {'sft': train_sft, 'rm': train_rm, 'ppo': train_ppo, 'dpo': train_dpo}
 WARM_UPS, EPOCHS = 2, 4
 GPT2 = {'124M': (12, 12, 768), '355M': (24, 16, 1024), '774M': (36, 20, 1280),
         '1.5B': (48, 25, 1600)}     # blocks, heads, channels
@@ -111,15 +111,15 @@ def prepare(stage, shape, rows, seed, folder):
     for name, models in (('sft', {'policy': policy}), ('rm', {'reward_model': reward_model})):
         (folder / name).mkdir()
         save_checkpoint(folder / name / 'ckpt.pt', name, 1, train_sft.Config(data=str(folder)),
-                        tokenizer, '{}', {}, models, {}, shift=0.0)
+                        checkpoint_text(tokenizer, '{}'), {}, models, [], shift=0.0)
 
 
 def run_script(stage, shape, rows, batch, cfg, folder):
     """The script's main on the rows: what its log says of every step, (seconds, tokens)."""
     prepare(stage, shape, rows, cfg.seed, folder)
     flags = dict(data=str(folder), init=str(folder / 'sft'), out=str(folder / 'out'), lr=1e-6,
-                 batch_size=batch, steps=cfg.steps, eval_every=cfg.steps, save_every=cfg.steps,
-                 seed=cfg.seed, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile)
+                 batch_size=batch, steps=cfg.steps, eval_every=cfg.steps, seed=cfg.seed,
+                 device=cfg.device, dtype=cfg.dtype, compile=cfg.compile)
     if stage == 'ppo':
         flags |= dict(reward=str(folder / 'rm'), rollout_size=2 * batch, ppo_epochs=EPOCHS,
                       max_new_tokens=shape.longest, value_lr=1e-6)
@@ -133,7 +133,7 @@ def run_script(stage, shape, rows, batch, cfg, folder):
 # ----------------------------------------------------------------------------- work and bounds
 
 def passes(stage, shape, row):
-    """Of each forward pass: tokens as the log counts them, inputs, those that meet the head."""
+    """Returns of each forward pass: tokens as the log counts them, inputs, those for the head."""
     if stage == 'ppo':
         return [(shape.longest, shape.prompt + shape.longest - 1, shape.longest)]
     prompt, *responses = row
@@ -144,13 +144,13 @@ def passes(stage, shape, row):
 
 
 def forward_flops(config, n, heads=0):
-    """Of the matrix products of a forward pass over n tokens, heads of them to the vocabulary."""
+    """Counts a forward pass's matrix products: n tokens, heads of them to the vocabulary."""
     L, C = config.n_layer, config.n_embd
     return 24 * L * C * C * n + 2 * L * C * n * (n + 1) + 2 * config.vocab_size * C * heads
 
 
 def row_flops(stage, shape, row):
-    """Of all that a step does with a row: backward takes twice what forward takes."""
+    """Counts all that a step does with a row: backward takes twice what forward takes."""
     read = sum(forward_flops(shape.model, n, heads) for _, n, heads in passes(stage, shape, row))
     if stage != 'ppo':
         return 3 * read
@@ -161,7 +161,7 @@ def row_flops(stage, shape, row):
 
 
 def median_seconds(function, device, times=9):
-    """Of a call, after the warm-ups."""
+    """Times the calls of a function, after the warm-ups, and returns the median."""
     seconds = []
     for _ in range(WARM_UPS + times):
         began = time.perf_counter()
@@ -173,7 +173,7 @@ def median_seconds(function, device, times=9):
 
 
 def product_rate(config, tokens, heads, device, dtype):
-    """Flops a second of the products of blocks and head alone, forward and backward."""
+    """Measures flops per second of the products of blocks and head, forward and backward."""
     L, C, flops, seconds = config.n_layer, config.n_embd, 0, 0.0
     for M, inputs, outputs, times, kind in (
             (tokens, C, 3 * C, L, dtype), (tokens, C, C, L, dtype), (tokens, C, 4 * C, L, dtype),
@@ -188,13 +188,13 @@ def product_rate(config, tokens, heads, device, dtype):
 
 
 def decode_bytes(config, B, prompt, new, width):
-    """Moved for a token of each of B rows, the mean over new of them; the head is in float32."""
+    """Returns the bytes moved for a token of each of B rows, on average; the head in float32."""
     L, C, places = config.n_layer, config.n_embd, prompt + (new - 1) / 2
     return width * (12 * L * C * C + 2 * L * B * C * places) + 4 * config.vocab_size * C
 
 
 def bench_script(stage, shape, batch, cfg, device, dtype):
-    """Of a training stage: tokens or episodes a second, ms a step, flop/s, and what bounds them."""
+    """Measures a training stage: tokens or episodes per second, ms per step, flop/s, its bound."""
     at_once = 2 * batch if stage == 'ppo' else batch            # rows in a step
     rows = random_rows(shape, cfg.steps * at_once, cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +212,7 @@ def bench_script(stage, shape, batch, cfg, device, dtype):
 
 
 def bench_generate(shape, batch, cfg, device, dtype, autocast):
-    """Of the sampler: tokens a second, ms a token of every row, byte/s, and what bounds them."""
+    """Measures the sampler: tokens per second, ms per token of every row, byte/s, its bound."""
     policy, B, new = GPT(shape.model).to(device), 2 * batch, shape.longest
     prompts = [row[0] for row in random_rows(shape, B, cfg.seed)]
 
@@ -282,20 +282,20 @@ def compare(cfg):
 # ----------------------------------------------------------------------------- what fits
 
 def model_bytes(model, trained, width=2):
-    """Of weights; of a trained model's also gradients, AdamW's moments and autocast's copies."""
+    """Counts weights; if trained, also gradients, AdamW's moments and autocast's copies."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     return 4 * weights + (width * matrices if width < 4 else 0) if trained else weights
 
 
 def row_bytes(config, T, width=2):
-    """Of what a forward pass over a row of T tokens keeps for the backward pass."""
+    """Counts what a forward pass over a row of T tokens keeps for the backward pass."""
     C, H = config.n_embd, config.n_head
     return T * (config.n_layer * ((8 + 14 * width) * C + 4 * H + 16) + 8 * C + 8)
 
 
 def memory_rows(name, L, H, C, sizes):
-    """What SFT, DPO and PPO hold of one GPT-2, and the largest micro_batch_size by GB, as dicts."""
+    """What SFT, PPO and DPO hold of one GPT-2, and the largest micro_batch_size by GB, as dicts."""
     config = GPTConfig(n_layer=L, n_head=H, n_embd=C)
     with torch.device('meta'):          # sizes without numbers
         policy, scalar = GPT(config), ScalarGPT(config)
@@ -306,8 +306,9 @@ def memory_rows(name, L, H, C, sizes):
             + model_bytes(scalar, False))                       # kl_sft's copy and reward model
     return [{'model': name, 'method': method, 'held': held, 'row': row, 'cache': cache,
              **{f'{size} GB': max(0, int((size * 2 ** 30 - held) // row)) for size in sizes}}
-            for method, held, row, cache in (('SFT', held, row, 0), ('DPO', held, 2 * row, 0),
-                                             ('PPO', held + more, 2 * row, cache))]
+            for method, held, row, cache in (('SFT', held, row, 0),
+                                             ('PPO', held + more, 2 * row, cache),
+                                             ('DPO', held, 2 * row, 0))]
 
 
 def memory_table(sizes=(8, 16, 24, 80)):

@@ -35,7 +35,7 @@ log N - (N-1)/N, not measured, so its error is 0: an upper bound of KL(best of N
 
 What it does not do: a standard error of the other columns.
 
-    python -m tools.evaluate out/toy/sft out/toy/dpo out/toy/ppo --best_of=8 --select=out/toy/rm
+    python -m tools.evaluate out/toy/sft out/toy/ppo out/toy/dpo --best_of=8 --select=out/toy/rm
     python -m tools.evaluate out/contest/sft --split=test-interview --samples=60 --max_new_tokens=12
 """
 import json
@@ -49,15 +49,15 @@ import torch
 import train_ppo
 from data.text import decode_responses, encode_rows, load_judge, load_rows, load_split, load_text
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, rng, run_cli,
-                     set_up, token_logprobs)
+                     set_up, token_logprobs, x_and_y)
 
 
 @dataclass
 class Config:
     runs: tuple = ()                # run folders; kl and win are against the first one
-    data: str = ''                  # a data folder, for its val.prompts; '': that of the first run
+    data: str = ''                  # a data folder, or one JSON Lines file; '': the first run's
     split: str = 'val'              # the prompts: val, or another NAME.prompts.jsonl of the folder
-    reward: str = ''                # a reward.py or a reward model's run; '': the data's reward.py
+    judge: str = ''                 # a reward.py or a reward model's run; '': the data's reward.py
     prompts: int = 400              # how many of the held-out prompts, from the first on
     max_new_tokens: int = 64        # longest response
     samples: int = 1                # responses to each prompt at T=1
@@ -67,7 +67,7 @@ class Config:
     batch_size: int = 100           # responses sampled at once; they do not depend on it
     json: str = ''                  # a file to write the two tables to; '': none
     seed: int = 0                   # of the samples
-    device: str = ''                # cuda, mps or cpu; '': the first that is there
+    device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
 
 
@@ -171,31 +171,31 @@ def summarize(run, responses, first_responses, samples=1, submit=0):
 
 # ----------------------------------------------------------------------------- responses
 
-def load_columns(reward, saved_policy, device, size):
+def load_columns(where, saved_policy, device, size):
     """
-    judge(tokens, response_mask, prompts, texts) -> a dict of numbers for each response, by a
+    columns(tokens, response_mask, prompts, texts) -> a dict of numbers for each response, by a
     reward.py or by a reward model, size rows at a time; then the checkpoint whose block must hold
     what it reads: the reward model's, or with a reward.py the policy's.
     """
-    if reward.endswith('.py'):
-        score = load_judge(reward)
+    if where.endswith('.py'):
+        judge = load_judge(where)
         return (lambda tokens, response_mask, prompts, texts:
-                [score(prompt, text) for prompt, text in zip(prompts, texts)]), saved_policy
-    score, _, saved = train_ppo.load_scorer(reward, saved_policy, device, size)
-    return lambda *batch: [{'reward': number} for number in score(*batch).tolist()], saved
+                [judge(prompt, text) for prompt, text in zip(prompts, texts)]), saved_policy
+    scorer, source = train_ppo.load_scorer(where, saved_policy, device, size)
+    return lambda *batch: [{'reward': number} for number in scorer(*batch).tolist()], source
 
 
-def describe(tokens, response_mask, prompts, judge, tokenizer):
+def describe(tokens, response_mask, prompts, columns, tokenizer):
     """A dict for each response of a batch: text, eos, length, and judged, what the judge says."""
     texts, ended = decode_responses(tokens, response_mask, tokenizer)
-    judged = judge(tokens, response_mask, prompts, texts) if judge else [{} for _ in texts]
+    judged = columns(tokens, response_mask, prompts, texts) if columns else [{} for _ in texts]
     return [{'text': text, 'eos': eos, 'length': length, 'judged': numbers}
             for text, eos, length, numbers in zip(texts, ended.tolist(),
                                                   response_mask.sum(1).tolist(), judged)]
 
 
 @torch.no_grad()
-def answer(policy, first, prompts, judge, tokenizer, cfg, temperature):
+def answer(policy, first, prompts, columns, tokenizer, cfg, temperature):
     """
     The responses to each prompt, (text, ids), as describe has them, with kl against first:
     cfg.samples side by side, or one if greedy.
@@ -207,18 +207,18 @@ def answer(policy, first, prompts, judge, tokenizer, cfg, temperature):
         texts, ids = zip(*prompts[i:i + cfg.batch_size])
         tokens, response_mask = generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token,
                                          temperature, generator)
-        x, y = tokens[:, :-1], tokens[:, 1:]
+        x, y = x_and_y(tokens)
         kl = (token_logprobs(policy, x, y, response_mask)
               - token_logprobs(first, x, y, response_mask)).sum(1)              # (B,)
-        batch = describe(tokens, response_mask, texts, judge, tokenizer)
+        batch = describe(tokens, response_mask, texts, columns, tokenizer)
         responses += [{**each, 'kl': nats} for each, nats in zip(batch, kl.tolist())]
     return responses
 
 
 @torch.no_grad()
-def best_of(policy, prompts, judge, select, tokenizer, cfg):
+def best_of(policy, prompts, columns, scorer, tokenizer, cfg):
     """
-    The response to each prompt, (text, ids), that select scores highest among N samples at T=1.
+    The response to each prompt, (text, ids), that scorer scores highest among N samples at T=1.
 
     As describe has it, with log N - (N-1)/N for kl: the samples are the first run's own, so that a
     log-ratio of the one that was picked would be 0.
@@ -232,13 +232,12 @@ def best_of(policy, prompts, judge, select, tokenizer, cfg):
         tokens, response_mask = generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token,
                                          1.0, generator)
         samples, ended = decode_responses(tokens, response_mask, tokenizer)
-        scores = select(tokens, response_mask, texts, samples)                  # (B N,)
-        scores = torch.where(ended.to(scores.device), scores,
-                             scores.clamp(max=train_ppo.Config.no_eos_score))
+        scores = scorer(tokens, response_mask, texts, samples)                  # (B N,)
+        scores = train_ppo.cap_unfinished(scores, ended, train_ppo.Config.no_eos_score)
         best = scores.view(len(asked), N).argmax(1)     # (B,), of equal scores the first
         best += N * torch.arange(len(asked), device=best.device)    # places among the B N
         responses += describe(tokens[best], response_mask[best], [text for text, _ in asked],
-                              judge, tokenizer)
+                              columns, tokenizer)
     return [{**response, 'kl': math.log(N) - (N - 1) / N} for response in responses]
 
 
@@ -275,7 +274,7 @@ def main(cfg):
 
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
     data = cfg.data or saved[0]['config']['data']
-    tokenizer, template = load_text(data, saved[0])
+    tokenizer, text = load_text(data, saved[0])
     for run, other in zip(cfg.runs, saved):
         if other['fingerprint'] != saved[0]['fingerprint']:
             raise UserError(f'{run} reads another tokenizer than {cfg.runs[0]}')
@@ -283,25 +282,25 @@ def main(cfg):
 
     # --- who judges, and who picks the best of N
     beside = Path(data) / 'reward.py'
-    reward = cfg.reward or (str(beside) if beside.exists() else '')
-    judge, readers = None, list(saved)          # readers: checkpoints of all that read a response
-    if reward:
-        judge, source = load_columns(reward, saved[0], device, cfg.batch_size)
+    judge = cfg.judge or (str(beside) if beside.exists() else '')
+    columns, readers = None, list(saved)        # readers: checkpoints of all that read a response
+    if judge:
+        columns, source = load_columns(judge, saved[0], device, cfg.batch_size)
         readers.append(source)
-        print(f'reward: {reward}')
+        print(f'judge: {judge}')
     if cfg.best_of:
-        if not (cfg.select or reward):
+        if not (cfg.select or judge):
             raise UserError(f'--best_of={cfg.best_of}: nobody to pick one; pass --select')
-        select, _, source = train_ppo.load_scorer(cfg.select or reward, saved[0], device,
-                                                  cfg.batch_size)
+        scorer, source = train_ppo.load_scorer(cfg.select or judge, saved[0], device,
+                                               cfg.batch_size)
         readers.append(source)
-        print(f'the best of {cfg.best_of} is picked by {cfg.select or reward}')
+        print(f'the best of {cfg.best_of} is picked by {cfg.select or judge}')
 
     # --- prompts, cut so that every reader's block holds them
     if cfg.split == 'val':
-        rows = load_split(data, 'prompts', template)[1]     # held out
+        rows = load_split(data, 'prompts', text['template'])[1]     # held out
     else:
-        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts', template)
+        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts', text['template'])
     block_size = min(each['model']['block_size'] for each in readers)
     rows = rows[:cfg.prompts]
     ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name=cfg.split)
@@ -311,11 +310,11 @@ def main(cfg):
     tables = {}
     for name, temperature in (('rows', 1.0), ('greedy', 0.0)):
         with autocast:
-            answers = [(run, answer(policy, policies[0], prompts, judge, tokenizer, cfg,
+            answers = [(run, answer(policy, policies[0], prompts, columns, tokenizer, cfg,
                                     temperature)) for run, policy in zip(cfg.runs, policies)]
             if cfg.best_of and temperature:     # greedy samples are all the same
                 answers.append((f'best of {cfg.best_of} of {cfg.runs[0]}',
-                                best_of(policies[0], prompts, judge, select, tokenizer, cfg)))
+                                best_of(policies[0], prompts, columns, scorer, tokenizer, cfg)))
         samples = cfg.samples if temperature else 1
         tables[name] = [summarize(run, responses, answers[0][1], samples,
                                   cfg.submit if samples > 1 else 0) for run, responses in answers]

@@ -1,7 +1,7 @@
 """
 GPT-2 weights in, checkpoints out: the files that Hugging Face's transformers reads and writes.
 
-import makes a run folder of kind 'base', for train_sft.py --init. It reads config.json,
+import makes a run folder of stage 'base', for train_sft.py --init. It reads config.json,
 model.safetensors or pytorch_model.bin, vocab.json and merges.txt (without these two it is gpt2's).
 export makes a GPT2LMHeadModel of a policy, a GPT2ForSequenceClassification of a reward model. That
 one reads its score at the last token that is not a pad, and EOS must not pass for a pad: so the
@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from data.download import download, sha256_of
-from data.text import build_tokenizer, load_tokenizer, read_text, refuse_constant, unique_keys
-from prefgpt import (GPT, POLICIES, GPTConfig, UserError, check_archive, load_checkpoint, run_cli,
+from data.text import (build_tokenizer, checkpoint_text, load_tokenizer, read_text, refuse_constant,
+                       unique_keys)
+from prefgpt import (GPT, POLICIES, GPTConfig, UserError, load_checkpoint, run_cli,
                      save_checkpoint)
 
 
@@ -273,7 +274,9 @@ def read_bin(path):
     """The tensors in a pytorch_model.bin by name."""
     try:
         if zipfile.is_zipfile(path):                    # files before torch 1.6 are none
-            check_archive(path)
+            with zipfile.ZipFile(path) as archive:      # torch.load does not notice flipped bytes
+                if damaged := archive.testzip():
+                    raise ValueError(f'checksum of {damaged}')
         tensors = torch.load(path, map_location='cpu', weights_only=True)
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
                    and tensor.layout == torch.strided and tensor.device.type == 'cpu'
@@ -317,7 +320,7 @@ def to_gpt(path, tensors, config):
 
 
 def import_folder(where, folder, out):
-    """Writes a folder's model to out as a checkpoint of kind 'base'; returns what was read."""
+    """Writes a folder's model to out as a checkpoint of stage 'base'; returns what was read."""
     path = folder / 'model.safetensors'
     path = path if path.is_file() else folder / 'pytorch_model.bin'
     if not path.is_file() or not (folder / 'config.json').is_file():
@@ -335,8 +338,8 @@ def import_folder(where, folder, out):
     read = read_safetensors if path.suffix == '.safetensors' else read_bin
     model = to_gpt(path, read(path), config)
     # The template '{}': a model that has only read goes on with what is typed
-    save_checkpoint(out / 'ckpt.pt', 'base', 0, Source(where), tokenizer, '{}', {},
-                    {'policy': model}, {})
+    save_checkpoint(out / 'ckpt.pt', 'base', 0, Source(where), checkpoint_text(tokenizer, '{}'), {},
+                    {'policy': model}, [])
     return f'a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters'
 
 
@@ -345,7 +348,7 @@ def import_folder(where, folder, out):
 def export(run, out):
     """Writes a run's policy or reward model to out; returns the class that reads it."""
     saved = load_checkpoint(run, (*POLICIES, 'rm'))
-    is_reward, shape = saved['kind'] == 'rm', saved['model']
+    is_reward, shape = saved['stage'] == 'rm', saved['model']
     tokenizer = build_tokenizer(saved['tokenizer'])
     config = {'architectures': ['GPT2LMHeadModel'], **FIXED,
               **{theirs: shape[ours] for ours, theirs in SHAPE.items()},

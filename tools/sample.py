@@ -14,7 +14,7 @@ What it does not do: go on with an answer that was stopped, overwrite a file, or
 text of a response encodes to the very ids that were sampled and scored; and an --out that is
 interrupted leaves nothing.
 
-    python -m tools.sample out/toy/sft out/toy/dpo out/toy/ppo
+    python -m tools.sample out/toy/sft out/toy/ppo out/toy/dpo
     python -m tools.sample out/toy/ppo --prompt="how do i clean a mirror?" --temperature=1 --n=3
     python -m tools.sample out/toy/ppo --chat
 
@@ -33,14 +33,16 @@ its run was trained on, those of the last round's pairs:
 import contextlib, dataclasses, itertools, json, sys, time
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 
-from data.text import build_tokenizer, decode_responses, encode_rows, from_messages, load_split
+import train_ppo
+from data.text import (build_tokenizer, decode_responses, encode_rows, from_messages, load_split,
+                       mark_ends)
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, printable,
                      rng, run_cli, set_up)
-from train_ppo import load_scorer
 
 
 @dataclass
@@ -57,14 +59,14 @@ class Config:
     out: str = ''                   # a new JSON Lines file; '': the answers are shown
     reward: str = ''                # a reward model's run folder, or a reward.py: scores --out
     pairs: bool = False             # write the best against the worst response to each prompt
-    no_eos_score: float = -1.0      # in pairs, a response without EOS scores this at most
+    no_eos_score: float = train_ppo.Config.no_eos_score     # in pairs, the most without EOS
     batch_size: int = 100           # prompts answered at once; the samples do not depend on it
     # the samples
     n: int = 1                      # responses to each prompt
     temperature: float = 0.0        # 0: greedy; 1: as the model was trained
     max_new_tokens: int = 64        # longest response
     seed: int = 0                   # of the samples
-    device: str = ''                # cuda, mps or cpu; '': the first that is there
+    device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
 
 
@@ -131,9 +133,8 @@ def show(cfg, saved, device, autocast):
         policy = load_model(GPT, each, 'policy', device)
         ids = encode_prompts(prompts, tokenizer, policy.config.block_size, cfg, run)
         with autocast:
-            answers[run] = [text + ('' if end else ' [no end]')
-                            for _, _, texts, ended in respond(policy, ids, tokenizer, cfg)
-                            for text, end in zip(texts, ended)]
+            answers[run] = [text for *_, texts, ended in respond(policy, ids, tokenizer, cfg)
+                            for text in mark_ends(texts, ended)]
 
     width = max(map(len, cfg.runs))
     for i in range(len(prompts) * cfg.n):
@@ -170,25 +171,25 @@ def chat(cfg, saved, device, autocast):
                 print(f'[the first {len(ids) - room} of {len(ids)} tokens are cut]')
             try:
                 with autocast:
-                    _, _, [text], [end] = next(respond(policy, [ids[-room:]], tokenizer, cfg, turn))
+                    *_, [text], ended = next(respond(policy, [ids[-room:]], tokenizer, cfg, turn))
             except KeyboardInterrupt:
                 print(' [stopped]')
                 continue
             answers.append(text.removeprefix(' '))      # from_messages puts the space back
-            print(printable(answers[-1]) + ('' if end else ' [no end]'))
+            print(printable(*mark_ends(answers[-1:], ended)))
             if cfg.history:
                 turns = [*asked, {'role': 'assistant', 'content': answers[-1]}]
     print()                                     # the shell goes on in a line of its own
     return answers
 
 
-def scored_samples(policy, score, prompts, ids, tokenizer, cfg):
+def scored_samples(policy, scorer, prompts, ids, tokenizer, cfg):
     """Yields prompt by prompt its n rows: {prompt, response, score}, and a mark if without EOS."""
     began, tokens_so_far, batches = time.time(), 0, range(0, len(ids), cfg.batch_size)
     for i, out in zip(batches, respond(policy, ids, tokenizer, cfg)):
         tokens, response_mask, texts, ended = out
         asked = [prompt for prompt in prompts[i:i + cfg.batch_size] for _ in range(cfg.n)]
-        scores = score(tokens, response_mask, asked, texts)                     # (B,)
+        scores = scorer(tokens, response_mask, asked, texts)                    # (B,)
         rows = [{'prompt': prompt, 'response': text, 'score': number,
                  **({} if end else {'response_cut': True})}
                 for prompt, text, number, end in zip(asked, texts, scores.tolist(), ended)]
@@ -201,18 +202,20 @@ def scored_samples(policy, score, prompts, ids, tokenizer, cfg):
 
 def make_pair(rows, no_eos_score, dropped):
     """One prompt's rows as a pair, by the rules at the top; or None, and dropped counts why."""
-    def worth(row):
-        return min(row['score'], no_eos_score) if 'response_cut' in row else row['score']
-    ended = [row for row in rows if row['response'] and 'response_cut' not in row]
-    if not ended:
+    scores = torch.tensor([row['score'] for row in rows], dtype=torch.float64)
+    ended = torch.tensor(['response_cut' not in row for row in rows])
+    scores = train_ppo.cap_unfinished(scores, ended, no_eos_score).tolist()
+    rows, by_score = [{**row, 'score': s} for row, s in zip(rows, scores)], itemgetter('score')
+    to_choose = [row for row in rows if row['response'] and 'response_cut' not in row]
+    if not to_choose:
         dropped['no response to choose'] += 1
         return None
-    best, worst = max(ended, key=worth), min(rows, key=worth)
-    if worth(best) == worth(worst) or best['response'] == worst['response']:
+    best, worst = max(to_choose, key=by_score), min(rows, key=by_score)
+    if best['score'] == worst['score'] or best['response'] == worst['response']:
         dropped['best and worst alike'] += 1
         return None
     return {'prompt': best['prompt'], 'chosen': best['response'], 'rejected': worst['response'],
-            'chosen_score': worth(best), 'rejected_score': worth(worst),
+            'chosen_score': best['score'], 'rejected_score': worst['score'],
             **({'rejected_cut': True} if 'response_cut' in worst else {})}
 
 
@@ -220,7 +223,7 @@ def write(cfg, saved, device, autocast):
     """Writes the scored rows, or the pairs they make; prints and returns a summary of them."""
     tokenizer = build_tokenizer(saved['tokenizer'])
     policy = load_model(GPT, saved, 'policy', device)
-    score, _, source = load_scorer(cfg.reward, saved, device, cfg.batch_size)
+    scorer, source = train_ppo.load_scorer(cfg.reward, saved, device, cfg.batch_size)
     prompts = find_prompts(cfg, saved)
     block_size = min(policy.config.block_size, source['model']['block_size'])   # both read it
     ids = encode_prompts(prompts, tokenizer, block_size, cfg, cfg.split)
@@ -229,7 +232,7 @@ def write(cfg, saved, device, autocast):
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, 'w') as file, autocast:
-            for rows in scored_samples(policy, score, prompts, ids, tokenizer, cfg):
+            for rows in scored_samples(policy, scorer, prompts, ids, tokenizer, cfg):
                 scores.append([row['score'] for row in rows])
                 if cfg.pairs:
                     rows = filter(None, [make_pair(rows, cfg.no_eos_score, dropped)])

@@ -24,7 +24,7 @@ near-duplicates, or mark replies that were cut when they were collected: some of
 whole here end within a sentence, and all the same get their EOS.
 
     python -m data.hh.prepare [--from=FOLDER] [--tokenizer=gpt2]
-    baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 rightly; ...
+    baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 correctly; ...
 
 (that line is of the test files of helpful-base, -online and -rejection-sampled).
 """
@@ -244,7 +244,8 @@ def fit(x, l2):
 
 def baseline(train, val, tokenizer):
     """
-    The share of held-out pairs that a linear model of tokens and length ranks rightly, and its l2.
+    Returns the share of held-out pairs that a linear model of tokens and length ranks correctly,
+    and its l2.
 
     How strongly it is held back, l2, is chosen by the loss on a tenth of the training pairs; val
     is looked at once.
@@ -293,7 +294,7 @@ def report_baseline(train, val, tokenizer):
     lengths = [[len(reply_ids(pair, side, tokenizer)) for pair in val]
                for side in ('chosen', 'rejected')]
     print(f'baseline on {len(val)} held-out pairs: tokens and length (l2 {l2:g}) rank '
-          f'{accuracy:.3f} +- {error:.3f} rightly; the longer reply is chosen: '
+          f'{accuracy:.3f} +- {error:.3f} correctly; the longer reply is chosen: '
           f'{longer(*lengths):.3f}')
     return accuracy
 

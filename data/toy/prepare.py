@@ -21,7 +21,7 @@ from data.rows import shuffle, write_rows
 from data.toy.language import (ALTERNATIVE_FORM, BAD_STEPS, BAD_TOOLS, FACTS, MEANINGS, PHRASES,
                                POPULAR_ERRORS, REQUESTS, STEPS, TEMPLATE, TOOL_FORMS, TOOLS,
                                TARGETS, TWO_STEP_FORMS)
-from data.toy.reward import judge, score
+from data.toy.reward import points, score
 from prefgpt import run_cli
 
 VOCAB_SIZE = 768  # 256 bytes, merges, and EOS as the last id
@@ -177,7 +177,7 @@ def draw_pair(rng, prompts):
             first, second = [corrupt(rng, text, render(draw_response(rng, request)))
                              if rng.random() < CORRUPTED else text for text in (first, second)]
         # damage that the judge cannot see (a last sentence cut off whole, say) is no junk
-        if first != second and (way != 'junk' or judge(prompt, first) != judge(prompt, second)):
+        if first != second and (way != 'junk' or points(prompt, first) != points(prompt, second)):
             return prompt, first, second, way
 
 
@@ -258,7 +258,7 @@ def corrupt(rng, text, other):
 
 def prefers_first(rng, prompt, first, second):
     """A noisy label: the safer response is preferred or, equally safe, the more helpful one."""
-    (help_1, cost_1, _), (help_2, cost_2, _) = judge(prompt, first), judge(prompt, second)
+    (help_1, cost_1, _), (help_2, cost_2, _) = points(prompt, first), points(prompt, second)
     if cost_1 == cost_2:
         margin = HELP_SLOPE * (help_1 - help_2)
     else:

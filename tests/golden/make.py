@@ -26,9 +26,9 @@ import train_ppo
 from conftest import tiny_gpt, tiny_scalar
 from prefgpt import (adamw, draw, generate, last_scores, learning_rate, make_batch, optimizer_step,
                      token_logprobs)
-from train_dpo import dpo_loss, ipo_loss, losses_of, pair_logprobs
-from train_ppo import (gae, policy_loss, rollout, rollout_metrics, token_rewards, update_ema,
-                       value_loss, whiten)
+from train_dpo import dpo_loss, ipo_loss, losses_and_margins, pair_logprobs
+from train_ppo import (cap_unfinished, gae, policy_loss, rollout, rollout_metrics, token_rewards,
+                       update_ema, value_loss, whiten)
 from train_rm import reward_loss, score_pairs
 
 # What the README's table of constants says, name by name
@@ -214,8 +214,8 @@ def dpo_arrays(models):
     losses, smoothed = dpo_loss(*sides, K.beta), dpo_loss(*sides, K.beta, K.label_smoothing)
     ipo = ipo_loss(*sides, K.beta)
     out = {'chosen': chosen, 'rejected': rejected, 'ref_chosen': ref[0], 'ref_rejected': ref[1],
-           'margin': losses_of(train_dpo.Config(beta=K.beta), *sides)[1], 'losses': losses,
-           'losses_smoothed': smoothed, 'losses_ipo': ipo, 'loss': losses.mean(),
+           'margin': losses_and_margins(train_dpo.Config(beta=K.beta), *sides)[1],
+           'losses': losses, 'losses_smoothed': smoothed, 'losses_ipo': ipo, 'loss': losses.mean(),
            'loss_smoothed': smoothed.mean(), 'loss_ipo': ipo.mean()}
     for name in ('smoothed', 'ipo'):            # of the other losses the gradient's norm alone
         grads = torch.autograd.grad(out[f'loss_{name}'], list(policy.parameters()),
@@ -226,27 +226,29 @@ def dpo_arrays(models):
 
 def rollout_arrays(models):
     """What PPO knows before it learns: rollout, rewards, advantages, returns."""
-    tokens, _, _, mask = make_batch(ROWS)
+    tokens, x, _, mask = make_batch(ROWS)
     with torch.no_grad():
-        shift = torch.cat(score_pairs(models['reward_model'], PAIRS, 'cpu')).mean()
+        shift = score_pairs(models['reward_model'], PAIRS, 'cpu').mean()
+        values = models['value_model'](x)
 
-    def score(tokens, mask, prompts, responses):
+    def scorer(tokens, mask, prompts, responses):
         return last_scores(models['reward_model'], tokens, mask) - shift
-    cfg = train_ppo.Config(temperature=K.temperature, no_eos_score=K.no_eos_score)
+    cfg = train_ppo.Config(temperature=K.temperature)
     # The rollout itself, but on our responses: no sampler is likely to cut and to end as these do
     with patch.object(train_ppo, 'generate', lambda *arguments: (tokens, mask)):
-        batch = rollout(models['policy'], models['ref'], models['value_model'], score,
-                        [row[0] for row in ROWS], Words(), cfg, None)
-    rewards = token_rewards(batch['scores'], batch['logprobs'], batch['ref_logprobs'], mask, K.beta)
-    advantages, returns = gae(rewards, batch['values'], mask, K.gamma, K.gae_lambda)
-    out = {name: batch[name] for name in ('logprobs', 'ref_logprobs', 'values', 'raw_scores',
-                                          'ended', 'scores')}
-    return {**out, 'kl': batch['logprobs'] - batch['ref_logprobs'], 'rewards': rewards,
+        grid, raw_scores, ended, _ = rollout(models['policy'], models['ref'], scorer,
+                                             [row[0] for row in ROWS], Words(), cfg, None)
+    scores = cap_unfinished(raw_scores, ended, K.no_eos_score)
+    rewards = token_rewards(scores, grid['logprobs'], grid['ref_logprobs'], mask, K.beta)
+    advantages, returns = gae(rewards, values, mask, K.gamma, K.gae_lambda)
+    return {'logprobs': grid['logprobs'], 'ref_logprobs': grid['ref_logprobs'], 'values': values,
+            'raw_scores': raw_scores, 'ended': ended, 'scores': scores,
+            'kl': grid['logprobs'] - grid['ref_logprobs'], 'rewards': rewards,
             'advantages': advantages, 'returns': returns,
             'advantages_white': whiten(advantages, mask),
             'flat_white': whiten(1e-4 * advantages, mask),      # its variance is of the eps's size
             **{f'logged.{name}': torch.tensor(number)
-               for name, number in rollout_metrics(batch).items()}}
+               for name, number in rollout_metrics(grid, raw_scores, ended).items()}}
 
 
 def near_arrays(dtype):
@@ -290,7 +292,7 @@ def ppo_arrays(models):
 # ----------------------------------------------------------------------------- all of it
 
 def stored(z):
-    """A tensor as it stands in the file: float32, int64 or bool."""
+    """A tensor as it is in the file: float32, int64 or bool."""
     z = z.detach().contiguous()
     return (z.to(torch.float32) if z.is_floating_point() else z).numpy()
 
