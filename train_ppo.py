@@ -255,6 +255,11 @@ def main(cfg):
     policy = load_model(GPT, saved or init, 'policy', device)
     ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
     start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)    # for kl_sft
+    print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
+    train, val = load_examples(cfg.data, 'prompts', tokenizer, text, policy.config.block_size,
+                               cfg.max_new_tokens)                              # rows (prompt,)
+    val = val[:128]
+    data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
     value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # not the policy's shape
     if saved:
         value_model.load_state_dict(saved['weights']['value_model'])
@@ -263,11 +268,6 @@ def main(cfg):
         torch.nn.init.zeros_(value_model.score.weight)
     else:
         value_model.body.load_state_dict(source['weights']['policy'])
-    print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
-    train, val = load_examples(cfg.data, 'prompts', tokenizer, text, policy.config.block_size,
-                               cfg.max_new_tokens)                              # rows (prompt,)
-    val = val[:128]
-    data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
     if judge:
         judge(tokenizer.decode(val[0][0]), '')  # a broken judge shows before the first step
     optimizer = adamw(policy, cfg.weight_decay)
