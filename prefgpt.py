@@ -1,17 +1,17 @@
 """
 prefgpt: the GPT-2 model, the sampler, and what every stage of preference tuning shares.
 
-Read the first 300 lines in order: model, logprobs and scores, sampling. The rest is what a run
-needs besides: batches, optimizer, checkpoints, command line, log. The methods are elsewhere: each
-train_*.py holds its own loss and its own loop. Rows and tokenizers are in data/text.py.
+Read the first three sections in order: model, logprobs and scores, sampling. The others are what
+a run also needs: batches, optimizer, checkpoints, command line, log. The methods are elsewhere:
+each train_*.py holds its own loss and its own loop. Rows and tokenizers are in data/text.py.
 
 One layout for every tensor. A row is a prompt and a response, contiguous, padded on the RIGHT:
-with causal attention a real token never sees a pad, so there is no attention mask and there are
-no position ids. x_and_y shifts tokens (B, T+1) once, x = tokens[:, :-1] and y = tokens[:, 1:].
-From there on, column t of every (B, T) tensor is about predicting y[:, t] from x[:, :t+1].
+with causal attention a real token never sees a pad, so training needs no attention mask and no
+position ids (the sampler's cache needs both). x_and_y shifts tokens (B, T+1) once, into x and y:
+from there on, column t of every (B, T) tensor is about predicting y[:, t] from x[:, :t+1].
 
 Letters: B rows, T positions, C channels, V vocabulary, H heads, S places in the cache,
-M response tokens of a whole batch.
+M positions where a mask is true.
 
 Left out: dropout, several GPUs, fp16, top-k and top-p (what is sampled is what is scored).
 """
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         else:                                                       # decode: T is 1
             rows = torch.arange(B, device=x.device)
             # Each row at its own position. Two indices with a ':' between them bring B to the front
-            cache[:, rows, :, positions] = qkv[:, 0, 1:]            # k and v: (B, 2, H, C/H)
+            cache[:, rows, :, positions] = qkv[:, 0, 1:]            # both sides (B, 2, H, C/H)
             out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=visible)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
 
@@ -115,7 +115,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2: what is added to the residual stream is scaled down by its 2 n_layer terms
+                # GPT-2: the residual stream is a sum of 2 n_layer terms, so each is scaled down
                 scale = (2 * config.n_layer) ** -0.5 if 'c_proj' in name else 1.0
                 nn.init.normal_(p, std=config.init_std * scale)
             elif name.endswith('bias'):
@@ -176,7 +176,7 @@ class ScalarGPT(nn.Module):
 
 def make_batch(rows, device='cpu'):
     """
-    Returns rows (prompt, response), lists of ids, as tokens (B, T+1), x, y, response_mask (B, T).
+    Stacks rows (prompt, response), lists of ids: tokens (B, T+1), x, y, response_mask (B, T).
 
     response_mask is true where y is a response token, EOS included. It comes from lengths, never
     from token ids: a pad's id may be a real token's.
@@ -215,9 +215,9 @@ def token_logprobs(model, x, y, mask, temperature=1.0):
     """
     Returns log p(y[:, t] | x[:, :t+1]), (B, T), float32 at least, and 0 where mask is false.
 
-    Only masked positions meet the vocabulary, so (B, T, V) never exists; if even their logits are
-    large, they are computed in blocks, and again in the backward pass (checkpointing). Old, new
-    and reference logprobs all come from here: otherwise PPO's first ratio is not 1.
+    Only positions where mask is true meet the vocabulary, so (B, T, V) never exists. If even their
+    logits are large, they are computed in blocks, and again in the backward pass (checkpointing).
+    Old, new and reference logprobs all come from here: otherwise PPO's first ratio is not 1.
     """
     def logprobs_of(hidden, targets):
         logits = model.logits(hidden)                               # (M, V)
@@ -293,7 +293,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
             break
         # The token just drawn is at place starts + t of its row.
         # forward and not __call__: the shapes change at every step, --compile would recompile
-        seen = cache[..., :longest + t + 1, :]
+        seen = cache[..., :longest + t + 1, :]      # a view: forward writes into cache itself
         hidden = policy.forward(token[:, None], seen, starts + t)[:, 0]             # (B, C)
 
     ends = starts + lengths
@@ -384,10 +384,10 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
     a dict by name, the first one gives the shape; optimizers are theirs, in order; text is
     load_text's. ckpt.pt is whole at every moment; the one before it stays as ckpt.prev.pt.
     """
-    path, config = Path(path), next(iter(models.values())).config
+    path, shape = Path(path), next(iter(models.values())).config
     # Tensors, strings, numbers, dicts and lists alone, so that weights_only=True can load them
     contents = dict(
-        stage=stage, step=step, config=dataclasses.asdict(cfg), model=dataclasses.asdict(config),
+        stage=stage, step=step, config=dataclasses.asdict(cfg), model=dataclasses.asdict(shape),
         metrics=metrics, weights={name: model.state_dict() for name, model in models.items()},
         optimizers=[optimizer.state_dict() for optimizer in optimizers], **text, **extra)
     temporary, previous = path.with_name('ckpt.tmp'), path.with_name('ckpt.prev.pt')
@@ -410,7 +410,7 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
 def load_checkpoint(path, stages):
     """
     Loads the checkpoint of a run folder, or a checkpoint file, onto the CPU. Raises UserError if
-    it is missing or damaged, or if its stage is none of stages.
+    it is missing or damaged, or if its stage is not in stages.
     """
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -459,8 +459,8 @@ def parse_bool(text):
 
 def parse_config(Config, argv=None):
     """
-    Reads a Config from the command line: every field is a flag, --lr=0 or --lr 0, and the comment
-    after it is its help. A tuple field takes the words without a flag, the RUNs.
+    Reads a Config from the command line: every field is a flag, --lr=0 or --lr 0 (a switch: --ipo
+    or --ipo=True), and its comment is the help. A tuple field takes the words without a flag, RUNs.
     """
     comments = dict(re.findall(r'^ +(\w+): .*?  # (.*)$', inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
@@ -592,7 +592,7 @@ class Log:
             file.write(json.dumps(row) + '\n')
 
     def step(self, step, began, tokens, **metrics):
-        """Logs a step; began is its time.time(), tokens how many real tokens it has read."""
+        """Logs a step that began at began; tokens: how many it read (PPO: response tokens)."""
         seconds, self.lr = time.time() - began, metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
         if step in (1, self.steps) or step % max(1, self.steps // 50) == 0:     # about 50 lines

@@ -5,10 +5,10 @@ Stage 4, direct preference optimization: the pairs themselves train the policy, 
     loss = - log sigmoid(beta h)            DPO, Rafailov et al. 2023, eq. 7
     loss = (h - 1 / (2 beta))^2             IPO, Azar et al. 2024, with --ipo
 
-log pi(response) is a SUM over response tokens. beta weighs KL(policy, ref) as in train_ppo.py: with
-enough data and a fixed reference both have the optimum pi ~ ref exp(score / beta). The reference is
-the policy before its first step; its logprobs of all pairs are computed once, so the loss starts at
-log 2 = 0.6931 (IPO: 1 / (4 beta^2)). Chosen and rejected may both fall: the loss sees only h.
+log pi(response), in the code seq_logprobs, is a SUM over response tokens. beta weighs KL(pi, ref)
+as in train_ppo.py: with enough data and a fixed reference both have the optimum proportional to
+ref exp(score / beta). The reference is pi before its first step, so the loss starts at log 2 =
+0.6931 (IPO: 1 / (4 beta^2)). Chosen and rejected logprobs may both fall: the loss sees only h.
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """
@@ -74,7 +74,7 @@ def pair_logprobs(policy, pairs, device):
     """Returns seq_logprobs of the chosen and of the rejected responses, (2, B), in one pass."""
     tokens, x, y, response_mask = make_batch(
         [(prompt, chosen) for prompt, chosen, _ in pairs]
-        + [(prompt, rejected) for prompt, _, rejected in pairs], device)        # (2B, T)
+        + [(prompt, rejected) for prompt, _, rejected in pairs], device)        # (2B, T+1), (2B, T)
     return token_logprobs(policy, x, y, response_mask).sum(1).view(2, -1)
 
 
@@ -112,10 +112,10 @@ def main(cfg):
     # --- the same in every script
     saved = open_run(cfg, 'dpo')
     device, autocast = set_up(cfg)
-    init = saved or load_checkpoint(cfg.init, POLICIES)
-    tokenizer, text = load_text(cfg.data, init)
 
     # --- data and model
+    init = saved or load_checkpoint(cfg.init, POLICIES)
+    tokenizer, text = load_text(cfg.data, init)
     model = load_model(GPT, init, 'policy', device)
     print(f'{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
     train, val = load_examples(cfg.data, 'pairs', tokenizer, text, model.config.block_size)
@@ -147,7 +147,7 @@ def main(cfg):
             parts.append(torch.stack([losses, margins, chosen, rejected]).detach())     # (4, B)
         logged = pair_metrics(*torch.cat(parts, dim=1))
 
-        # --- the same in every script
+        # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step, loss=logged['loss'])
         log.step(step, began, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)

@@ -40,7 +40,7 @@ class Config:
     judge: str = ''                 # what only evaluates: a reward.py, logged as gold; '': none
     resume: bool = False            # continue the run in --out, or start it if there is none
     # rollouts
-    rollout_size: int = 128         # responses sampled per step
+    rollout_size: int = 128         # responses per rollout batch
     max_new_tokens: int = 64        # longest response
     temperature: float = 1.0        # of sampling, and of every logprob
     no_eos_score: float = -1.0      # a response without EOS scores this at most
@@ -49,9 +49,9 @@ class Config:
     gamma: float = 1.0              # discount per token
     gae_lambda: float = 0.95        # 0: one-step advantages; 1: whole-response advantages
     whiten: bool = True             # normalize advantages over the rollout batch
-    clip_eps: float = 0.2           # the ratio counts within 1 +- clip_eps
-    vf_clip: float = 0.0            # most that values move from the rollout's; 0: off
-    ref_ema: float = 0.005          # share by which the reference follows per step; 0: fixed
+    clip_eps: float = 0.2           # no gain from a ratio beyond 1 +- clip_eps
+    vf_clip: float = 0.0            # the same for values, around the rollout's values; 0: off
+    ref_ema: float = 0.005          # how far the reference follows per rollout batch; 0: fixed
     # training
     steps: int = 60                 # rollout batches
     ppo_epochs: int = 2             # passes over a rollout batch
@@ -59,11 +59,11 @@ class Config:
     micro_batch_size: int = 0       # responses per forward pass; 0: all; memory, not results
     lr: float = 3e-4                # peak learning rate of the policy
     value_lr: float = 2e-3          # peak learning rate of the value model
-    warmup: int = 5                 # steps of linear warm-up; then a cosine down to a tenth
+    warmup: int = 5                 # rollout batches of linear warm-up; then a cosine to a tenth
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings
     grad_clip: float = 1.0          # largest norm of each model's gradient
     # the rest
-    eval_every: int = 20            # steps between evaluations on held-out prompts; each one saves
+    eval_every: int = 20            # rollout batches between evaluations; each one saves
     seed: int = 0                   # of prompts, samples and minibatches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
@@ -73,7 +73,7 @@ class Config:
 def token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
     """
     Returns -beta (logprobs - ref_logprobs) per response token, (B, T), plus scores (B,) on the last
-    one. Over samples the difference has the mean KL(policy, ref): the k1 estimator.
+    one. The difference has the expectation KL(policy, ref) under the policy: the k1 estimator.
     """
     rewards = -beta * (logprobs - ref_logprobs)
     place = last_column(response_mask)[:, None]                                 # (B, 1)
@@ -87,7 +87,7 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}
 
-    The value after the last response token is 0, whatever the padding holds.
+    The value after the last response token is 0, also where a response was stopped without EOS.
     """
     rewards = rewards.masked_fill(~response_mask, 0.0)
     values = values.masked_fill(~response_mask, 0.0)
@@ -105,7 +105,7 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
 def whiten(x, mask):
     """Returns x with mean 0 and standard deviation 1 over the mask, and 0 outside it, (B, T)."""
     mean = x[mask].mean()
-    variance = x[mask].var(correction=0)        # biased: a single token has a variance, 0
+    variance = x[mask].var(correction=0)        # over n, not n - 1, which fails for one token
     return ((x - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(~mask, 0.0)
 
 
@@ -133,7 +133,7 @@ def update_ema(ref, policy, rate):
 
 
 def cap_unfinished(scores, ended, no_eos_score):
-    """Caps scores (B,) of responses that did not end: nothing else teaches a policy to end."""
+    """Caps scores (B,) of responses without EOS: in PPO nothing else teaches the policy to end."""
     return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
 
 
@@ -197,7 +197,7 @@ def rollout_metrics(grid, scores, ended):
 
 def evaluate(policy, start_policy, scorer, judge, rows, tokenizer, cfg):
     """Returns rollout_metrics of held-out prompts, kl_sft for kl, and gold, a judge's reward."""
-    *batch, texts = rollout(policy, start_policy, scorer, [prompt for prompt, in rows], tokenizer,
+    *batch, texts = rollout(policy, start_policy, scorer, [row[0] for row in rows], tokenizer,
                             cfg, rng(cfg.seed, 0, 'eval'))
     metrics = {'kl_sft' if name == 'kl' else name: number
                for name, number in rollout_metrics(*batch).items()}
@@ -246,10 +246,10 @@ def main(cfg):
     # --- the same in every script
     saved = open_run(cfg, 'ppo')
     device, autocast = set_up(cfg)
-    init = load_checkpoint(cfg.init, POLICIES)
-    tokenizer, text = load_text(cfg.data, init)
 
     # --- data and models: policy, reference, reward model and value model are four networks
+    init = load_checkpoint(cfg.init, POLICIES)
+    tokenizer, text = load_text(cfg.data, init)
     scorer, source = load_scorer(cfg.reward, init, device, cfg.micro_batch_size)
     judge = load_judge(cfg.judge) if cfg.judge else None
     policy = load_model(GPT, saved or init, 'policy', device)
@@ -258,14 +258,14 @@ def main(cfg):
     print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
     train, val = load_examples(cfg.data, 'prompts', tokenizer, text, policy.config.block_size,
                                cfg.max_new_tokens)                              # rows (prompt,)
-    val = val[:128]
+    val = val[:128]                             # enough for a mean
     data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
-    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # not the policy's shape
+    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # maybe not pi's shape
     if saved:
         value_model.load_state_dict(saved['weights']['value_model'])
     elif source['stage'] == 'rm':
         value_model.load_state_dict(source['weights']['reward_model'])
-        torch.nn.init.zeros_(value_model.score.weight)
+        torch.nn.init.zeros_(value_model.score.weight)      # a value is not a score
     else:
         value_model.body.load_state_dict(source['weights']['policy'])
     if judge:
@@ -307,13 +307,12 @@ def main(cfg):
                 norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, **update)
                 optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step)
                 updates.append({**update, 'norm': norm})
-        update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows; at rate 0 not
+        update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows, if rate > 0
 
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old
         log.step(step, began, int(mask.sum()), **rollout_metrics(grid, scores, ended), **means,
                  lr=lr)
-        # --- the same in every script
         if step % cfg.eval_every == 0 or step == cfg.steps:
             with autocast:
                 metrics = evaluate(policy, start_policy, scorer, judge, val, tokenizer, cfg)

@@ -4,8 +4,8 @@ Stage 2, the reward model: one number per response, learned from which of two wa
     loss = - log sigmoid(score(prompt, chosen) - score(prompt, rejected))      (Bradley-Terry)
 
 The score is a linear head on the hidden state of the last response token, EOS included. A common
-shift leaves the loss as it is, so scores are shifted to mean 0 over the held-out responses. They
-are not scaled: they stay logits, and PPO's beta means DPO's beta. Left out: margins between grades.
+shift leaves the loss as it is: the mean over the held-out responses is saved as shift, and PPO
+subtracts it. Scores are not scaled: they stay logits, so that PPO's beta means DPO's beta.
 
     python train_rm.py --data=data/toy --init=out/toy/sft --out=out/toy/rm
 """
@@ -53,7 +53,7 @@ def score_pairs(model, pairs, device):
     """Returns the scores of the chosen and of the rejected responses, (2, B), in one pass."""
     tokens, x, y, response_mask = make_batch(
         [(prompt, chosen) for prompt, chosen, _ in pairs]
-        + [(prompt, rejected) for prompt, _, rejected in pairs], device)        # (2B, T)
+        + [(prompt, rejected) for prompt, _, rejected in pairs], device)        # (2B, T+1), (2B, T)
     return last_scores(model, tokens, response_mask).view(2, -1)
 
 
@@ -77,10 +77,10 @@ def main(cfg):
     # --- the same in every script
     saved = open_run(cfg, 'rm')
     device, autocast = set_up(cfg)
-    init = saved or load_checkpoint(cfg.init, POLICIES)
-    tokenizer, text = load_text(cfg.data, init)
 
     # --- data and model
+    init = saved or load_checkpoint(cfg.init, POLICIES)
+    tokenizer, text = load_text(cfg.data, init)
     if saved:
         model = load_model(ScalarGPT, saved, 'reward_model', device)
     else:
@@ -111,7 +111,7 @@ def main(cfg):
             parts.append(torch.stack([losses, margins, chosen, rejected]).detach())     # (4, B)
         logged = pair_metrics(*torch.cat(parts, dim=1))
 
-        # --- the same in every script
+        # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step, loss=logged['loss'])
         log.step(step, began, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)

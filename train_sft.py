@@ -17,7 +17,7 @@ import torch
 from data.text import hash_data, load_examples, load_text, show_samples
 from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
                      make_batch, open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
-from prefgpt import GPT, GPTConfig, token_logprobs
+from prefgpt import GPT, GPTConfig, UserError, token_logprobs
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Config:
     # the rest
     eval_every: int = 250           # steps between evaluations on held-out rows; each one saves
     max_new_tokens: int = 64        # longest sample shown
-    seed: int = 0                   # of the initial weights, the batches and the samples
+    seed: int = 0                   # of the initial weights and the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
     compile: bool = False           # torch.compile the model's body
@@ -65,6 +65,8 @@ def evaluate(policy, rows, size, device, autocast):
 
 def main(cfg):
     """Trains a policy on demonstrations and returns the last evaluation's numbers."""
+    if cfg.rows not in ('sft', 'pairs'):
+        raise UserError(f'--rows={cfg.rows}: sft or pairs')
     # --- the same in every script
     saved = open_run(cfg, 'sft')
     device, autocast = set_up(cfg)
@@ -104,7 +106,7 @@ def main(cfg):
             micro_loss.backward()
             loss += micro_loss.item()
 
-        # --- the same in every script
+        # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, loss=loss)
         log.step(step, began, sum(lengths[i] for i in indices), loss=loss, norm=norm, lr=lr)

@@ -233,19 +233,19 @@ def from_transcripts(chosen, rejected):
 def load_split(data, kind, template, rows=''):
     """
     Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side), or
-    of one JSON Lines file: a tenth of its prompts is held out, by a hash, always the same ones.
+    of one JSON Lines file: a tenth of its prompts is held out, by a hash, the same ones each time.
     """
     if Path(data).is_dir():
         return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
                      for split in ('train', 'val'))
-    rows = load_rows(data, kind, template)
-    prompts = sorted({row['prompt'] for row in rows}, key=lambda p: (zlib.crc32(p.encode()), p))
+    all_rows = load_rows(data, kind, template)
+    prompts = sorted({row['prompt'] for row in all_rows}, key=lambda p: (zlib.crc32(p.encode()), p))
     if len(prompts) < 2:
         raise DataError(f'{data}: only one prompt, so none can be held out; pass a folder with '
                         f'train.{kind}.jsonl and val.{kind}.jsonl')
     held_out = set(prompts[:max(1, len(prompts) // 10)])
-    return ([row for row in rows if row['prompt'] not in held_out],
-            [row for row in rows if row['prompt'] in held_out])
+    return ([row for row in all_rows if row['prompt'] not in held_out],
+            [row for row in all_rows if row['prompt'] in held_out])
 
 
 # ----------------------------------------------------------------------------- token ids
@@ -255,9 +255,9 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     Returns the token ids of normalized rows, cut to the block: (prompt,), (prompt, response) or
     (prompt, chosen, rejected), by kind. Prints how many were kept, cut and dropped, and why.
 
-    Prompt and response are encoded apart: a prompt's ids never depend on its response. A prompt
-    that is too long loses its left end. A response longer than half the block leaves the prompt
-    the other half and loses its own end; then, as if marked as cut, it gets no EOS.
+    Prompt and response are encoded apart: a prompt's ids never depend on its response. If the two
+    do not fit, the prompt loses its left end, down to half of the block. If that is not enough, the
+    response loses its end, and so its EOS, as does one that the row marks as cut.
     """
     if block_size < 2 or kind == 'prompts' and max_new_tokens >= block_size:
         raise UserError(f'block_size={block_size} has no room for a prompt beside '
@@ -325,7 +325,8 @@ def mark_ends(texts, ended):
 def show_samples(policy, examples, tokenizer, max_new_tokens):
     """Returns greedy answers to the prompts of examples, as text with the prompt before them."""
     max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
-    prompts = [example[0][max_new_tokens - policy.config.block_size:] for example in examples]
+    room = policy.config.block_size - max_new_tokens
+    prompts = [example[0][-room:] for example in examples]
     out = generate(policy, prompts, max_new_tokens, tokenizer.eot_token, temperature=0)
     texts = mark_ends(*decode_responses(*out, tokenizer))
     return [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts)]
