@@ -1,19 +1,19 @@
 """
-prefgpt: the GPT-2 model, the sampler, and what every stage of preference tuning shares.
+prefgpt: the GPT-2 model, the sampler, and what the stages of preference tuning share.
 
 Read the first three sections in order: model, logprobs and scores, sampling. The others are what
-a run also needs: batches, optimizer, checkpoints, command line, log. The methods are elsewhere:
+else a run needs: batches, optimizer, checkpoints, command line, log. The methods are elsewhere:
 each train_*.py holds its own loss and its own loop. Rows and tokenizers are in data/text.py.
 
-One layout for every tensor. A row is a prompt and a response, contiguous, padded on the RIGHT:
+All tensors share one layout. A row is a prompt and a response, contiguous, padded on the RIGHT:
 with causal attention a real token never sees a pad, so training needs no attention mask and no
 position ids (the sampler's cache needs both). x_and_y shifts tokens (B, T+1) once, into x and y:
 from there on, column t of every (B, T) tensor is about predicting y[:, t] from x[:, :t+1].
 
-Letters: B rows, T positions, C channels, V vocabulary, H heads, S places in the cache,
-M positions where a mask is true.
+Letters: B rows, T positions, C channels, V vocabulary, H heads, S slots in the cache,
+M tokens where a mask is true.
 
-Left out: dropout, several GPUs, fp16, top-k and top-p (what is sampled is what is scored).
+Left out: dropout, multi-GPU training, fp16, top-k and top-p (samples must match token_logprobs).
 """
 import argparse, dataclasses, difflib, hashlib, inspect, itertools, json, math, os, re, resource
 import shutil, sys, time, zipfile
@@ -28,14 +28,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix: printed as one line, without a traceback (run_cli)."""
+    """A mistake that the user can fix; run_cli prints it as one line, without a traceback."""
 
 
 # ----------------------------------------------------------------------------- the model
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT-2; the defaults are the 124M model. Biases and tied embeddings always."""
+    """The shape of a GPT-2 with biases and tied embeddings; the defaults are the 124M model's."""
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
@@ -49,7 +49,7 @@ class Attention(nn.Module):
     Causal self-attention: softmax(q k' / sqrt(C/H)) v in each of H heads.
 
     While sampling, cache (2, B, H, S, C/H) holds this layer's keys and values, positions (B,) is
-    each row's own position, and visible (B, 1, 1, S) marks the places of the cache it may see.
+    each row's own position, and visible (B, 1, 1, S) marks the cache slots that the row may see.
     """
 
     def __init__(self, config):
@@ -68,14 +68,14 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:                                                       # decode: T is 1
             rows = torch.arange(B, device=x.device)
-            # Each row at its own position. Two indices with a ':' between them bring B to the front
+            # Each row writes at its own position. The ':' between two index tensors puts B in front
             cache[:, rows, :, positions] = qkv[:, 0, 1:]            # both sides (B, 2, H, C/H)
             out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=visible)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """The position-wise half of a block. GPT-2's GELU is the tanh form."""
+    """The position-wise half of a block. GPT-2's GELU is the tanh approximation."""
 
     def __init__(self, config):
         super().__init__()
@@ -115,7 +115,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2: the residual stream is a sum of 2 n_layer terms, so each is scaled down
+                # GPT-2 scales its 2 n_layer additions to the residual stream by 1 / sqrt(2 n_layer)
                 scale = (2 * config.n_layer) ** -0.5 if 'c_proj' in name else 1.0
                 nn.init.normal_(p, std=config.init_std * scale)
             elif name.endswith('bias'):
@@ -123,7 +123,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None, positions=None):
         """
-        Returns hidden states (B, T, C) of tokens (B, T). Sampling first passes the prompts with an
+        Returns hidden states (B, T, C) of tokens (B, T). generate first passes the prompts with an
         empty cache (prefill), then one token per row, (B, 1), with each row's own position (B,).
         """
         T = tokens.size(1)
@@ -133,21 +133,21 @@ class GPT(nn.Module):
             visible = None
         else:
             x = self.wte(tokens) + self.wpe(positions)[:, None]     # (B, 1, C)
-            # A place past the row's own position holds a pad's key or nothing: never look there
-            places = torch.arange(cache.size(-2), device=tokens.device)     # (S,)
-            visible = (places <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
+            # A slot past the row's own position holds a pad's key or nothing, so it stays invisible
+            slots = torch.arange(cache.size(-2), device=tokens.device)     # (S,)
+            visible = (slots <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
         for layer, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[layer], positions, visible)
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Projects hidden states (..., C) to logits (..., V) by the token embedding itself."""
+        """Projects hidden states (..., C) to logits (..., V) with the token embedding itself."""
         # Not in bfloat16: near -100 its numbers are 0.5 apart, and PPO's first ratio would show it
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
 
     def empty_cache(self, B, S):
-        """Room for the keys and values of S places of B rows: (layers, 2, B, H, S, C/H)."""
+        """Returns a cache for keys and values, B rows of S slots: (layers, 2, B, H, S, C/H)."""
         c, weight = self.config, self.wte.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
@@ -156,7 +156,7 @@ class GPT(nn.Module):
 
 
 class ScalarGPT(nn.Module):
-    """A GPT body that gives one number per position: the reward model and the value model."""
+    """A GPT body with a scalar head at every position: the reward model and the value model."""
 
     def __init__(self, config):
         super().__init__()
@@ -176,10 +176,10 @@ class ScalarGPT(nn.Module):
 
 def make_batch(rows, device='cpu'):
     """
-    Stacks rows (prompt, response), lists of ids: tokens (B, T+1), x, y, response_mask (B, T).
+    Packs rows (prompt, response) of ids into tokens (B, T+1) and x, y, response_mask, (B, T) each.
 
     response_mask is true where y is a response token, EOS included. It comes from lengths, never
-    from token ids: a pad's id may be a real token's.
+    from token ids, because a pad's id may also be a real token's.
 
     >>> tokens, x, y, response_mask = make_batch([([1, 2], [3, 4]), ([5], [6])])
     >>> y.tolist(), response_mask.int().tolist()
@@ -208,21 +208,21 @@ def last_column(response_mask):
     return (response_mask * columns).amax(1)
 
 
-LOGITS_AT_ONCE = 2 ** 25    # most numbers in one block of logits: 128 MB of float32
+LOGITS_AT_ONCE = 2 ** 25    # largest number of logits in one block: 128 MB of float32
 
 
 def token_logprobs(model, x, y, mask, temperature=1.0):
     """
     Returns log p(y[:, t] | x[:, :t+1]), (B, T), float32 at least, and 0 where mask is false.
 
-    Only positions where mask is true meet the vocabulary, so (B, T, V) never exists. If even their
-    logits are large, they are computed in blocks, and again in the backward pass (checkpointing).
-    Old, new and reference logprobs all come from here: otherwise PPO's first ratio is not 1.
+    Logits are computed only where mask is true, so (B, T, V) never exists. If even these are
+    large, they are computed in blocks, and again in the backward pass (activation checkpointing).
+    All logprobs, old, new and reference, come from here: otherwise PPO's first ratio is not 1.
     """
     def logprobs_of(hidden, targets):
         logits = model.logits(hidden)                               # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperature != 1:                    # at 1 it is a pass over (M, V) for nothing
+        if temperature != 1:                    # at 1, a useless pass over (M, V)
             logits = logits / temperature
         return -F.cross_entropy(logits, targets, reduction='none')  # log_softmax, gathered: (M,)
 
@@ -238,8 +238,8 @@ def token_logprobs(model, x, y, mask, temperature=1.0):
 
 def last_scores(model, tokens, response_mask):
     """Returns one score per response, (B,): the model's number at its last token, EOS or not."""
-    place = last_column(response_mask) + 1      # + 1 because y[:, t] is tokens[:, t+1]
-    return model(tokens).gather(1, place[:, None]).squeeze(1)
+    index = last_column(response_mask) + 1      # + 1 because y[:, t] is tokens[:, t+1]
+    return model(tokens).gather(1, index[:, None]).squeeze(1)
 
 
 # ----------------------------------------------------------------------------- sampling
@@ -253,19 +253,19 @@ def draw(logits, u, temperature):
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     cdf = F.softmax(logits, dim=-1).cumsum(-1)                      # (B, V)
-    u = u[:, None].to(cdf) * cdf[:, -1:]        # (B, 1): by rounding the CDF ends only near 1
+    u = u[:, None].to(cdf) * cdf[:, -1:]        # (B, 1): rounding makes the CDF end only near 1
     return torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.size(1) - 1)
 
 
 @torch.no_grad()
 def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
     """
-    Samples one response per prompt, a list of lists of ids, until EOS or max_new_tokens. Returns
-    tokens (B, T+1) and response_mask (B, T) in make_batch's layout.
+    Samples one response per prompt (prompts: a list of lists of ids) until EOS or max_new_tokens.
+    Returns tokens (B, T+1) and response_mask (B, T) in make_batch's layout.
 
-    The prompts are prefilled in one causal pass; then every row continues at its own position of
-    a static cache. All random numbers are drawn before the loop, on the CPU, one row of them per
-    prompt: the same text comes out however the rows are split.
+    The prompts are prefilled in one causal pass; then every row continues at its own position in a
+    static cache. All random numbers are drawn before the loop, on the CPU, one row per prompt, so
+    the text does not depend on how the prompts are split into batches.
     """
     assert temperature >= 0 and all(prompts), 'a negative temperature or an empty prompt'
     device, B = policy.wte.weight.device, len(prompts)
@@ -288,17 +288,17 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
         tokens[rows, starts + t] = token * running                  # 0 once the row has ended
         lengths += running
         running = running & (token != eos)
-        # Asking the device costs a wait: only now and then
+        # Asking the device forces a wait, so ask only now and then
         if t + 1 == max_new_tokens or (t % 16 == 15 and not running.any()):
             break
-        # The token just drawn is at place starts + t of its row.
-        # forward and not __call__: the shapes change at every step, --compile would recompile
+        # The token just drawn is at index starts + t of its row.
+        # forward, not __call__: the shapes change at every step, and --compile would recompile
         seen = cache[..., :longest + t + 1, :]      # a view: forward writes into cache itself
         hidden = policy.forward(token[:, None], seen, starts + t)[:, 0]             # (B, C)
 
     ends = starts + lengths
     tokens = tokens[:, :int(ends.max())]
-    columns = torch.arange(1, tokens.size(1), device=device)        # y's place in tokens
+    columns = torch.arange(1, tokens.size(1), device=device)        # y's index in tokens
     return tokens, (columns >= starts[:, None]) & (columns < ends[:, None])
 
 
@@ -307,7 +307,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
 def rng(seed, step, stream):
     """
     Returns a fresh CPU generator for one step and one purpose: 'batch', 'rollout', 'shuffle' or
-    'eval'. Nothing random has state, so a run that resumes draws what it would have drawn.
+    'eval'. No random state is carried over, so a resumed run draws what it would have drawn.
     """
     digest = hashlib.sha256(f'{seed} {step} {stream}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], 'little'))
@@ -315,14 +315,14 @@ def rng(seed, step, stream):
 
 def batches(lengths, batch_size, seed, start=0):
     """
-    Yields the indices of the rows of batch start, start + 1, ...; an epoch visits each row once.
+    Yields the row indices of batches start, start + 1, ...; an epoch visits every row once.
     The rows of a batch have similar lengths, so that little of it is padding.
     """
     per_epoch = math.ceil(len(lengths) / batch_size)        # the last batch may be smaller
     for epoch in itertools.count(start // per_epoch):
         generator = rng(seed, epoch, 'batch')
         order = torch.randperm(len(lengths), generator=generator).tolist()
-        # Sorted within groups of 16 batches only, so that epochs differ in who shares a batch
+        # Sorted within groups of 16 batches only, so that epochs differ in which rows meet
         group = 16 * batch_size
         order = [index for i in range(0, len(order), group)
                  for index in sorted(order[i:i + group], key=lengths.__getitem__)]
@@ -334,7 +334,7 @@ def batches(lengths, batch_size, seed, start=0):
 
 
 def learning_rate(step, steps, lr, warmup):
-    """Linear warm-up, then a cosine from lr down to lr / 10; here step counts from 0."""
+    """Returns step's rate: linear warm-up, then a cosine from lr to lr / 10; step counts from 0."""
     if step < warmup:
         return lr * (step + 1) / warmup         # not from 0: the first step would be wasted
     progress = (step - warmup) / max(1, steps - 1 - warmup)         # 0 to 1
@@ -342,8 +342,8 @@ def learning_rate(step, steps, lr, warmup):
 
 
 def adamw(model, weight_decay):
-    """AdamW over two groups: matrices and embeddings decay, biases and LayerNorms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]     # tied weights come once
+    """Returns AdamW: matrices and embeddings decay, biases and LayerNorms do not (two groups)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]     # tied weights appear once
     groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
     # A weight whose gradient is far below eps hardly moves; with the usual 1e-8 Adam would move it
@@ -352,17 +352,17 @@ def adamw(model, weight_decay):
 
 
 def check_finite(where, **numbers):
-    """Raises UserError if one of the numbers is not finite; names it and where it was met."""
+    """Raises UserError if a number is not finite; the message names it and where it occurred."""
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise UserError(f'{where}: the {name} is {number}; the last good checkpoint is kept: '
-                            'lower --lr or look at the data')
+            raise UserError(f'{where}: the {name} is {number}; the last good checkpoint is kept. '
+                            'Lower --lr or check the data')
 
 
 def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     """
-    Clips the gradient, steps and clears; returns the gradient's norm before clipping. Raises
-    UserError, and leaves the weights alone, if a loss or the norm is not finite.
+    Clips the gradient, takes a step and zeroes the gradient; returns its norm before clipping.
+    Raises UserError, and leaves the weights alone, if a loss or the norm is not finite.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     check_finite(f'step {step}, lr={lr:.1e}', **losses, norm=norm)
@@ -380,12 +380,12 @@ POLICIES = ('base', 'sft', 'ppo', 'dpo')        # the stages whose checkpoints h
 
 def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, **extra):
     """
-    Writes one file with all that resuming, sampling and the next stage need, or nothing. models is
-    a dict by name, the first one gives the shape; optimizers are theirs, in order; text is
-    load_text's. ckpt.pt is whole at every moment; the one before it stays as ckpt.prev.pt.
+    Writes one file, whole or not at all, with all that resuming, sampling and the next stage need.
+    models maps names to models, the first of which gives the shape. optimizers are in that order,
+    text is load_text's. ckpt.pt is always whole; the one before it stays as ckpt.prev.pt.
     """
     path, shape = Path(path), next(iter(models.values())).config
-    # Tensors, strings, numbers, dicts and lists alone, so that weights_only=True can load them
+    # Only tensors, strings, numbers, dicts and lists, so that weights_only=True can load them
     contents = dict(
         stage=stage, step=step, config=dataclasses.asdict(cfg), model=dataclasses.asdict(shape),
         metrics=metrics, weights={name: model.state_dict() for name, model in models.items()},
@@ -410,7 +410,7 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
 def load_checkpoint(path, stages):
     """
     Loads the checkpoint of a run folder, or a checkpoint file, onto the CPU. Raises UserError if
-    it is missing or damaged, or if its stage is not in stages.
+    it is missing or damaged, or if its stage is not one of stages.
     """
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -440,7 +440,7 @@ def load_model(Model, saved, name, device):
 
 
 def resume(saved, *optimizers):
-    """Loads the optimizers' states, if saved; returns the last step taken and its metrics."""
+    """Loads the optimizers' states from saved, if any; returns the last step and its metrics."""
     if not saved:
         return 0, {}
     for optimizer, state in zip(optimizers, saved['optimizers']):
@@ -451,7 +451,7 @@ def resume(saved, *optimizers):
 # ----------------------------------------------------------------------------- the command line
 
 def parse_bool(text):
-    """Reads 'True', 'false', '1', '0', ...: bool('False') would be true."""
+    """Parses 'True', 'false', '1', '0', ..., because bool('False') is True."""
     if text.lower() not in ('true', 'false', '1', '0'):
         raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
     return text.lower() in ('true', '1')
@@ -460,7 +460,7 @@ def parse_bool(text):
 def parse_config(Config, argv=None):
     """
     Reads a Config from the command line: every field is a flag, --lr=0 or --lr 0 (a switch: --ipo
-    or --ipo=True), and its comment is the help. A tuple field takes the words without a flag, RUNs.
+    or --ipo=True), and its comment is the help. A tuple field takes the positional arguments.
     """
     comments = dict(re.findall(r'^ +(\w+): .*?  # (.*)$', inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
@@ -474,7 +474,7 @@ def parse_config(Config, argv=None):
             parser.add_argument(field.name, nargs='*', help=about)
             parser.usage = '%(prog)s [RUN ...] [--flag=value ...]'
             continue
-        flags.append('--' + field.name.rstrip('_'))     # from_ is --from, a word that Python keeps
+        flags.append('--' + field.name.rstrip('_'))     # from_ is --from: Python reserves the word
         bools += [flags[-1]] * (kind is bool)
         parser.add_argument(flags[-1], dest=field.name, default=field.default,
                             help=f'{about} [{field.default}]', metavar=kind.__name__,
@@ -491,13 +491,13 @@ def parse_config(Config, argv=None):
 
 
 def run_cli(main, Config):
-    """Calls main with the Config of the command line; prints a user's mistake as one line."""
+    """Calls main with the Config from the command line; prints a user's mistake as one line."""
     try:
         main(parse_config(Config))
-    except (UserError, OSError) as error:       # OSError: a full disk, a folder of somebody else
+    except (UserError, OSError) as error:       # OSError: a full disk, somebody else's folder
         sys.exit(f'error: {printable(str(error))}')
     except KeyboardInterrupt:
-        print('interrupted; a training run continues with --resume', file=sys.stderr)
+        print('interrupted; --resume continues a training run', file=sys.stderr)
         sys.exit(130)                           # what a shell expects after Ctrl-C
     except torch.OutOfMemoryError:
         sys.exit(f'error: out of memory, peak {peak_memory()}: halve --micro_batch_size, which '
@@ -505,12 +505,12 @@ def run_cli(main, Config):
 
 
 def printable(text):
-    """Replaces control characters other than newlines: text must not steer a terminal."""
+    """Replaces control characters other than newlines: text must not control the terminal."""
     return ''.join(c if c == '\n' or c.isprintable() else '\ufffd' for c in text)
 
 
 def peak_memory():
-    """Returns, as text, the most memory this process has held: on the GPU if it used one."""
+    """Returns this process's peak memory as text: that of the GPU, if it used one."""
     if torch.cuda.is_initialized():
         return f'{torch.cuda.max_memory_allocated() / 2 ** 20:.0f} MB of GPU memory'
     unit = 2 ** 10 if sys.platform == 'linux' else 2 ** 20      # Linux counts KB, macOS bytes
@@ -519,26 +519,26 @@ def peak_memory():
 
 # ----------------------------------------------------------------------------- runs and their log
 
-# Flags that may change when a run is resumed: none of them moves a result by more than rounding
+# Flags that may change when a run is resumed: none of them changes a result beyond rounding
 MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'judge')
-# The least that a flag may be, so that no run ends well after zero steps
+# Minimum values of flags, so that no run of zero steps passes for a success
 AT_LEAST = dict(steps=1, batch_size=1, eval_every=1, max_new_tokens=1, rollout_size=1, ppo_epochs=1,
                 prompts=1, n=1, micro_batch_size=0, temperature=0, grad_clip=1e-9)
-# How numbers are printed in the log's lines; those that are not named here, as 6.3f
+# Formats of the numbers in the printed lines; a number not named here is printed as 6.3f
 FORMATS = dict(loss='6.4f', accuracy='4.2f', chosen='7.2f', rejected='7.2f', ratio='5.3f',
                clip_frac='5.3f', pg_loss='7.4f', vf_loss='6.4f', entropy='5.3f', length='5.1f',
                eos='5.3f', norm='6.2f', lr='7.1e')
 
 
 def open_run(cfg, stage):
-    """Returns the checkpoint to continue from in cfg.out, or None; never overwrites a run."""
+    """Returns the checkpoint in cfg.out to continue from, or None; never overwrites a run."""
     out = Path(cfg.out)
     if not cfg.resume and any((out / name).exists() for name in ('ckpt.pt', 'log.jsonl')):
         raise UserError(f'{out} holds a run: continue it with --resume, or name another --out')
     if not (out / 'ckpt.pt').exists():
         if (out / 'ckpt.prev.pt').exists():
-            raise UserError(f'{out} has lost its ckpt.pt: copy ckpt.prev.pt, the one before, to it')
-        return None                             # a run that begins
+            raise UserError(f'{out} has no ckpt.pt: copy ckpt.prev.pt, the one before, to ckpt.pt')
+        return None                             # a new run
     saved, now = load_checkpoint(out, [stage]), dataclasses.asdict(cfg)
     # Half a run with one learning rate and half with another would be neither
     changed = [f"--{key} was {saved['config'].get(key)!r} and is {now[key]!r}" for key in now
@@ -551,9 +551,9 @@ def open_run(cfg, stage):
 
 
 def set_up(cfg):
-    """Returns a run's device and its autocast context; refuses flags that cannot work."""
+    """Returns a run's device and autocast context; raises UserError if a flag cannot work."""
     for name, least in AT_LEAST.items():
-        if not getattr(cfg, name, least) >= least:      # 'not >=' refuses nan as well
+        if not getattr(cfg, name, least) >= least:      # 'not >=' catches nan as well
             raise UserError(f'--{name}={getattr(cfg, name)}: must be at least {least}')
     try:
         device = torch.device(cfg.device or torch.accelerator.current_accelerator(True) or 'cpu')
@@ -562,11 +562,11 @@ def set_up(cfg):
         raise UserError(f'--device={cfg.device}: {str(error).splitlines()[0]}') from None
     dtype = cfg.dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
     if dtype not in ('float32', 'bfloat16'):
-        raise UserError(f'--dtype={dtype}: float32 or bfloat16 (fp16 would need loss scaling)')
+        raise UserError(f'--dtype={dtype}: use float32 or bfloat16 (fp16 would need loss scaling)')
     torch.manual_seed(cfg.seed)                         # for the initial weights
     torch.set_float32_matmul_precision('high')          # TF32 on CUDA
-    # On an H100 or H200 torch would take cuDNN's attention, which plans up to half a second for
-    # every new shape, and here nearly every batch and every sampled token has a new one
+    # On an H100 or H200 torch would choose cuDNN's attention, which plans for up to half a second
+    # at every new shape; here nearly every batch and every sampled token has a new shape
     torch.backends.cuda.enable_cudnn_sdp(False)
     print(f'device {device}, {dtype}, seed {cfg.seed}, {torch.get_num_threads()} threads')
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
@@ -579,20 +579,20 @@ class Log:
         self.path, self.start, self.steps = Path(out) / 'log.jsonl', start, steps
         self.began, self.lr = time.time(), 0.0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Cut off what an interrupted run wrote after the checkpoint it resumes from
+        # Drop the lines that an interrupted run wrote after its last checkpoint
         lines = self.path.read_text().splitlines(True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= start]
         if kept != lines:
             temporary = self.path.with_suffix('.tmp')
             temporary.write_text(''.join(kept))
-            temporary.replace(self.path)        # whoever is killed here keeps the old log
+            temporary.replace(self.path)        # a run killed here keeps the old log
 
     def write(self, row):
         with open(self.path, 'a') as file:
             file.write(json.dumps(row) + '\n')
 
     def step(self, step, began, tokens, **metrics):
-        """Logs a step that began at began; tokens: how many it read (PPO: response tokens)."""
+        """Logs a step: the time.time() when it began, and the tokens it read (PPO: responses')."""
         seconds, self.lr = time.time() - began, metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
         if step in (1, self.steps) or step % max(1, self.steps // 50) == 0:     # about 50 lines

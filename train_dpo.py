@@ -1,14 +1,14 @@
 """
-Stage 4, direct preference optimization: the pairs themselves train the policy, no reward model.
+Stage 4, direct preference optimization: pairs train the policy directly, without a reward model.
 
     h    = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))
     loss = - log sigmoid(beta h)            DPO, Rafailov et al. 2023, eq. 7
     loss = (h - 1 / (2 beta))^2             IPO, Azar et al. 2024, with --ipo
 
-log pi(response), in the code seq_logprobs, is a SUM over response tokens. beta weighs KL(pi, ref)
-as in train_ppo.py: with enough data and a fixed reference both have the optimum proportional to
-ref exp(score / beta). The reference is pi before its first step, so the loss starts at log 2 =
-0.6931 (IPO: 1 / (4 beta^2)). Chosen and rejected logprobs may both fall: the loss sees only h.
+log pi(response), in the code seq_logprobs, is a SUM over response tokens. beta weights KL(pi, ref)
+as in train_ppo.py: with enough data and a fixed reference, both have the optimum pi = ref
+exp(score / beta) / Z. The reference is pi before its first step, so the loss starts at ln 2 =
+0.6931 (IPO: 1 / (4 beta^2)). Both log pi may fall, because the loss sees only h.
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """
@@ -26,26 +26,26 @@ from prefgpt import GPT, UserError, token_logprobs
 
 @dataclass
 class Config:
-    # from where, to where
+    # input and output
     data: str = 'data/toy'          # a data folder, or one JSON Lines file
     out: str = 'out/toy/dpo'        # the run folder to write: ckpt.pt and log.jsonl
-    init: str = 'out/toy/sft'       # the run folder whose policy to start from
+    init: str = 'out/toy/sft'       # run folder of the initial policy
     resume: bool = False            # continue the run in --out, or start it if there is none
     # the method
-    beta: float = 0.2               # weight of KL(policy, ref); smaller moves further from ref
+    beta: float = 0.2               # weight of KL(policy, ref); low values move further from ref
     label_smoothing: float = 0.0    # share of labels taken to be wrong (conservative DPO)
     ipo: bool = False               # IPO's squared loss instead of DPO's
     # training
     steps: int = 500                # optimizer steps
     batch_size: int = 32            # pairs per optimizer step
-    micro_batch_size: int = 0       # pairs per forward pass; 0: all; changes memory, not results
+    micro_batch_size: int = 0       # pairs per forward pass (0: all); affects memory, not results
     lr: float = 1e-4                # peak learning rate
     warmup: int = 20                # steps of linear warm-up; then a cosine down to lr / 10
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings
-    grad_clip: float = 1.0          # largest norm of the gradient
+    grad_clip: float = 1.0          # maximum norm of the gradient
     # the rest
-    eval_every: int = 250           # steps between evaluations on held-out pairs; each one saves
-    max_new_tokens: int = 64        # longest sample shown
+    eval_every: int = 250           # steps between held-out evaluations; each saves a checkpoint
+    max_new_tokens: int = 64        # maximum tokens of a sample shown
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
@@ -53,14 +53,14 @@ class Config:
 
 
 def log_ratio(chosen, rejected, ref_chosen, ref_rejected):
-    """Returns h, (B,), from the seq_logprobs (B,) of both responses under policy and reference."""
+    """Returns h, (B,), from the summed logprobs (B,) of both responses under policy and ref."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
-    """Returns DPO's loss, (B,), from the seq_logprobs (B,) that log_ratio takes."""
+    """Returns DPO's loss, (B,), from the summed logprobs (B,) that log_ratio takes."""
     margins = beta * log_ratio(chosen, rejected, ref_chosen, ref_rejected)
-    # With label_smoothing e the label is believed with 1 - e: Mitchell 2023, "cDPO"
+    # With label_smoothing e, a label is correct with probability 1 - e (cDPO, Mitchell 2023)
     return (-(1 - label_smoothing) * F.logsigmoid(margins)
             - label_smoothing * F.logsigmoid(-margins))
 
@@ -71,7 +71,7 @@ def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def pair_logprobs(policy, pairs, device):
-    """Returns seq_logprobs of the chosen and of the rejected responses, (2, B), in one pass."""
+    """Returns summed logprobs of the chosen and the rejected responses, (2, B), in one pass."""
     tokens, x, y, response_mask = make_batch(
         [(prompt, chosen) for prompt, chosen, _ in pairs]
         + [(prompt, rejected) for prompt, _, rejected in pairs], device)        # (2B, T+1), (2B, T)
@@ -80,9 +80,9 @@ def pair_logprobs(policy, pairs, device):
 
 @torch.no_grad()
 def all_logprobs(policy, pairs, size, device, autocast):
-    """Returns seq_logprobs of all pairs, (2, N), chosen then rejected, size pairs at a time."""
+    """Returns summed logprobs of all pairs, (2, N), chosen then rejected, size pairs at a time."""
     lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)      # little padding
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)      # less padding
     out = torch.empty(2, len(pairs), device=device)
     for i in range(0, len(pairs), size):
         indices = order[i:i + size]
@@ -99,7 +99,7 @@ def losses_and_margins(cfg, *seq_logprobs):
 
 
 def pair_metrics(losses, margins, chosen, rejected):
-    """Returns what is logged of pairs, from tensors (B,); accuracy counts a tie as wrong."""
+    """Returns the logged metrics of pairs, from (B,) each; accuracy counts a tie as wrong."""
     return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
             'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
             'rejected': rejected.mean().item()}
@@ -108,7 +108,7 @@ def pair_metrics(losses, margins, chosen, rejected):
 def main(cfg):
     """Trains the model on pairs and returns the last evaluation's numbers."""
     if cfg.beta <= 0 or cfg.ipo and cfg.label_smoothing:
-        raise UserError(f'--beta={cfg.beta} must be above 0; --ipo has no --label_smoothing')
+        raise UserError(f'--beta={cfg.beta} must be above 0, and --ipo takes no --label_smoothing')
     # --- the same in every script
     saved = open_run(cfg, 'dpo')
     device, autocast = set_up(cfg)

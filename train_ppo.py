@@ -3,17 +3,17 @@ Stage 3, PPO: sample responses, score them, and make the better ones more likely
 
     r_t  = score at the last token  -  beta (log pi(y_t) - log ref(y_t))             token_rewards
     A_t  = sum over k of (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k})      gae
-    R    = A + V, what the value model should have said
+    R    = A + V, what the value model should have predicted
     A    <- (A - mean) / std over all response tokens of the rollout batch           whiten
     loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),  ratio = pi / pi_old     policy_loss
     loss = (V_new - R)^2 / 2, clipped around V if vf_clip is set                     value_loss
     ref  <- ref + ref_ema (pi - ref), once per rollout batch                         update_ema
 
-PPO is Schulman et al. 2017, the KL in the reward Ziegler et al. 2019 and Ouyang et al. 2022. What
-Xu et al. 2024 found decisive is the default: normalized advantages, large batches, a reference that
-follows as an EMA; studies/README.md says how much of that shows here. beta weighs KL(policy, ref)
-as in train_dpo.py; a reference that follows pulls less, so kl_sft, to where PPO began, is logged.
-Left out: a trunk shared by policy and value model, an adaptive beta, whitened rewards.
+PPO: Schulman et al. 2017. The KL in the reward: Ziegler et al. 2019 and Ouyang et al. 2022. What
+Xu et al. 2024 found decisive is the default: normalized advantages, large batches, and a reference
+that follows the policy as an EMA; studies/README.md says how much of this holds here. beta weights
+KL(policy, ref) as in train_dpo.py. A moving reference pulls less, so kl_sft, the KL to the initial
+policy, is logged. Left out: a trunk shared with the value model, adaptive beta, whitened rewards.
 
     python train_ppo.py --data=data/toy --init=out/toy/sft --reward=out/toy/rm --out=out/toy/ppo
 """
@@ -32,38 +32,38 @@ from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, generate, last_column
 
 @dataclass
 class Config:
-    # from where, to where
+    # input and output
     data: str = 'data/toy'          # a data folder, or one JSON Lines file
     out: str = 'out/toy/ppo'        # the run folder to write: ckpt.pt and log.jsonl
-    init: str = 'out/toy/sft'       # the run folder whose policy to start from
-    reward: str = 'out/toy/rm'      # what trains: a reward model's run folder, or a reward.py
-    judge: str = ''                 # what only evaluates: a reward.py, logged as gold; '': none
+    init: str = 'out/toy/sft'       # run folder of the initial policy
+    reward: str = 'out/toy/rm'      # reward to train on: a reward model's run folder or a reward.py
+    judge: str = ''                 # reward.py for evaluation only, logged as gold; '': none
     resume: bool = False            # continue the run in --out, or start it if there is none
     # rollouts
     rollout_size: int = 128         # responses per rollout batch
-    max_new_tokens: int = 64        # longest response
-    temperature: float = 1.0        # of sampling, and of every logprob
-    no_eos_score: float = -1.0      # a response without EOS scores this at most
+    max_new_tokens: int = 64        # maximum tokens of a response
+    temperature: float = 1.0        # of sampling and of every logprob
+    no_eos_score: float = -1.0      # maximum score of a response without EOS
     # the method
     beta: float = 0.2               # weight of KL(policy, ref) in the reward; 0: off
     gamma: float = 1.0              # discount per token
-    gae_lambda: float = 0.95        # 0: one-step advantages; 1: whole-response advantages
+    gae_lambda: float = 0.95        # 0: one-step (TD) advantages; 1: Monte Carlo advantages
     whiten: bool = True             # normalize advantages over the rollout batch
     clip_eps: float = 0.2           # no gain from a ratio beyond 1 +- clip_eps
     vf_clip: float = 0.0            # the same for values, around the rollout's values; 0: off
-    ref_ema: float = 0.005          # how far the reference follows per rollout batch; 0: fixed
+    ref_ema: float = 0.005          # EMA rate of the reference, per rollout batch; 0: fixed
     # training
     steps: int = 60                 # rollout batches
     ppo_epochs: int = 2             # passes over a rollout batch
     batch_size: int = 32            # responses per optimizer step
-    micro_batch_size: int = 0       # responses per forward pass; 0: all; memory, not results
+    micro_batch_size: int = 0       # rows per forward pass (0: all); affects memory, not results
     lr: float = 3e-4                # peak learning rate of the policy
     value_lr: float = 2e-3          # peak learning rate of the value model
     warmup: int = 5                 # rollout batches of linear warm-up; then a cosine to a tenth
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings
-    grad_clip: float = 1.0          # largest norm of each model's gradient
+    grad_clip: float = 1.0          # maximum norm of each model's gradient
     # the rest
-    eval_every: int = 20            # rollout batches between evaluations; each one saves
+    eval_every: int = 20            # rollout batches between evaluations; each saves a checkpoint
     seed: int = 0                   # of prompts, samples and minibatches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
@@ -76,14 +76,14 @@ def token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
     one. The difference has the expectation KL(policy, ref) under the policy: the k1 estimator.
     """
     rewards = -beta * (logprobs - ref_logprobs)
-    place = last_column(response_mask)[:, None]                                 # (B, 1)
-    rewards = rewards.scatter_add(1, place, scores[:, None].to(rewards))
+    column = last_column(response_mask)[:, None]                                # (B, 1)
+    rewards = rewards.scatter_add(1, column, scores[:, None].to(rewards))
     return rewards.masked_fill(~response_mask, 0.0)
 
 
 def gae(rewards, values, response_mask, gamma, gae_lambda):
     """
-    Generalized advantage estimation, Schulman et al. 2016: advantages and returns, (B, T).
+    Computes generalized advantage estimates (Schulman et al. 2016) and returns, (B, T) each.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}
 
@@ -95,7 +95,7 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
     advantage = next_value = torch.zeros_like(values[:, 0])                     # (B,)
     for t in reversed(range(values.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # Nothing flows past the response, neither in from the padding nor on into the prompt
+        # Nothing crosses the response's ends: neither in from the padding nor out to the prompt
         advantage = (delta + gamma * gae_lambda * advantage) * response_mask[:, t]
         advantages[:, t] = advantage
         next_value = values[:, t]
@@ -105,7 +105,7 @@ def gae(rewards, values, response_mask, gamma, gae_lambda):
 def whiten(x, mask):
     """Returns x with mean 0 and standard deviation 1 over the mask, and 0 outside it, (B, T)."""
     mean = x[mask].mean()
-    variance = x[mask].var(correction=0)        # over n, not n - 1, which fails for one token
+    variance = x[mask].var(correction=0)        # biased: a single token's variance is 0, not nan
     return ((x - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(~mask, 0.0)
 
 
@@ -117,7 +117,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_eps):
 
 
 def value_loss(values, old_values, returns, vf_clip):
-    """Returns half the squared error, (B, T); if vf_clip, the larger of clipped and plain."""
+    """Returns half the squared error, (B, T); with vf_clip, the larger of clipped and unclipped."""
     loss = (values - returns) ** 2
     if vf_clip:
         clipped = old_values + (values - old_values).clamp(-vf_clip, vf_clip)
@@ -133,7 +133,7 @@ def update_ema(ref, policy, rate):
 
 
 def cap_unfinished(scores, ended, no_eos_score):
-    """Caps scores (B,) of responses without EOS: in PPO nothing else teaches the policy to end."""
+    """Caps scores (B,) of responses without EOS: in PPO nothing else teaches the policy to stop."""
     return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
 
 
@@ -144,7 +144,7 @@ def in_parts(function, size, *tensors):
 
 def load_scorer(reward, init, device, size=0):
     """
-    Returns scorer(tokens, response_mask, prompts, texts) -> scores (B,), of a reward.py or of a
+    Returns scorer(tokens, response_mask, prompts, texts) -> scores (B,), from a reward.py or from a
     reward model's run (size rows at a time), and the checkpoint that the value model starts from.
     """
     if reward.endswith('.py'):
@@ -156,7 +156,7 @@ def load_scorer(reward, init, device, size=0):
         return scorer, init
     source = load_checkpoint(reward, ['rm'])
     if source['fingerprint'] != init['fingerprint']:
-        raise UserError(f'{reward} reads another tokenizer than the policy')
+        raise UserError(f"{reward} has a different tokenizer from the policy's")
     model = load_model(ScalarGPT, source, 'reward_model', device).requires_grad_(False)
 
     def scorer(tokens, response_mask, prompts, texts):
@@ -171,8 +171,8 @@ def load_scorer(reward, init, device, size=0):
 @torch.no_grad()
 def rollout(policy, ref, scorer, prompts, tokenizer, cfg, generator):
     """
-    Samples one response per prompt. Returns the grid, a dict of (B, T): x, y, mask, logprobs and
-    ref_logprobs; scores and ended, (B,) each; and the texts of prompts and of responses.
+    Samples one response per prompt. Returns the grid, a dict of (B, T) tensors: x, y, mask,
+    logprobs, ref_logprobs. Also returns scores and ended, (B,), and texts of prompts and responses.
     """
     tokens, mask = generate(policy, prompts, cfg.max_new_tokens, tokenizer.eot_token,
                             cfg.temperature, generator)
@@ -187,7 +187,7 @@ def rollout(policy, ref, scorer, prompts, tokenizer, cfg, generator):
 
 
 def rollout_metrics(grid, scores, ended):
-    """Returns what is logged: kl per response; entropy per token, by -log pi of those drawn."""
+    """Returns the logged metrics: kl per response, entropy as mean -log pi of sampled tokens."""
     B, response_tokens = len(scores), grid['mask'].sum()
     return {'score': scores.mean().item(),
             'kl': ((grid['logprobs'] - grid['ref_logprobs']).sum() / B).item(),
@@ -196,7 +196,7 @@ def rollout_metrics(grid, scores, ended):
 
 
 def evaluate(policy, start_policy, scorer, judge, rows, tokenizer, cfg):
-    """Returns rollout_metrics of held-out prompts, kl_sft for kl, and gold, a judge's reward."""
+    """Returns rollout_metrics on held-out prompts, kl_sft for kl, plus gold, the judge's reward."""
     *batch, texts = rollout(policy, start_policy, scorer, [row[0] for row in rows], tokenizer,
                             cfg, rng(cfg.seed, 0, 'eval'))
     metrics = {'kl_sft' if name == 'kl' else name: number
@@ -210,12 +210,12 @@ def evaluate(policy, start_policy, scorer, judge, rows, tokenizer, cfg):
 def minibatch_gradient(policy, value_model, grid, indices, cfg, autocast):
     """
     Adds the gradients of both losses over the rows of a minibatch, micro_batch_size rows at a time.
-    Returns what is logged; ratio is the one furthest from 1.
+    Returns the logged metrics; ratio is the one furthest from 1.
     """
     response_tokens = int(grid['mask'][indices].sum())          # of the whole minibatch
     pg_loss, vf_loss, ratios = 0.0, 0.0, []
     for micro in indices.split(cfg.micro_batch_size or cfg.batch_size):
-        width = int(last_column(grid['mask'][micro]).max()) + 1         # cut the padding they share
+        width = int(last_column(grid['mask'][micro]).max()) + 1         # cut shared padding
         part = {name: tensor[micro, :width] for name, tensor in grid.items()}       # (R, width)
         mask = part['mask']
         with autocast:
@@ -225,7 +225,7 @@ def minibatch_gradient(policy, value_model, grid, indices, cfg, autocast):
         loss.backward()
         pg_loss += loss.item()
         ratios.append(ratio[mask].detach())
-        # Another network, so after the policy's backward pass: fewer activations are held at once
+        # The value model runs after the policy's backward pass: fewer activations are held at once
         with autocast:
             values = value_model(part['x'])
         losses = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
@@ -260,7 +260,7 @@ def main(cfg):
                                cfg.max_new_tokens)                              # rows (prompt,)
     val = val[:128]                             # enough for a mean
     data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
-    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # maybe not pi's shape
+    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # in the source's shape
     if saved:
         value_model.load_state_dict(saved['weights']['value_model'])
     elif source['stage'] == 'rm':
@@ -269,7 +269,7 @@ def main(cfg):
     else:
         value_model.body.load_state_dict(source['weights']['policy'])
     if judge:
-        judge(tokenizer.decode(val[0][0]), '')  # a broken judge shows before the first step
+        judge(tokenizer.decode(val[0][0]), '')  # a broken judge fails before the first step
     optimizer = adamw(policy, cfg.weight_decay)
     value_optimizer = adamw(value_model, cfg.weight_decay)
     if cfg.compile:
@@ -279,7 +279,7 @@ def main(cfg):
 
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
-    # Equal lengths, so unsorted: a batch sorted by length would be sorted by kind of prompt
+    # Equal lengths, so unsorted: sorting prompts by length would also group them by kind
     for step, indices in zip(range(start + 1, cfg.steps + 1),
                              batches([1] * len(train), cfg.rollout_size, cfg.seed, start)):
         began = time.time()
@@ -287,19 +287,19 @@ def main(cfg):
         with autocast:
             grid, scores, ended, _ = rollout(policy, ref, scorer, [train[i][0] for i in indices],
                                              tokenizer, cfg, rng(cfg.seed, step - 1, 'rollout'))
-        # 2. Which tokens were better than expected
+        # 2. Find which tokens were better than expected
         mask = grid['mask']                                                     # (B, T)
         with autocast, torch.no_grad():
             grid['values'] = in_parts(value_model, cfg.micro_batch_size or len(mask), grid['x'])
         rewards = token_rewards(cap_unfinished(scores, ended, cfg.no_eos_score), grid['logprobs'],
                                 grid['ref_logprobs'], mask, cfg.beta)           # (B, T)
         advantages, grid['returns'] = gae(rewards, grid['values'], mask, cfg.gamma, cfg.gae_lambda)
-        # After the returns, which must stay in units of the score; over the whole rollout batch
+        # After the returns, so that these keep the units of the score; over the whole rollout batch
         grid['advantages'] = whiten(advantages, mask) if cfg.whiten else advantages
         # 3. Several passes over the batch, one optimizer step per minibatch
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         value_lr = learning_rate(step - 1, cfg.steps, cfg.value_lr, cfg.warmup)
-        updates = []                                    # what is logged of each optimizer step
+        updates = []                                    # the metrics of each optimizer step
         for epoch in range(cfg.ppo_epochs):
             shuffle = rng(cfg.seed, (step - 1) * cfg.ppo_epochs + epoch, 'shuffle')
             for minibatch in torch.randperm(len(mask), generator=shuffle).split(cfg.batch_size):
@@ -307,7 +307,7 @@ def main(cfg):
                 norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, **update)
                 optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step)
                 updates.append({**update, 'norm': norm})
-        update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows, if rate > 0
+        update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows if ref_ema > 0
 
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old

@@ -1,11 +1,11 @@
 """
-Stage 2, the reward model: one number per response, learned from which of two was preferred.
+Stage 2, the reward model: one score per response, learned from which of two was preferred.
 
     loss = - log sigmoid(score(prompt, chosen) - score(prompt, rejected))      (Bradley-Terry)
 
-The score is a linear head on the hidden state of the last response token, EOS included. A common
-shift leaves the loss as it is: the mean over the held-out responses is saved as shift, and PPO
-subtracts it. Scores are not scaled: they stay logits, so that PPO's beta means DPO's beta.
+A linear head reads the score off the hidden state of the last response token, EOS or not. Adding a
+constant to all scores leaves the loss unchanged: their held-out mean is saved as shift, and PPO
+subtracts it. Scores are not scaled: they stay logits, and beta means the same in PPO and DPO.
 
     python train_rm.py --data=data/toy --init=out/toy/sft --out=out/toy/rm
 """
@@ -23,21 +23,21 @@ from prefgpt import GPTConfig, ScalarGPT, last_scores
 
 @dataclass
 class Config:
-    # from where, to where
+    # input and output
     data: str = 'data/toy'          # a data folder, or one JSON Lines file
     out: str = 'out/toy/rm'         # the run folder to write: ckpt.pt and log.jsonl
-    init: str = 'out/toy/sft'       # the run folder whose policy to start from
+    init: str = 'out/toy/sft'       # run folder of the initial policy
     resume: bool = False            # continue the run in --out, or start it if there is none
     # training
     steps: int = 2000               # optimizer steps
     batch_size: int = 32            # pairs per optimizer step
-    micro_batch_size: int = 0       # pairs per forward pass; 0: all; changes memory, not results
+    micro_batch_size: int = 0       # pairs per forward pass (0: all); affects memory, not results
     lr: float = 3e-3                # peak learning rate
     warmup: int = 50                # steps of linear warm-up; then a cosine down to lr / 10
     weight_decay: float = 0.1       # AdamW's, on matrices and embeddings
-    grad_clip: float = 1.0          # largest norm of the gradient
+    grad_clip: float = 1.0          # maximum norm of the gradient
     # the rest
-    eval_every: int = 500           # steps between evaluations on held-out pairs; each one saves
+    eval_every: int = 500           # steps between held-out evaluations; each saves a checkpoint
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
@@ -45,7 +45,7 @@ class Config:
 
 
 def reward_loss(chosen_scores, rejected_scores):
-    """Returns Bradley and Terry's -log P(chosen beats rejected), (B,), of two scores (B,)."""
+    """Returns the Bradley-Terry loss -log P(chosen beats rejected), (B,), from scores (B,) each."""
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
@@ -66,7 +66,7 @@ def all_scores(model, pairs, size, device, autocast):
 
 
 def pair_metrics(losses, margins, chosen, rejected):
-    """Returns what is logged of pairs, from tensors (B,); accuracy counts a tie as wrong."""
+    """Returns the logged metrics of pairs, from (B,) each; accuracy counts a tie as wrong."""
     return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
             'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
             'rejected': rejected.mean().item()}

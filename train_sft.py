@@ -5,7 +5,7 @@ Stage 1, supervised fine-tuning: imitate the responses of a data set.
 
 The prompt is read but not learned. EOS is a response token, or the model would never stop. With
 --rows=pairs it imitates the chosen side of pairs: Preferred-FT in Rafailov et al. 2023.
-What it does not do: pack several rows into one, or train on the user's turns.
+Left out: packing several rows into one, training on the user's turns.
 
     python train_sft.py --data=data/toy --out=out/toy/sft
 """
@@ -22,29 +22,29 @@ from prefgpt import GPT, GPTConfig, UserError, token_logprobs
 
 @dataclass
 class Config:
-    # from where, to where
+    # input and output
     data: str = 'data/toy'          # a data folder, or one JSON Lines file (with --init)
     rows: str = 'sft'               # which rows of the folder: sft, or pairs for their chosen side
     out: str = 'out/toy/sft'        # the run folder to write: ckpt.pt and log.jsonl
-    init: str = ''                  # a run folder whose policy to start from; '': from scratch
+    init: str = ''                  # run folder of the initial policy; '': train from scratch
     resume: bool = False            # continue the run in --out, or start it if there is none
-    # the model, if it starts from scratch
+    # the model, if trained from scratch
     n_layer: int = 2                # blocks
     n_head: int = 4                 # attention heads
     n_embd: int = 64                # channels
-    block_size: int = 128           # most tokens of prompt and response together
-    init_std: float = 0.1           # spread of the initial weights; 0.02 for a GPT-2 of full size
+    block_size: int = 128           # maximum length of prompt plus response, in tokens
+    init_std: float = 0.1           # std of the initial weights; 0.02 for a full-size GPT-2
     # training
     steps: int = 1250               # optimizer steps
     batch_size: int = 16            # rows per optimizer step
-    micro_batch_size: int = 0       # rows per forward pass; 0: all; changes memory, not results
+    micro_batch_size: int = 0       # rows per forward pass (0: all); affects memory, not results
     lr: float = 6e-3                # peak learning rate
     warmup: int = 50                # steps of linear warm-up; then a cosine down to lr / 10
     weight_decay: float = 0.1       # AdamW's, on matrices and embeddings
-    grad_clip: float = 1.0          # largest norm of the gradient
+    grad_clip: float = 1.0          # maximum norm of the gradient
     # the rest
-    eval_every: int = 250           # steps between evaluations on held-out rows; each one saves
-    max_new_tokens: int = 64        # longest sample shown
+    eval_every: int = 250           # steps between held-out evaluations; each saves a checkpoint
+    max_new_tokens: int = 64        # maximum tokens of a sample shown
     seed: int = 0                   # of the initial weights and the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
@@ -53,7 +53,7 @@ class Config:
 
 @torch.no_grad()
 def evaluate(policy, rows, size, device, autocast):
-    """Returns the loss per response token over rows (prompt, response), size of them at a time."""
+    """Returns the loss per response token over rows (prompt, response), size rows at a time."""
     total, response_tokens = 0.0, 0
     for i in range(0, len(rows), size):
         _, x, y, response_mask = make_batch(rows[i:i + size], device)           # (B, T)
@@ -96,7 +96,7 @@ def main(cfg):
                              batches(lengths, cfg.batch_size, cfg.seed, start)):
         began, loss = time.time(), 0.0
         rows = [train[i] for i in indices]
-        # Of the whole batch, so that micro-batches add up to the same mean
+        # Counted over the whole batch, so that the micro-batches' losses add up to its mean
         response_tokens = sum(len(response) for _, response in rows)
         for i in range(0, len(rows), micro_batch_size):
             _, x, y, response_mask = make_batch(rows[i:i + micro_batch_size], device)   # (B, T)

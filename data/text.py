@@ -1,9 +1,9 @@
 """
-From files to token ids and back: tokenizers, rows, splits, and the judge beside a data set.
+From files to token ids and back: tokenizers, rows, splits, and a data set's judge.
 
 A data folder holds rows as JSON Lines, a tokenizer and perhaps a chat template. A training script
-asks it for load_text (tokenizer and template), load_examples (token ids of training and held-out
-rows) and show_samples (what the policy answers).
+calls load_text (tokenizer and template), load_examples (token ids of training and held-out rows)
+and show_samples (what the policy answers).
 """
 import base64, hashlib, importlib.util, itertools, json, math, zlib
 from collections import Counter
@@ -16,12 +16,12 @@ from prefgpt import UserError, generate, x_and_y
 
 
 class DataError(UserError):
-    """A row, a file or a folder of data cannot be used; names file and line."""
+    """A row, file or folder of data that cannot be used; the message names the file and line."""
 
 
 # ----------------------------------------------------------------------------- tokenizers
 
-# How GPT-2 cuts text into words before BPE (in tiktoken's possessive spelling)
+# How GPT-2 cuts text into words before BPE (with tiktoken's possessive quantifiers)
 SPLIT_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$"
                  r"|\s+(?!\S)|\s")
 
@@ -73,7 +73,7 @@ def load_tokenizer(where):
 
 
 def checkpoint_text(tokenizer, template):
-    """Returns what a checkpoint keeps of both; a fingerprint differs where tokenizers do."""
+    """Returns both as a checkpoint keeps them, and a fingerprint that tells tokenizers apart."""
     text = tokenizer_text(tokenizer)
     return {'tokenizer': text, 'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16],
             'template': template}
@@ -83,14 +83,14 @@ def load_text(data, saved=None):
     """
     Loads the tokenizer and the chat template of a data folder; a single file of data has neither,
     so they come from the checkpoint saved. Returns the tiktoken.Encoding and checkpoint_text's
-    dict. Raises UserError if the two tokenizers differ: the same ids would be other words.
+    dict. Raises UserError if the two tokenizers differ: the same ids would mean other words.
     """
     folder = Path(data)
     if not folder.exists():
         raise DataError(f'{data}: no such file or folder; run its prepare.py first')
     if not folder.is_dir():
         if not saved:
-            raise DataError(f'{data} is a file and brings no tokenizer: pass --init')
+            raise DataError(f'{data} is a file, without a tokenizer: pass --init')
         tokenizer = build_tokenizer(saved['tokenizer'])
         return tokenizer, checkpoint_text(tokenizer, saved['template'])
     where = read_text(folder / 'tokenizer').strip()
@@ -99,8 +99,8 @@ def load_text(data, saved=None):
     template = read_text(path) if path.is_file() else '{}'      # '{}': what is typed is the prompt
     text = checkpoint_text(tokenizer, template)
     if saved and text['fingerprint'] != saved['fingerprint']:
-        raise UserError(f'{data} was prepared with another tokenizer than the checkpoint from '
-                        f"{saved['config']['data']}: its stages must all be trained on it")
+        raise UserError(f'{data} was prepared with another tokenizer; the checkpoint is '
+                        f"from {saved['config']['data']}: all stages must use the same tokenizer")
     if '{}' not in template:
         raise DataError(f'{path}: no {{}}, so there is no place for what the user says')
     return tokenizer, text
@@ -113,15 +113,15 @@ RESPONSES = {'sft': ('response',), 'pairs': ('chosen', 'rejected'), 'prompts': (
 
 
 def unique_keys(pairs):
-    """Refuses a JSON key that comes twice (json's object_pairs_hook; json keeps the last one)."""
+    """Raises ValueError on a repeated key, of which json keeps the last (an object_pairs_hook)."""
     if len(dict(pairs)) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f'the key {max(keys, key=keys.count)!r} comes twice')
+        raise ValueError(f'the key {max(keys, key=keys.count)!r} appears twice')
     return dict(pairs)
 
 
 def refuse_constant(name):
-    """Refuses NaN and Infinity, which are not JSON (json's parse_constant)."""
+    """Raises ValueError for NaN and Infinity, which are not JSON (json's parse_constant)."""
     raise ValueError(f'{name} is not JSON')
 
 
@@ -131,7 +131,7 @@ def load_rows(path, kind, template=HH_TEMPLATE):
     DataError('file.jsonl:143: ...') on the first line that cannot be used.
     """
     rows = []
-    # Lines end at '\n' alone: str.splitlines would also break inside a string, at U+2028
+    # Lines end only at '\n': str.splitlines would also break inside a string, at U+2028
     for number, line in enumerate(read_text(path).split('\n'), 1):
         if not line.strip():
             continue
@@ -150,14 +150,14 @@ def load_rows(path, kind, template=HH_TEMPLATE):
 
 
 def string_of(row, key):
-    """Returns row[key]; raises ValueError unless it is there and a string that can be encoded."""
+    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
     if not isinstance(row, dict):
         raise ValueError(f'an object with {key!r} was expected, not {type(row).__name__}')
     if key not in row:
         raise ValueError(f'missing {key!r} (keys: {", ".join(row)})')
     if not isinstance(row[key], str):
         raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string')
-    row[key].encode()                           # a lone surrogate raises here, its line known
+    row[key].encode()                           # a lone surrogate fails here, at a known line
     return row[key]
 
 
@@ -165,8 +165,8 @@ def normalize(row, kind, template):
     """
     Returns a row in any accepted shape as {prompt} and, by kind, {response} or {chosen, rejected}.
 
-    SFT reads pairs too: their chosen side. 'chosen_cut': true marks a response whose end was cut
-    off beforehand; the mark is kept, and no EOS will follow. Raises ValueError: what is missing.
+    SFT also reads the chosen side of pairs. 'chosen_cut': true marks a response whose end was cut
+    off beforehand; the mark is kept, and no EOS follows. Raises ValueError naming what is missing.
     """
     row = dict(row)
     if 'messages' in row:
@@ -185,7 +185,7 @@ def normalize(row, kind, template):
         row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
             string_of(row, 'chosen'), string_of(row, 'rejected'))
     for key in ('response', 'completion', 'chosen', 'rejected'):
-        if row.get(f'{key}_cut') and key not in row:    # its response would get an EOS after all
+        if row.get(f'{key}_cut') and key not in row:    # else its response would get an EOS
             raise ValueError(f"'{key}_cut' marks a {key!r} that is not there")
     for other in ('completion', 'chosen'):
         if kind == 'sft' and other in row and 'response' not in row:
@@ -195,27 +195,27 @@ def normalize(row, kind, template):
     for key in RESPONSES[kind]:
         cut = row.get(f'{key}_cut', False)
         if not isinstance(cut, bool):
-            raise ValueError(f"'{key}_cut' is {cut!r}: true, if the end of {key!r} is missing")
+            raise ValueError(f"'{key}_cut' must be true (its end is missing) or false, not {cut!r}")
         # A rejected response may be EOS alone; without EOS there must be text
         if out[key] == '' and (cut or key != 'rejected'):
-            raise ValueError(f'{key!r} is empty: there is nothing to learn to say')
+            raise ValueError(f'{key!r} is empty: there is nothing to learn')
         if cut:
             out[f'{key}_cut'] = True
     return out
 
 
 def from_messages(messages, template):
-    """Returns chat turns as (prompt, response): the last turn is the response, an assistant's."""
+    """Returns chat turns as (prompt, response): the last turn, an assistant's, is the response."""
     # A turn begins where the template begins: on a new line
     end = '' if template.startswith('\n') else '\n'
     form = {'user': template, 'assistant': ' {}' + end, 'system': '{}' + end}
     roles = ([string_of(turn, 'role') for turn in messages] if isinstance(messages, list) else [])
     if roles[-2:] != ['user', 'assistant'] or not set(roles) <= set(form):
         raise ValueError("'messages' must be turns {role, content} of user, assistant or system, "
-                         f'the last two of user and assistant, not of {roles}')
+                         f'ending with user, then assistant; the roles are {roles}')
     contents = [string_of(turn, 'content') for turn in messages]
     if not contents[-1]:
-        raise ValueError("the last 'content' is empty: there is nothing to learn to say")
+        raise ValueError("the last 'content' is empty: there is nothing to learn")
     turns = [form[role].replace('{}', content) for role, content in zip(roles, contents)]
     return ''.join(turns[:-1]), ' ' + contents[-1]
 
@@ -225,15 +225,15 @@ def from_transcripts(chosen, rejected):
     marker = '\n\nAssistant:'
     cuts = [text.rfind(marker) + len(marker) for text in (chosen, rejected)]
     if min(cuts) < len(marker) or chosen[:cuts[0]] != rejected[:cuts[1]]:
-        raise ValueError("'chosen' and 'rejected' do not share all up to the last "
-                         "'\\n\\nAssistant:'; drop such a row first")
+        raise ValueError("'chosen' and 'rejected' do not share everything up to the last "
+                         "'\\n\\nAssistant:'; drop this row")
     return chosen[:cuts[0]], chosen[cuts[0]:], rejected[cuts[1]:]
 
 
 def load_split(data, kind, template, rows=''):
     """
     Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side), or
-    of one JSON Lines file: a tenth of its prompts is held out, by a hash, the same ones each time.
+    of one JSON Lines file. A hash of the prompt then holds out a tenth of them, the same each time.
     """
     if Path(data).is_dir():
         return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
@@ -255,9 +255,9 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     Returns the token ids of normalized rows, cut to the block: (prompt,), (prompt, response) or
     (prompt, chosen, rejected), by kind. Prints how many were kept, cut and dropped, and why.
 
-    Prompt and response are encoded apart: a prompt's ids never depend on its response. If the two
-    do not fit, the prompt loses its left end, down to half of the block. If that is not enough, the
-    response loses its end, and so its EOS, as does one that the row marks as cut.
+    Prompt and response are encoded separately: a prompt's ids never depend on its response. If the
+    two do not fit, the prompt loses its left end, down to half the block. If they still do not,
+    the response loses its end, and so its EOS, as does one that the row marks as cut.
     """
     if block_size < 2 or kind == 'prompts' and max_new_tokens >= block_size:
         raise UserError(f'block_size={block_size} has no room for a prompt beside '
@@ -296,14 +296,14 @@ def load_examples(data, kind, tokenizer, text, block_size, max_new_tokens=0, row
 
 
 def hash_data(cfg, saved, *lists):
-    """Hashes lists of encoded rows for the checkpoint; UserError if they changed since it began."""
+    """Hashes encoded rows for the checkpoint; raises UserError if a resumed run's rows changed."""
     digest = hashlib.sha256()
     for rows in lists:
         for row in (*rows, 'end'):              # where train ends and val begins counts too
             digest.update(repr(row).encode())
     if saved and saved['data_hash'] != digest.hexdigest():
         raise UserError(f'{cfg.data}, or a checkpoint that {cfg.out} was made from, has changed '
-                        'since it began: start in another --out')
+                        'since the run began: start a new one in another --out')
     return digest.hexdigest()
 
 
@@ -323,7 +323,7 @@ def mark_ends(texts, ended):
 
 
 def show_samples(policy, examples, tokenizer, max_new_tokens):
-    """Returns greedy answers to the prompts of examples, as text with the prompt before them."""
+    """Returns greedy answers to the prompts of examples, as text, each after its prompt."""
     max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
     room = policy.config.block_size - max_new_tokens
     prompts = [example[0][-room:] for example in examples]
@@ -333,13 +333,13 @@ def show_samples(policy, examples, tokenizer, max_new_tokens):
 
 
 def load_judge(path):
-    """Returns a reward.py's score as judge(prompt, response) -> finite numbers by name."""
+    """Returns a reward.py's score as judge(prompt, response) -> a dict of finite numbers."""
     read_text(path)                             # a clear error if the file is not there
     spec = importlib.util.spec_from_file_location('judge', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, 'score', None)):
-        raise DataError(f'{path}: there is no score(prompt, response) in it')
+        raise DataError(f'{path}: it defines no score(prompt, response)')
 
     def judge(prompt, response):
         numbers = module.score(prompt, response)

@@ -91,11 +91,11 @@ prefgpt.py numbers-drawn-step-by-step I3
 +       token = draw(policy.logits(hidden), torch.rand(B, generator=generator), temperature)
 
 prefgpt.py score-one-early I3
--   place = last_column(response_mask) + 1
-+   place = last_column(response_mask)
+-   index = last_column(response_mask) + 1
++   index = last_column(response_mask)
 
 prefgpt.py score-at-the-right-end I2 I3
--   return model(tokens).gather(1, place[:, None]).squeeze(1)
+-   return model(tokens).gather(1, index[:, None]).squeeze(1)
 +   return model(tokens)[:, -1]
 
 prefgpt.py not-causal I2 I24
@@ -107,16 +107,16 @@ prefgpt.py cache-written-one-late I4
 +           cache[:, rows, :, (positions + 1).clamp(max=cache.size(3) - 1)] = qkv[:, 0, 1:]
 
 prefgpt.py decode-mask-one-narrow I4
--           visible = (places <= positions[:, None])[:, None, None]
-+           visible = (places < positions[:, None])[:, None, None]
+-           visible = (slots <= positions[:, None])[:, None, None]
++           visible = (slots < positions[:, None])[:, None, None]
 
 prefgpt.py decode-mask-one-wide I5
--           visible = (places <= positions[:, None])[:, None, None]
-+           visible = (places <= positions[:, None] + 1)[:, None, None]
+-           visible = (slots <= positions[:, None])[:, None, None]
++           visible = (slots <= positions[:, None] + 1)[:, None, None]
 
 prefgpt.py pads-of-prompts-seen I4
--           visible = (places <= positions[:, None])[:, None, None]
-+           visible = (places <= positions.max())[None, None, None]
+-           visible = (slots <= positions[:, None])[:, None, None]
++           visible = (slots <= positions.max())[None, None, None]
 
 prefgpt.py pads-of-prompts-answered I4
 -   hidden = policy.forward(tokens[:, :longest], cache)[rows, starts - 1]
@@ -268,8 +268,8 @@ train_ppo.py kl-sign I16 I18
 +   rewards = beta * (logprobs - ref_logprobs)
 
 train_ppo.py score-one-slot-late I16
--   place = last_column(response_mask)[:, None]
-+   place = last_column(response_mask)[:, None].add(1).clamp(max=response_mask.size(1) - 1)
+-   column = last_column(response_mask)[:, None]
++   column = last_column(response_mask)[:, None].add(1).clamp(max=response_mask.size(1) - 1)
 
 train_ppo.py gae-carries-on-into-the-prompt I16
 -       advantage = (delta + gamma * gae_lambda * advantage) * response_mask[:, t]

@@ -237,7 +237,7 @@ BAD_FILES = {
     'not UTF-8': (raw(b'{"\xff": 1}', b''), 'utf-8'),
     'nested too deep': (raw(b'[' * 10 ** 5, b''), 'recursion'),
     'not an object': (raw(b'[]', b''), 'list'),
-    'a name twice': (raw(b'{"x": 1, "x": 1}', b''), "'x' comes twice"),
+    'a name twice': (raw(b'{"x": 1, "x": 1}', b''), "'x' appears twice"),
     'NaN in the header': (raw(b'{"x": NaN}', b''), 'NaN'),
     'no entry': (raw({'x': 1}, b''), "'x'"),
     'no shape': (raw({'x': {'dtype': 'F32', 'data_offsets': [0, 4]}}, F), "'x'"),
