@@ -1,7 +1,7 @@
 """
 prefgpt: the GPT-2 model, the sampler, and what the stages of preference tuning share.
 
-Read the first three sections in order: model, logprobs and scores, sampling. The others are what
+Read the first three sections in order: model, logprobs and scores, sampling. The rest is whatever
 else a run needs: batches, optimizer, checkpoints, command line, log. The methods are elsewhere:
 each train_*.py holds its own loss and its own loop. Rows and tokenizers are in data/text.py.
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
     """
     Causal self-attention: softmax(q k' / sqrt(C/H)) v in each of H heads.
 
-    While sampling, cache (2, B, H, S, C/H) holds this layer's keys and values, positions (B,) is
+    During sampling, cache (2, B, H, S, C/H) holds this layer's keys and values, positions (B,) is
     each row's own position, and visible (B, 1, 1, S) marks the cache slots that the row may see.
     """
 
@@ -322,7 +322,7 @@ def batches(lengths, batch_size, seed, start=0):
     for epoch in itertools.count(start // per_epoch):
         generator = rng(seed, epoch, 'batch')
         order = torch.randperm(len(lengths), generator=generator).tolist()
-        # Sorted within groups of 16 batches only, so that epochs differ in which rows meet
+        # Sorted only within groups of 16 batches, so that batches hold different rows every epoch
         group = 16 * batch_size
         order = [index for i in range(0, len(order), group)
                  for index in sorted(order[i:i + group], key=lengths.__getitem__)]
@@ -381,7 +381,7 @@ POLICIES = ('base', 'sft', 'ppo', 'dpo')        # the stages whose checkpoints h
 def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, **extra):
     """
     Writes one file, whole or not at all, with all that resuming, sampling and the next stage need.
-    models maps names to models, the first of which gives the shape. optimizers are in that order,
+    models maps names to models, the first of which gives the shape. optimizers has the same order;
     text is load_text's. ckpt.pt is always whole; the one before it stays as ckpt.prev.pt.
     """
     path, shape = Path(path), next(iter(models.values())).config
@@ -565,8 +565,8 @@ def set_up(cfg):
         raise UserError(f'--dtype={dtype}: use float32 or bfloat16 (fp16 would need loss scaling)')
     torch.manual_seed(cfg.seed)                         # for the initial weights
     torch.set_float32_matmul_precision('high')          # TF32 on CUDA
-    # On an H100 or H200 torch would choose cuDNN's attention, which plans for up to half a second
-    # at every new shape; here nearly every batch and every sampled token has a new shape
+    # On an H100 or H200 torch would choose cuDNN's attention, which spends up to half a second
+    # planning at every new shape; here nearly every batch and every sampled token has a new shape
     torch.backends.cuda.enable_cudnn_sdp(False)
     print(f'device {device}, {dtype}, seed {cfg.seed}, {torch.get_num_threads()} threads')
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
@@ -592,7 +592,7 @@ class Log:
             file.write(json.dumps(row) + '\n')
 
     def step(self, step, began, tokens, **metrics):
-        """Logs a step: the time.time() when it began, and the tokens it read (PPO: responses')."""
+        """Logs a step; began is when it started, tokens what it read (PPO: only responses)."""
         seconds, self.lr = time.time() - began, metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
         if step in (1, self.steps) or step % max(1, self.steps // 50) == 0:     # about 50 lines

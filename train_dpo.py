@@ -8,7 +8,7 @@ Stage 4, direct preference optimization: pairs train the policy directly, withou
 log pi(response), in the code seq_logprobs, is a SUM over response tokens. beta weights KL(pi, ref)
 as in train_ppo.py: with enough data and a fixed reference, both have the optimum pi = ref
 exp(score / beta) / Z. The reference is pi before its first step, so the loss starts at ln 2 =
-0.6931 (IPO: 1 / (4 beta^2)). Both log pi may fall, because the loss sees only h.
+0.6931 (IPO: 1 / (4 beta^2)). Both log pi terms may fall, because the loss sees only h.
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """
@@ -32,7 +32,7 @@ class Config:
     init: str = 'out/toy/sft'       # run folder of the initial policy
     resume: bool = False            # continue the run in --out, or start it if there is none
     # the method
-    beta: float = 0.2               # weight of KL(policy, ref); low values move further from ref
+    beta: float = 0.2               # weight of KL(policy, ref); a low one lets pi drift further
     label_smoothing: float = 0.0    # share of labels taken to be wrong (conservative DPO)
     ipo: bool = False               # IPO's squared loss instead of DPO's
     # training
@@ -99,7 +99,7 @@ def losses_and_margins(cfg, *seq_logprobs):
 
 
 def pair_metrics(losses, margins, chosen, rejected):
-    """Returns the logged metrics of pairs, from (B,) each; accuracy counts a tie as wrong."""
+    """Returns the logged metrics of pairs, from tensors (B,); accuracy counts a tie as wrong."""
     return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
             'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
             'rejected': rejected.mean().item()}
@@ -108,7 +108,7 @@ def pair_metrics(losses, margins, chosen, rejected):
 def main(cfg):
     """Trains the model on pairs and returns the last evaluation's numbers."""
     if cfg.beta <= 0 or cfg.ipo and cfg.label_smoothing:
-        raise UserError(f'--beta={cfg.beta} must be above 0, and --ipo takes no --label_smoothing')
+        raise UserError('--beta must be above 0, and --ipo takes no --label_smoothing')
     # --- the same in every script
     saved = open_run(cfg, 'dpo')
     device, autocast = set_up(cfg)

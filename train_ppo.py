@@ -83,11 +83,11 @@ def token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
 
 def gae(rewards, values, response_mask, gamma, gae_lambda):
     """
-    Computes generalized advantage estimates (Schulman et al. 2016) and returns, (B, T) each.
+    Computes generalized advantage estimates (Schulman et al. 2016) and the returns, (B, T) each.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}
 
-    The value after the last response token is 0, also where a response was stopped without EOS.
+    The value after the last response token is 0, even where a response was stopped without EOS.
     """
     rewards = rewards.masked_fill(~response_mask, 0.0)
     values = values.masked_fill(~response_mask, 0.0)
@@ -187,7 +187,7 @@ def rollout(policy, ref, scorer, prompts, tokenizer, cfg, generator):
 
 
 def rollout_metrics(grid, scores, ended):
-    """Returns the logged metrics: kl per response, entropy as mean -log pi of sampled tokens."""
+    """Returns the logged metrics; kl is per response, entropy is the mean -log pi over tokens."""
     B, response_tokens = len(scores), grid['mask'].sum()
     return {'score': scores.mean().item(),
             'kl': ((grid['logprobs'] - grid['ref_logprobs']).sum() / B).item(),
@@ -196,7 +196,7 @@ def rollout_metrics(grid, scores, ended):
 
 
 def evaluate(policy, start_policy, scorer, judge, rows, tokenizer, cfg):
-    """Returns rollout_metrics on held-out prompts, kl_sft for kl, plus gold, the judge's reward."""
+    """Returns rollout_metrics on held-out prompts (kl as kl_sft), and gold, the judge's reward."""
     *batch, texts = rollout(policy, start_policy, scorer, [row[0] for row in rows], tokenizer,
                             cfg, rng(cfg.seed, 0, 'eval'))
     metrics = {'kl_sft' if name == 'kl' else name: number

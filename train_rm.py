@@ -45,7 +45,7 @@ class Config:
 
 
 def reward_loss(chosen_scores, rejected_scores):
-    """Returns the Bradley-Terry loss -log P(chosen beats rejected), (B,), from scores (B,) each."""
+    """Returns the Bradley-Terry loss -log P(chosen beats rejected), (B,), from the scores (B,)."""
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
@@ -66,7 +66,7 @@ def all_scores(model, pairs, size, device, autocast):
 
 
 def pair_metrics(losses, margins, chosen, rejected):
-    """Returns the logged metrics of pairs, from (B,) each; accuracy counts a tie as wrong."""
+    """Returns the logged metrics of pairs, from tensors (B,); accuracy counts a tie as wrong."""
     return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
             'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
             'rejected': rejected.mean().item()}

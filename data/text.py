@@ -233,7 +233,7 @@ def from_transcripts(chosen, rejected):
 def load_split(data, kind, template, rows=''):
     """
     Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side), or
-    of one JSON Lines file. A hash of the prompt then holds out a tenth of them, the same each time.
+    of one JSON Lines file, of which a hash of the prompt holds out a tenth, the same each time.
     """
     if Path(data).is_dir():
         return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
@@ -284,7 +284,7 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     print(f'{name}: {len(examples)} {kind} kept'
           + ''.join(f', {n} {what}' for what, n in counts.items() if n))
     if not examples:
-        raise DataError(f'{name}: none of {len(rows)} rows is left')
+        raise DataError(f'{name}: none of the {len(rows)} rows is left')
     return examples
 
 

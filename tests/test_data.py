@@ -403,7 +403,7 @@ def test_i11_pairs_that_are_equal_after_cutting_are_dropped(byte_tokenizer, caps
 def test_i11_no_pair_left_is_an_error(byte_tokenizer):
     """I11: if every pair is a tie the run stops before the first step, with the count."""
     rows = [{'prompt': 'p', 'chosen': 'same', 'rejected': 'same'}] * 3
-    with pytest.raises(DataError, match='val: none of 3 rows is left'):
+    with pytest.raises(DataError, match='val: none of the 3 rows is left'):
         encode_rows(rows, 'pairs', byte_tokenizer, 8, name='val')
 
 
