@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP, each reading a LayerNorm of x (pre-LayerNorm)."""
+    """x + attention, then x + MLP, each reading a LayerNorm of x (pre-LayerNorm, eps 1e-5)."""
 
     def __init__(self, config):
         super().__init__()
@@ -380,9 +380,9 @@ POLICIES = ('base', 'sft', 'ppo', 'dpo')        # the stages whose checkpoints h
 
 def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, **extra):
     """
-    Writes one file, whole or not at all, with all that resuming, sampling and the next stage need.
-    models maps names to models, the first of which gives the shape. optimizers has the same order;
-    text is load_text's. ckpt.pt is always whole; the one before it stays as ckpt.prev.pt.
+    Writes one file, whole or not at all, for resuming (PPO also reads --init and --reward again),
+    sampling and the next stage. models maps names to models, and the first gives the shape.
+    optimizers has the same order, and text is load_text's. The file before stays as ckpt.prev.pt.
     """
     path, shape = Path(path), next(iter(models.values())).config
     # Only tensors, strings, numbers, dicts and lists, so that weights_only=True can load them

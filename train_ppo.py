@@ -67,7 +67,7 @@ class Config:
     seed: int = 0                   # of prompts, samples and minibatches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
-    compile: bool = False           # torch.compile the models' bodies
+    compile: bool = False           # torch.compile policy, reference and value model
 
 
 def token_rewards(scores, logprobs, ref_logprobs, response_mask, beta):
@@ -247,14 +247,14 @@ def main(cfg):
     saved = open_run(cfg, 'ppo')
     device, autocast = set_up(cfg)
 
-    # --- data and models: policy, reference, reward model and value model are four networks
+    # --- data and models: policy, reference, value model, scorer; and start_policy for kl_sft
     init = load_checkpoint(cfg.init, POLICIES)
     tokenizer, text = load_text(cfg.data, init)
     scorer, source = load_scorer(cfg.reward, init, device, cfg.micro_batch_size)
     judge = load_judge(cfg.judge) if cfg.judge else None
     policy = load_model(GPT, saved or init, 'policy', device)
     ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
-    start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)    # for kl_sft
+    start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)
     print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
     train, val = load_examples(cfg.data, 'prompts', tokenizer, text, policy.config.block_size,
                                cfg.max_new_tokens)                              # rows (prompt,)
