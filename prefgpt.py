@@ -346,7 +346,7 @@ def adamw(model, weight_decay):
     parameters = [p for p in model.parameters() if p.requires_grad]     # tied weights appear once
     groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
-    # A weight whose gradient is far below eps hardly moves; with the usual 1e-8 Adam would move it
+    # A weight whose gradient is far below eps hardly moves; with the usual 1e-8, Adam would move it
     # as far as any other, on noise (cf. Huang et al. 2024, N Implementation Details of RLHF)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
@@ -382,7 +382,7 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
     """
     Writes one file, whole or not at all, for resuming (PPO also reads --init and --reward again),
     sampling and the next stage. models maps names to models, and the first gives the shape.
-    optimizers has the same order, and text is load_text's. The file before stays as ckpt.prev.pt.
+    optimizers has the same order, and text is load_text's. The old file stays as ckpt.prev.pt.
     """
     path, shape = Path(path), next(iter(models.values())).config
     # Only tensors, strings, numbers, dicts and lists, so that weights_only=True can load them

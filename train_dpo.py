@@ -5,7 +5,7 @@ Stage 4, direct preference optimization: pairs train the policy directly, withou
     loss = - log sigmoid(beta h)            DPO, Rafailov et al. 2023, eq. 7
     loss = (h - 1 / (2 beta))^2             IPO, Azar et al. 2024, with --ipo
 
-log pi(response), in the code seq_logprobs, is a SUM over response tokens. beta weights KL(pi, ref)
+log pi(response), seq_logprobs in the code, is a SUM over response tokens. beta weights KL(pi, ref)
 as in train_ppo.py: with enough data and a fixed reference, both have the optimum pi = ref
 exp(score / beta) / Z. The reference is pi before its first step, so the loss starts at ln 2 =
 0.6931 (IPO: 1 / (4 beta^2)). Both log pi terms may fall, because the loss sees only h.

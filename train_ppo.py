@@ -138,7 +138,7 @@ def cap_unfinished(scores, ended, no_eos_score):
 
 
 def in_parts(function, size, *tensors):
-    """Returns function of tensors (B, ...), computed size rows at a time."""
+    """Applies function to tensors (B, ...), size rows at a time."""
     return torch.cat([function(*part) for part in zip(*(t.split(size) for t in tensors))])
 
 

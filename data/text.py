@@ -171,7 +171,7 @@ def normalize(row, kind, template):
     row = dict(row)
     if 'messages' in row:
         row['prompt'], row['response'] = from_messages(row['messages'], template)
-    elif 'response_0' in row:                   # Safe-RLHF: safety decides if either is unsafe
+    elif 'response_0' in row:                   # Safe-RLHF: if either is unsafe, safety decides
         safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
         key = 'better_response_id' if all(safe) else 'safer_response_id'
         if row.get(key) not in (0, 1) or not all(isinstance(value, bool) for value in safe):
@@ -257,7 +257,7 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
 
     Prompt and response are encoded separately: a prompt's ids never depend on its response. If the
     two do not fit, the prompt loses its left end, down to half the block. If they still do not,
-    the response loses its end, and so its EOS, as does one that the row marks as cut.
+    the response loses its end, and so its EOS; one that the row marks as cut has none.
     """
     if block_size < 2 or kind == 'prompts' and max_new_tokens >= block_size:
         raise UserError(f'block_size={block_size} has no room for a prompt beside '
@@ -275,10 +275,10 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
         counts['prompts cut on the left'] += len(prompt) > room
         prompt = prompt[-room:]
         room = block_size - len(prompt)
-        counts['responses cut, without EOS'] += sum(len(response) > room for response in responses)
+        counts['responses cut (no EOS)'] += sum(len(response) > room for response in responses)
         responses = [response[:room] for response in responses]
         if kind == 'pairs' and responses[0] == responses[1]:
-            counts['dropped, chosen == rejected'] += 1
+            counts['dropped (chosen == rejected)'] += 1
             continue
         examples.append((prompt, *responses))
     print(f'{name}: {len(examples)} {kind} kept'

@@ -397,7 +397,7 @@ def test_i11_pairs_that_are_equal_after_cutting_are_dropped(byte_tokenizer, caps
     assert kept == [([112], ids('good') + [EOS], ids('bad') + [EOS]),
                     ([112], ids('abcdefX'), ids('abcdefY'))]
     line = capsys.readouterr().out
-    assert 'train: 2 pairs kept' in line and '2 dropped, chosen == rejected' in line
+    assert 'train: 2 pairs kept' in line and '2 dropped (chosen == rejected)' in line
 
 
 def test_i11_no_pair_left_is_an_error(byte_tokenizer):
