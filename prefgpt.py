@@ -265,7 +265,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
 
     The prompts are prefilled in one causal pass; then every row continues at its own position in a
     static cache. All random numbers are drawn before the loop, on the CPU, one row per prompt, so
-    the text does not depend on how the prompts are split into batches.
+    the text does not depend on how prompts are split into batches that share the generator.
     """
     assert temperature >= 0 and all(prompts), 'a negative temperature or an empty prompt'
     device, B = policy.wte.weight.device, len(prompts)
@@ -306,8 +306,8 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
 
 def rng(seed, step, stream):
     """
-    Returns a fresh CPU generator for one step and one purpose: 'batch', 'rollout', 'shuffle' or
-    'eval'. No random state is carried over, so a resumed run draws what it would have drawn.
+    Returns a fresh CPU generator for one step, or epoch, and one purpose: 'batch', 'rollout',
+    'shuffle' or 'eval'. No random state is carried over: a resumed run draws what it would have.
     """
     digest = hashlib.sha256(f'{seed} {step} {stream}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], 'little'))
@@ -433,7 +433,7 @@ def load_checkpoint(path, stages):
 
 
 def load_model(Model, saved, name, device):
-    """Returns the GPT or ScalarGPT called name ('policy', 'ref', ...) in a checkpoint."""
+    """Returns a checkpoint's model by name ('policy', 'ref', ...), in the first one's shape."""
     model = Model(GPTConfig(**saved['model']))
     model.load_state_dict(saved['weights'][name])
     return model.to(device)
@@ -501,11 +501,11 @@ def run_cli(main, Config):
         sys.exit(130)                           # what a shell expects after Ctrl-C
     except torch.OutOfMemoryError:
         sys.exit(f'error: out of memory, peak {peak_memory()}: halve --micro_batch_size, which '
-                 'changes no result, or --rollout_size; for a tool, --batch_size')
+                 'changes rounding only, or --rollout_size; for a tool, --batch_size')
 
 
 def printable(text):
-    """Replaces control characters other than newlines: text must not control the terminal."""
+    """Replaces what str.isprintable refuses, except newlines: text must not control a terminal."""
     return ''.join(c if c == '\n' or c.isprintable() else '\ufffd' for c in text)
 
 
@@ -519,7 +519,7 @@ def peak_memory():
 
 # ----------------------------------------------------------------------------- runs and their log
 
-# Flags that may change when a run is resumed: none of them changes a result beyond rounding
+# Flags that may change on resuming: they change rounding only (which can flip a sampled token)
 MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'judge')
 # Minimum values of flags, so that no run of zero steps passes for a success
 AT_LEAST = dict(steps=1, batch_size=1, eval_every=1, max_new_tokens=1, rollout_size=1, ppo_epochs=1,
@@ -595,7 +595,7 @@ class Log:
         """Logs a step; began is when it started, tokens what it read (PPO: only responses)."""
         seconds, self.lr = time.time() - began, metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
-        if step in (1, self.steps) or step % max(1, self.steps // 50) == 0:     # about 50 lines
+        if step in (1, self.steps) or step % max(1, self.steps // 50) == 0:     # 50 to 99 lines
             left = (time.time() - self.began) / (step - self.start) * (self.steps - step)
             self.show(f'step  {step:>5}/{self.steps}', metrics, f'{seconds * 1e3:.0f} ms',
                       f'{tokens / seconds / 1e3:.1f}k tok/s',

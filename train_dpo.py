@@ -49,7 +49,7 @@ class Config:
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
-    compile: bool = False           # torch.compile the model's body
+    compile: bool = False           # torch.compile the model
 
 
 def log_ratio(chosen, rejected, ref_chosen, ref_rejected):

@@ -1,7 +1,8 @@
 """
 Stage 3, PPO: sample responses, score them, and make the better ones more likely, little by little.
 
-    r_t  = score at the last token  -  beta (log pi(y_t) - log ref(y_t))             token_rewards
+    s    = score; without EOS, at most no_eos_score                                  cap_unfinished
+    r_t  = s at the last token  -  beta (log pi(y_t) - log ref(y_t))                 token_rewards
     A_t  = sum over k of (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k})      gae
     R    = A + V, what the value model should have predicted
     A    <- (A - mean) / std over all response tokens of the rollout batch           whiten
@@ -9,11 +10,11 @@ Stage 3, PPO: sample responses, score them, and make the better ones more likely
     loss = (V_new - R)^2 / 2, clipped around V if vf_clip is set                     value_loss
     ref  <- ref + ref_ema (pi - ref), once per rollout batch                         update_ema
 
-PPO: Schulman et al. 2017. The KL in the reward: Ziegler et al. 2019 and Ouyang et al. 2022. What
-Xu et al. 2024 found decisive is the default: normalized advantages, large batches, and a reference
-that follows the policy as an EMA; studies/README.md says how much of this holds here. beta weights
-KL(policy, ref) as in train_dpo.py. A moving reference pulls less, so kl_sft, the KL to the initial
-policy, is logged. Left out: a trunk shared with the value model, adaptive beta, whitened rewards.
+Both losses are means over a minibatch's response tokens. PPO is Schulman et al. 2017, the KL in the
+reward Ziegler et al. 2019 and Ouyang et al. 2022. Xu et al. 2024 found normalized advantages, large
+batches and an EMA reference decisive; studies/README.md says how much of this holds here. beta
+weights KL(policy, ref) as in train_dpo.py. A moving reference pulls less, so kl_sft, the KL to the
+initial policy, is logged. Left out: a trunk shared with the value model, whitened rewards.
 
     python train_ppo.py --data=data/toy --init=out/toy/sft --reward=out/toy/rm --out=out/toy/ppo
 """
@@ -56,7 +57,7 @@ class Config:
     steps: int = 60                 # rollout batches
     ppo_epochs: int = 2             # passes over a rollout batch
     batch_size: int = 32            # responses per optimizer step
-    micro_batch_size: int = 0       # rows per forward pass (0: all); affects memory, not results
+    micro_batch_size: int = 0       # rows per forward pass (0: all); memory, and rounding only
     lr: float = 3e-4                # peak learning rate of the policy
     value_lr: float = 2e-3          # peak learning rate of the value model
     warmup: int = 5                 # rollout batches of linear warm-up; then a cosine to a tenth
@@ -133,7 +134,7 @@ def update_ema(ref, policy, rate):
 
 
 def cap_unfinished(scores, ended, no_eos_score):
-    """Caps scores (B,) of responses without EOS: in PPO nothing else teaches the policy to stop."""
+    """Caps the scores (B,) of responses without EOS, so that not stopping never pays."""
     return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
 
 

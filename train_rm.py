@@ -41,7 +41,7 @@ class Config:
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
-    compile: bool = False           # torch.compile the model's body
+    compile: bool = False           # torch.compile the model
 
 
 def reward_loss(chosen_scores, rejected_scores):

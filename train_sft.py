@@ -48,7 +48,7 @@ class Config:
     seed: int = 0                   # of the initial weights and the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
-    compile: bool = False           # torch.compile the model's body
+    compile: bool = False           # torch.compile the model
 
 
 @torch.no_grad()

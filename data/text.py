@@ -16,7 +16,7 @@ from prefgpt import UserError, generate, x_and_y
 
 
 class DataError(UserError):
-    """A row, file or folder of data that cannot be used; the message names the file and line."""
+    """A row, file or folder of data that cannot be used; names file and line if they are known."""
 
 
 # ----------------------------------------------------------------------------- tokenizers
@@ -255,16 +255,16 @@ def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'
     Returns the token ids of normalized rows, cut to the block: (prompt,), (prompt, response) or
     (prompt, chosen, rejected), by kind. Prints how many were kept, cut and dropped, and why.
 
-    Prompt and response are encoded separately: a prompt's ids never depend on its response. If the
-    two do not fit, the prompt loses its left end, down to half the block. If they still do not,
-    the response loses its end, and so its EOS; one that the row marks as cut has none.
+    Prompt and response are encoded separately, so their tokens never merge. If a prompt and its
+    longest response do not fit, the prompt loses its left end, down to half the block. If they
+    still do not, a response loses its end, and so its EOS; one that the row marks as cut has none.
     """
     if block_size < 2 or kind == 'prompts' and max_new_tokens >= block_size:
         raise UserError(f'block_size={block_size} has no room for a prompt beside '
                         f'max_new_tokens={max_new_tokens}: lower --max_new_tokens')
     eos, counts, examples = tokenizer.eot_token, Counter(), []
     for row in rows:
-        prompt = tokenizer.encode_ordinary(row['prompt']) or [eos]
+        prompt = tokenizer.encode_ordinary(row['prompt']) or [eos]      # an empty one is EOS alone
         responses = [tokenizer.encode_ordinary(row[key])
                      + ([] if row.get(f'{key}_cut') else [eos]) for key in RESPONSES[kind]]
         counts['responses marked as cut'] += sum(row.get(f'{key}_cut', False)
