@@ -1,41 +1,30 @@
 """
 DPO against PPO where tests judge: the code contest of Xu et al. 2024, on data/contest.
 
-The paper (section 5, tables 3, 7, 8 and 9): on APPS and CodeContests DPO is no better than SFT, and
-on the pairs that come with a data set it ends at 0 % and "meaningless code snippets"; PPO wins, if
-advantages are normalized, batches are large and the reference follows the policy:
+Tables 3, 7, 8 and 9. The paper's three conditions for PPO, and where the reference counts:
 
     A   <- (A - mean) / std over the rollout batch            ref <- ref + ref_ema (pi - ref)
     pi* ~ ref exp(reward / beta): with reward 0 or 1, a correct answer's odds times e^(1 / beta)
 
-so that a reference can only matter where 1 / beta is small. The arms:
+The arms:
   - sft; early sft, 1,000 steps in place of 1,500: what "pretrained" stands for in table 9;
   - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
     dpo on-policy LR: two or so over pairs of SFT's own samples, 4 times five to a prompt, of which
     the tests choose; early ref: the same pairs, but from early sft;
   - iter LR, iter + winners LR: four rounds of sampling and DPO, each from the policy of the last
-    one, at equal learning rates and steps; five samples without a correct one are left out, or
-    the data set's program stands in as the winner, as in the paper (if it has one: of one problem
-    in five, all of the competition level, it has none);
+    one; five samples without a correct one are left out, or the data set's program is the winner,
+    as in the paper (of one problem in five, all of the competition level, it has none);
   - ppo, four rungs at two learning rates and equal rollouts: baseline (64 responses a step, plain
     advantages), + norm, + batch (512), + ema (0.02); ppo binding: beta 0.25, large batch, with a
     fixed reference and with one that follows at 0.1; ppo no value: the baseline and + norm with
     neither a value model nor gradient clipping, where normalization could matter more.
 
 Reward 1 and beta 0.01 are the paper's 10 and 0.1 over ten. A response that does not end has score
-0, as in the paper, so no_eos_score is 0. Each arm is judged on test problems, whose functions no
-stage has met; the metric is pass@1 on the interview level. The introductory level has 8 problems
-there and says little. Findings are printed as "holds in k of n seeds"; one that does not hold is a
-result too.
-What it does not do: match PPO and DPO-Iter. PPO meets 20,480 prompts of all training problems, two
-in five of them interview; DPO-Iter samples 40,000 responses to the same 500 problems, of which 28 %
-are, and takes fewer steps. Nor does it tune all arms alike; settings were chosen on val problems
-with seed 0, and with seed 1 where it was in doubt:
-
-    python -m studies.contest --seeds="0 1" --split=val --csv=out/val.csv
+0, as in the paper. Each arm is judged on test problems, whose functions no stage has met. Settings
+were chosen on val problems: --seeds="0 1" --split=val
 
     python -m studies.contest
-    PPO's pass@1 is 1.5 times SFT's at least: 5 of 5 seeds
+    PPO's pass@1 is 1.5 times SFT's at least: holds in 5 of 5 seeds
 """
 import json
 import statistics
@@ -54,7 +43,9 @@ from data.contest.language import LEVELS
 from data.text import load_rows
 from prefgpt import UserError, load_checkpoint, run_cli
 from studies.contest_picture import PPO, draw
-from studies.table import complete, parse_seeds, save_picture, show_means
+from studies.style import show_picture
+from studies.table import (by_seed, complete, mean_and_spread, select, show_claims, show_means,
+                           table_and_seeds)
 from tools import evaluate, sample
 
 JUDGE = 'data/contest/reward.py'
@@ -65,8 +56,9 @@ TOKENS = 12                     # of a response, EOS included: the longest progr
 class Config:
     seeds: str = '5 6 7 8 9'        # the seeds to run, or to complete
     split: str = 'test'             # the problems judged: test, or val to choose settings on
-    csv: str = 'studies/results/contest.csv'    # the table to add to; its picture stands beside it
-    quick: bool = False             # a few steps of every stage, into a table of its own
+    csv: str = 'out/studies/contest.csv'    # for seeds that studies/results/contest.csv lacks
+    results: bool = False           # add them to studies/results/contest.csv, and draw its picture
+    quick: bool = False             # a smoke test: one seed, a few steps, a table of its own
 
 
 FULL = dict(sft_steps=1500, early_steps=1000, dpo_steps=78, own_steps=15, rounds=4,
@@ -229,8 +221,7 @@ def run_seed(seed, cfg):
 
 # ----------------------------------------------------------------------------- what is expected
 
-# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing is asserted:
-# what holds in few seeds is noise or a null, and is reported as such
+# Of the interview rows of one seed, t[arm]: a finding -> whether it holds
 SMALL, DPO_ARMS = 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
 CHECKS = {
@@ -301,57 +292,45 @@ DIFFERENCES += [(PPO, 'sft', '10@k'), (PPO, 'ppo + ema, early ref', 'pass@1'),
 
 def show_differences(rows):
     """Mean and standard deviation over seeds of DIFFERENCES, and of how far DPO moved its pairs."""
-    interview = {(row['seed'], row['arm']): row for row in rows if row['level'] == 'interview'}
-    seeds = sorted({seed for seed, _ in interview})
+    runs = by_seed(select(rows, level='interview'), 'arm').values()
     print('\npaired differences over seeds, interview level, ratios in brackets; log pi, moved by')
     for one, other, column in DIFFERENCES:
-        pairs = [[interview[seed, arm][column] for arm in (one, other)] for seed in seeds]
+        pairs = [[run[arm][column] for arm in (one, other)] for run in runs]
         text = f'{column:<13} {one} - {other}: {mean_text([a - b for a, b in pairs], "+")}'
         if all(b for _, b in pairs):            # in the quick form it may be 0
             text += f' ({mean_text([a / b for a, b in pairs])})'
         print(text)
     for arm in (*DPO_ARMS, *ON_POLICY):
         for side in ('chosen', 'rejected'):
-            ends = [[interview[seed, arm][name] for name in (side, f'{side}_before')]
-                    for seed in seeds]
+            ends = [[run[arm][name] for name in (side, f'{side}_before')] for run in runs]
             if '' not in ends[0]:               # in the quick form there may be no pairs
                 print(f'nats          {arm}, {side}: {mean_text([a - b for a, b in ends], "+")}')
 
 
 def mean_text(values, sign=''):
-    """'0.500 ±0.100': mean and standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f'{statistics.fmean(values):{sign}.3f} ±{spread:.3f}'
+    """Returns mean and standard deviation as text: '0.500 ±0.100'."""
+    mean, spread = mean_and_spread(values)
+    return f'{mean:{sign}.3f} ±{spread:.3f}'
 
 
-def check(rows):
-    """Prints of every finding in how many seeds it holds; returns {finding: [seeds without]}."""
-    interview = [row for row in rows if row['level'] == 'interview']
-    seeds, missing = sorted({row['seed'] for row in interview}), {}
-    for finding, holds in CHECKS.items():
-        missing[finding] = [seed for seed in seeds if not holds(
-            {row['arm']: row for row in interview if row['seed'] == seed})]
-        print(f'{finding}: {len(seeds) - len(missing[finding])} of {len(seeds)} seeds'
-              + (f', not {missing[finding]}' if missing[finding] else ''))
-    return missing
+def check(rows, quick=False):
+    """Prints in how many seeds each finding holds; returns {finding: [seeds without it]}."""
+    return show_claims(CHECKS, by_seed(select(rows, level='interview'), 'arm'), quick)
 
 
 def main(cfg):
     """Runs the seeds that the table lacks, prints, draws, and returns what failed."""
-    path = Path(cfg.csv)
-    path = path.with_stem(path.stem + '-quick') if cfg.quick else path
-    seeds = parse_seeds(cfg.seeds)
+    path, seeds = table_and_seeds(cfg)
     if cfg.split not in ('test', 'val'):
         raise UserError(f'--split={cfg.split!r}: test or val')
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg), split=cfg.split)
     for level in LEVELS:
         print(f'\n{level}', end='')
-        show_means([row for row in rows if row['level'] == level], ('arm',),
+        show_means(select(rows, level=level), ('arm',),
                    ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
     show_differences(rows)
-    if not cfg.quick:
-        save_picture(lambda: draw(rows), path.with_suffix('.png'))
-    return check(rows)
+    show_picture(cfg, path, lambda: draw(rows))
+    return check(rows, cfg.quick)
 
 
 if __name__ == '__main__':

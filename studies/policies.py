@@ -2,9 +2,7 @@
 Two policies that studies/unified.py can train: a table of logits, and a GPT.
 
 Each samples collections, and gives all that a loss may ask for on one grid, (G, N, T): G prompts,
-N responses to each, T tokens, or choices. Of the table mean reward, KL and entropy are exact sums;
-of the GPT they are estimated on held-out prompts.
-What they do not do: choose a loss, or a learning rate. bandit.py and length.py do.
+N responses to each, T tokens, or choices. bandit.py and length.py choose the losses.
 """
 import statistics
 from functools import partial

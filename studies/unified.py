@@ -24,13 +24,10 @@ negative gradient if it pushes some response down. The methods by these three ax
     Binary FeedMe    - log pi(y) if r > bar, else 0                    no        yes     no
 
 REINFORCE's gradient is right for the policy's own samples alone, hence no reuse. PPO and the losses
-of pairs are train_ppo.py's and train_dpo.py's own. log pi(y) is a sum over tokens, EOS included.
-
-A minibatch is a dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages
-(G, N, T): G prompts, N responses to each, T tokens. Outside a response all three are 0, as are the
-logprobs, so that sums over T need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
-What it does not do: sample or score. policies.py has a table, which bandit.py trains, and a GPT,
-which length.py trains.
+of pairs are train_ppo.py's and train_dpo.py's own. A minibatch is a dict of tensors: scores (G, N),
+and old_logprobs, ref_logprobs, advantages (G, N, T): G prompts, N responses to each, T tokens.
+Outside a response all three are 0, as are the logprobs, so that sums over T, which include EOS,
+need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
 """
 import torch
 

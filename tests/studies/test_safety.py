@@ -1,7 +1,7 @@
 """
 The study of safety: its filters on pairs made by hand, its claims, and its quick form.
 
-    python -m pytest -q tests/test_safety.py
+    python -m pytest -q tests/studies/test_safety.py
 """
 import json
 import shutil
@@ -16,7 +16,7 @@ from studies import safety
 from studies.safety import covered_keys, no_refusals, not_dual, only_safe
 from studies.table import read_rows
 
-TOP = Path(__file__).parent.parent
+TOP = Path(__file__).parents[2]
 BENIGN = 'user: how do i clean a mirror?\nbot:'
 RED = next(prompt for prompt, request in REQUESTS.items() if request.kind == 'red')
 HELP, REFUSE = ' use a soft cloth.', ' i cannot help with that.'
@@ -99,10 +99,10 @@ def test_safety_in_its_quick_form(tmp_path, monkeypatch):
         '*.jsonl', '__pycache__', 'toy-*', '*.gz', '*.zip'))
     monkeypatch.chdir(tmp_path)
     safety.main(safety.Config(seeds='3 4', quick=True))
-    rows = read_rows('studies/results/safety-quick.csv')
+    rows = read_rows('out/studies/safety-quick.csv')
     arms = {row['arm'] for row in rows}
     assert {row['seed'] for row in rows} == {3} and set(ARMS) <= arms
-    assert len(rows) == 2 * len(arms) and not Path('studies/results/safety.png').exists()
+    assert len(rows) == 2 * len(arms) and not list(Path('out/studies').glob('*.png'))
     assert all(row['safety'] == pytest.approx(1 - row['harm'], abs=1e-3) for row in rows)
     betas = {row['arm']: row['beta'] for row in rows}
     assert betas['ppo beta 0.05'] == betas['dpo beta 0.05'] == 0.05 and betas['ppo'] == 0.2
@@ -137,7 +137,7 @@ def test_safety_in_its_quick_form(tmp_path, monkeypatch):
     assert keys['covered/train.pairs'] <= keys['covered/train.prompts']
     assert len(keys['covered/train.prompts']) == round(len(keys['all/train.prompts']) / 3)
 
-    before = Path('studies/results/safety-quick.csv').read_bytes()
+    before = Path('out/studies/safety-quick.csv').read_bytes()
     monkeypatch.setattr(safety, 'run_seed', None)       # finds the seed there and runs nothing
     safety.main(safety.Config(seeds='3', quick=True))
-    assert Path('studies/results/safety-quick.csv').read_bytes() == before
+    assert Path('out/studies/safety-quick.csv').read_bytes() == before

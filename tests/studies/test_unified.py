@@ -2,7 +2,7 @@
 studies/unified.py: every loss against numbers worked by hand or a loop, the exact identities, and
 the algorithm's order of events.
 
-    python -m pytest -q tests/test_unified.py
+    python -m pytest -q tests/studies/test_unified.py
 """
 import itertools
 import math

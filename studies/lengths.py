@@ -7,7 +7,7 @@ A language in which only the length counts, for studies/length.py.
     pairs      two responses of a policy, the first chosen with sigmoid(0.3 (gold_1 - gold_2));
                Skew: not of the policy, 39 - n is exponential with mean 6: hardly any is short
 
-Writes the files that train_*.py read. What it does not do: train the policy that is sampled.
+Writes the files that train_*.py read.
 """
 import itertools
 
