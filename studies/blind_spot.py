@@ -22,7 +22,7 @@ from torch import nn
 
 from prefgpt import run_cli
 from studies.style import COLORS, POINTS, frame, names, new_figure, show_picture
-from studies.table import (by_seed, complete, select, show_claims, show_means, spreads_by,
+from studies.table import (above, by_seed, complete, select, show_claims, show_means, spreads_by,
                            table_and_seeds)
 from train_dpo import dpo_loss
 from train_rm import reward_loss
@@ -235,23 +235,21 @@ def run_seed(seed, quick):
     return rows
 
 
-# What the map shows, of the rows of one seed: name -> whether it holds; m is {(setting, policy):
-# row}.
+# What the map shows, of the rows m[setting, policy] of one seed: claim -> whether it holds
+OFF, FLAT, SMALL = SETTINGS
 CHECKS = {
     'off-policy, DPO at loss 0.6 raises 4 of 5 uncovered cells':
-        lambda m: m['off-policy', 'dpo 0.6']['up'] >= 0.8,
+        lambda m: m[OFF, 'dpo 0.6']['up'] >= 0.8,
     "off-policy, DPO at loss 0.6 raises the uncovered mass by half of the reference's":
-        lambda m: (m['off-policy', 'dpo 0.6']['uncovered']
-                   >= 1.5 * m['off-policy', 'ref']['uncovered']),
+        lambda m: m[OFF, 'dpo 0.6']['uncovered'] >= 1.5 * m[OFF, 'ref']['uncovered'],
     'balanced, DPO at loss 0.6 does not raise it':
-        lambda m: m['balanced', 'dpo 0.6']['uncovered'] <= m['balanced', 'ref']['uncovered'],
+        lambda m: m[FLAT, 'dpo 0.6']['uncovered'] <= m[FLAT, 'ref']['uncovered'],
     'off-policy, DPO at loss 0.05 holds less than 1 % there':
-        lambda m: m['off-policy', 'dpo 0.05']['uncovered'] < 0.01,
+        lambda m: m[OFF, 'dpo 0.05']['uncovered'] < 0.01,
     'off-policy, PPO at reward loss 0.2 holds less there than DPO at 0.2':
-        lambda m: m['off-policy', 'ppo 0.2']['uncovered'] < m['off-policy', 'dpo 0.2']['uncovered'],
+        above('uncovered', (OFF, 'dpo 0.2'), (OFF, 'ppo 0.2')),
     'small weights, PPO at reward loss 0.2 holds less there than the reference':
-        lambda m: (m['small weights', 'ppo 0.2']['uncovered']
-                   < m['small weights', 'ref']['uncovered']),
+        above('uncovered', (SMALL, 'ref'), (SMALL, 'ppo 0.2')),
 }
 
 
@@ -269,9 +267,7 @@ MAPS = ('ref', 'dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'scores 0.2', 'ppo 0
 
 def label(name):
     """Turns 'dpo 0.6' into 'DPO 0.6', and 'ppo optimum 0.2' into 'PPO* 0.2'."""
-    for word, shown in (('ppo optimum', 'PPO*'), ('ppo', 'PPO'), ('dpo', 'DPO')):
-        name = name.replace(word, shown)
-    return name
+    return name.replace('ppo optimum', 'PPO*').replace('ppo', 'PPO').replace('dpo', 'DPO')
 
 
 def draw_maps(figure, grid, row, seed, setting):

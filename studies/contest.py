@@ -44,8 +44,8 @@ from data.text import load_rows
 from prefgpt import UserError, load_checkpoint, run_cli
 from studies.contest_picture import PPO, draw
 from studies.style import show_picture
-from studies.table import (by_seed, complete, mean_and_spread, select, show_claims, show_means,
-                           table_and_seeds)
+from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
+                           show_means, table_and_seeds)
 from tools import evaluate, sample
 
 JUDGE = 'data/contest/reward.py'
@@ -224,6 +224,7 @@ def run_seed(seed, cfg):
 # Of the interview rows of one seed, t[arm]: a finding -> whether it holds
 SMALL, DPO_ARMS = 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
+ITER, ITER_WINNERS = ([f'{name} {lr:g}' for lr in ITER_LRS] for name in ('iter', 'iter + winners'))
 CHECKS = {
     "PPO's pass@1 is 1.5 times SFT's at least":
         lambda t: t[PPO]['pass@1'] >= 1.5 * t['sft']['pass@1'],
@@ -233,42 +234,38 @@ CHECKS = {
     'off-policy DPO somewhere loses 10 points of valid programs':
         lambda t: any(t[arm]['valid'] <= t['sft']['valid'] - 0.10 for arm in DPO_ARMS),
     "PPO's pass@1 is above that of every plain DPO arm":
-        lambda t: all(t[PPO]['pass@1'] > t[arm]['pass@1'] for arm in DPO_ARMS + ON_POLICY),
+        above('pass@1', PPO, *DPO_ARMS, *ON_POLICY),
     "DPO-Iter with dataset winners somewhere loses half of SFT's pass@1 and 10 points of valid "
     'programs':
-        lambda t: any(t[f'iter + winners {lr:g}']['pass@1'] <= 0.5 * t['sft']['pass@1']
-                      and t[f'iter + winners {lr:g}']['valid'] <= t['sft']['valid'] - 0.10
-                      for lr in ITER_LRS),
+        lambda t: any(t[arm]['pass@1'] <= 0.5 * t['sft']['pass@1']
+                      and t[arm]['valid'] <= t['sft']['valid'] - 0.10 for arm in ITER_WINNERS),
     'DPO-Iter without them, at the same lr and steps, stays within 5 points of valid programs':
-        lambda t: all(t[f'iter {lr:g}']['valid'] > t['sft']['valid'] - 0.05 for lr in ITER_LRS),
-    "PPO's pass@1 is above DPO-Iter's without dataset winners":
-        lambda t: all(t[PPO]['pass@1'] > t[f'iter {lr:g}']['pass@1'] for lr in ITER_LRS),
+        lambda t: all(t[arm]['valid'] > t['sft']['valid'] - 0.05 for arm in ITER),
+    "PPO's pass@1 is above DPO-Iter's without dataset winners": above('pass@1', PPO, *ITER),
     'large batch above small, both normalized, at lr 1e-3: first quarter of training':
-        lambda t: t['ppo + batch 0.001']['first_quarter'] > t[SMALL]['first_quarter'],
+        above('first_quarter', 'ppo + batch 0.001', SMALL),
     'large batch above small at lr 1e-3: last quarter of training':
-        lambda t: t['ppo + batch 0.001']['last_quarter'] > t[SMALL]['last_quarter'],
-    'large batch above small at lr 1e-3: pass@1':
-        lambda t: t['ppo + batch 0.001']['pass@1'] > t[SMALL]['pass@1'],
+        above('last_quarter', 'ppo + batch 0.001', SMALL),
+    'large batch above small at lr 1e-3: pass@1': above('pass@1', 'ppo + batch 0.001', SMALL),
     'large batch above small at lr 3e-4: last quarter of training':
-        lambda t: t['ppo + batch 0.0003']['last_quarter'] > t['ppo + norm 0.0003']['last_quarter'],
+        above('last_quarter', 'ppo + batch 0.0003', 'ppo + norm 0.0003'),
     'EMA above a fixed reference where the KL binds: last quarter of training':
-        lambda t: t['ppo binding ema']['last_quarter'] > t['ppo binding fixed']['last_quarter'],
+        above('last_quarter', 'ppo binding ema', 'ppo binding fixed'),
     'EMA above a fixed reference where the KL binds: pass@1':
-        lambda t: t['ppo binding ema']['pass@1'] > t['ppo binding fixed']['pass@1'],
+        above('pass@1', 'ppo binding ema', 'ppo binding fixed'),
     'EMA above a fixed reference where it does not bind: pass@1':
-        lambda t: t['ppo + ema 0.001']['pass@1'] > t['ppo + batch 0.001']['pass@1'],
+        above('pass@1', PPO, 'ppo + batch 0.001'),
     'normalization above the baseline at lr 1e-3: last quarter of training':
-        lambda t: t[SMALL]['last_quarter'] > t['ppo baseline 0.001']['last_quarter'],
+        above('last_quarter', SMALL, 'ppo baseline 0.001'),
     'normalization above the baseline at lr 1e-3: pass@1':
-        lambda t: t[SMALL]['pass@1'] > t['ppo baseline 0.001']['pass@1'],
+        above('pass@1', SMALL, 'ppo baseline 0.001'),
     'normalization above the baseline at lr 3e-4: last quarter of training':
-        lambda t: t['ppo + norm 0.0003']['last_quarter'] > t['ppo baseline 0.0003']['last_quarter'],
+        above('last_quarter', 'ppo + norm 0.0003', 'ppo baseline 0.0003'),
     'normalization above plain advantages without a value model and gradient clipping: pass@1':
-        lambda t: t['ppo no value + norm']['pass@1'] > t['ppo no value']['pass@1'],
+        above('pass@1', 'ppo no value + norm', 'ppo no value'),
     'the baseline below SFT, as in table 3: pass@1 at lr 1e-3':
-        lambda t: t['ppo baseline 0.001']['pass@1'] < t['sft']['pass@1'],
-    "PPO's 10@k is above SFT's, as in table 8":
-        lambda t: t[PPO]['10@k'] > t['sft']['10@k'],
+        above('pass@1', 'sft', 'ppo baseline 0.001'),
+    "PPO's 10@k is above SFT's, as in table 8": above('10@k', PPO, 'sft'),
     'an early reference costs DPO more than PPO, as in table 9: share of pass@1 lost':
         lambda t: (t['dpo on-policy, early ref']['pass@1'] * t[PPO]['pass@1']
                    < t['ppo + ema, early ref']['pass@1'] * t['dpo on-policy 0.0003']['pass@1']),
@@ -284,14 +281,13 @@ DIFFERENCES = [(one.format(f'{lr:g}'), other.format(f'{lr:g}'), column)
 DIFFERENCES += [(one, other, column) for column in ('pass@1', 'last_quarter')
                 for one, other in (('ppo binding ema', 'ppo binding fixed'),
                                    ('ppo no value + norm', 'ppo no value'))]
-DIFFERENCES += [(PPO, other, 'pass@1') for other in
-                ('sft', ON_POLICY[0], *(f'iter {lr:g}' for lr in ITER_LRS))]
+DIFFERENCES += [(PPO, other, 'pass@1') for other in ('sft', ON_POLICY[0], *ITER)]
 DIFFERENCES += [(PPO, 'sft', '10@k'), (PPO, 'ppo + ema, early ref', 'pass@1'),
                 (ON_POLICY[0], 'dpo on-policy, early ref', 'pass@1')]
 
 
 def show_differences(rows):
-    """Mean and standard deviation over seeds of DIFFERENCES, and of how far DPO moved its pairs."""
+    """Prints DIFFERENCES, and how far DPO moved its pairs: means and standard deviations."""
     runs = by_seed(select(rows, level='interview'), 'arm').values()
     print('\npaired differences over seeds, interview level, ratios in brackets; log pi, moved by')
     for one, other, column in DIFFERENCES:

@@ -33,8 +33,8 @@ from data.toy.language import REQUESTS
 from data.toy.reward import points
 from prefgpt import run_cli
 from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
-from studies.table import (by_seed, complete, mean_and_spread, select, show_claims, show_means,
-                           spreads_by, table_and_seeds)
+from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
+                           show_means, spreads_by, table_and_seeds)
 from tools import evaluate, sample
 
 
@@ -208,30 +208,25 @@ def run_seed(seed, quick):
 
 # What the paper says of its arms, of the runs of one seed: name -> whether it holds; a is {arm:
 # row} at T=1. A safety rate is of 400 answers: its standard error is 0.02 at 0.8.
+DPO_ITER = [*DPO_ARMS, *(f'iter {i}' for i in (1, 2, 3, 4))]
 CHECKS = {
-    'DPO is safer from SFT(safe) than from SFT':
-        lambda a: a['dpo']['safety'] > a['dpo from sft']['safety'],
-    'without dual-unsafe pairs DPO is safer':
-        lambda a: a['dpo no dual-unsafe']['safety'] > a['dpo']['safety'],
+    'DPO is safer from SFT(safe) than from SFT': above('safety', 'dpo', 'dpo from sft'),
+    'without dual-unsafe pairs DPO is safer': above('safety', 'dpo no dual-unsafe', 'dpo'),
     'without dual-safe pairs too DPO is safer still':
-        lambda a: a['dpo mixed pairs']['safety'] > a['dpo no dual-unsafe']['safety'],
+        above('safety', 'dpo mixed pairs', 'dpo no dual-unsafe'),
     'and safer than with as few pairs of all kinds':
-        lambda a: a['dpo mixed pairs']['safety'] > a['dpo few pairs']['safety'],
+        above('safety', 'dpo mixed pairs', 'dpo few pairs'),
     'and less helpful than with as few pairs of all kinds':
-        lambda a: a['dpo mixed pairs']['helpful'] < a['dpo few pairs']['helpful'],
-    'DPO-Iter is safer after round 4 than after round 1':
-        lambda a: a['iter 4']['safety'] > a['iter 1']['safety'],
+        above('helpful', 'dpo few pairs', 'dpo mixed pairs'),
+    'DPO-Iter is safer after round 4 than after round 1': above('safety', 'iter 4', 'iter 1'),
     'DPO-Iter is as safe as PPO (within 0.02)':
         lambda a: a['iter 4']['safety'] >= a['ppo']['safety'] - 0.02,
-    'PPO is more helpful than DPO-Iter':
-        lambda a: a['ppo']['helpful'] > a['iter 4']['helpful'],
-    "PPO's reward is above that of every arm of DPO":
-        lambda a: a['ppo']['reward'] > max(row['reward'] for arm, row in a.items()
-                                           if arm.startswith(('dpo', 'iter'))),
+    'PPO is more helpful than DPO-Iter': above('helpful', 'ppo', 'iter 4'),
+    "PPO's reward is above that of every arm of DPO": above('reward', 'ppo', *DPO_ITER),
     'PPO is less helpful on the scores of the twice filtered pairs than of as few of all kinds':
-        lambda a: a['ppo mixed pairs']['helpful'] < a['ppo few pairs']['helpful'],
+        above('helpful', 'ppo few pairs', 'ppo mixed pairs'),
     'prompts that no pair covers raise the reward of PPO':
-        lambda a: a['ppo extra prompts']['reward'] > a['ppo covered']['reward'],
+        above('reward', 'ppo extra prompts', 'ppo covered'),
     "PPO's reward is highest at beta 0.05 or 0.1":
         lambda a: max(('ppo beta 0.0', 'ppo beta 0.05', 'ppo beta 0.1', 'ppo'),
                       key=lambda arm: a[arm]['reward']) in ('ppo beta 0.05', 'ppo beta 0.1'),
@@ -296,8 +291,7 @@ def draw_betas(ax, rows):
 def draw(rows):
     """Draws the picture, a matplotlib Figure: all arms beside the paper's, beta below."""
     rows = select(rows, answers='T=1')
-    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *(f'iter {i}' for i in (1, 2, 3, 4)),
-            *list(PPO_ARMS)[:6]]
+    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *DPO_ITER[-4:], *list(PPO_ARMS)[:6]]
     figure = new_figure(12, 9)
     upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
     axes = upper.subplots(1, 4, sharey=True)

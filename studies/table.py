@@ -143,6 +143,11 @@ def show_means(rows, by, columns):
               + ''.join(f'{mean:9.3f} ±{spread:.3f}' for mean, spread in spreads))
 
 
+def above(column, one, *others):
+    """Returns the claim, about {arm: row}, that one arm's number is above that of all others."""
+    return lambda arms: all(arms[one][column] > arms[other][column] for other in others)
+
+
 def show_claims(claims, runs, quick=False):
     """
     Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}.

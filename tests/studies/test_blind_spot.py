@@ -97,13 +97,6 @@ def test_ascent_finds_the_optimum():
         assert (objective(other, scores, ref, 0.5) < top).all()
 
 
-def test_the_objective_by_hand():
-    """0.75 (1 - 0.5 ln 1.5) + 0.25 (0 - 0.5 ln 0.5), of two responses that ref likes alike."""
-    value = objective(numbers(.75, .25).log(), numbers(1, 0), numbers(.5, .5).log(), 0.5)
-    assert value.item() == pytest.approx(
-        0.75 * (1 - 0.5 * math.log(1.5)) - 0.25 * 0.5 * math.log(0.5), abs=1e-12)
-
-
 # ----------------------------------------------------------------------------- the map
 
 def test_what_a_map_is():

@@ -258,8 +258,6 @@ def test_chains_name_methods():
 def test_tasks_that_are_none():
     with pytest.raises(UserError, match='--tasks'):
         length.main(length.Config(tasks='Max'))
-    with pytest.raises(UserError, match='--seeds'):
-        length.main(length.Config(seeds='x'))
 
 
 def test_length_in_its_quick_form(tmp_path, monkeypatch, capsys):
