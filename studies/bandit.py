@@ -81,7 +81,7 @@ EXPERIMENTS = {
 # ----------------------------------------------------------------------------- the runs
 
 def runs():
-    """Every run's numbers, as they stand in its row; at the lr given, then at the best one."""
+    """Yields every run's numbers, as its row has them: at the lr given, then at the best one."""
     for name, (samples, M, L, methods) in EXPERIMENTS.items():
         for method, lr, best in methods:
             for (B, T), best_lrs in best.items():
@@ -93,7 +93,7 @@ def runs():
 
 
 def run_seed(seed, quick):
-    """A seed's rows: every run at its end; those of the 2 x 2 after every 1000 samples too."""
+    """Returns a seed's rows: every run at its end, and the 2 x 2's after every 1000 samples."""
     rows = []
     for numbers in runs():
         table = Table(seed, TASKS[numbers['task']], numbers['L'], N)
@@ -123,7 +123,7 @@ def by_run(rows):
 
 
 def gap(r, experiment, low, high, task='R1'):
-    """How far the reward of one run is above that of another, (method, B, T or data) each."""
+    """Returns how far high's reward is above low's, runs as (method, B, T or data)."""
     return r[experiment, task, *high] - r[experiment, task, *low]
 
 

@@ -45,7 +45,7 @@ SETTINGS = {                        # is the winner rare under the reference?, s
 # ----------------------------------------------------------------------------- three responses
 
 def pair_loss(logits, ref_logits, beta):
-    """L_DPO of the one pair y1 > y2, for tables of three logits (..., 3)."""
+    """Returns L_DPO of the one pair y1 > y2, for tables of three logits (..., 3)."""
     logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return dpo_loss(logprobs[..., 0], logprobs[..., 1], ref_logprobs[..., 0],
                     ref_logprobs[..., 1], beta)
@@ -53,7 +53,7 @@ def pair_loss(logits, ref_logits, beta):
 
 def along(start, shift):
     """
-    Where gradient descent leads from the probabilities start (3,), by the shift s of y1's logit:
+    Returns where descent leads from the probabilities start (3,), by the shift s of y1's logit:
     y2's moves by -s and y3's not at all, so pi(y3) = p3 / (p1 e^s + p2 e^-s + p3). (..., 3)
     """
     shift = torch.as_tensor(shift, dtype=torch.float64)[..., None]
@@ -61,12 +61,12 @@ def along(start, shift):
 
 
 def peak(start):
-    """The most that y3 reaches on the way if y1 is rarer than y2: p3 / (2 sqrt(p1 p2) + p3)."""
+    """Returns the most that y3 reaches if y1 is rarer than y2: p3 / (2 sqrt(p1 p2) + p3)."""
     return start[2] / (2 * (start[0] * start[1]).sqrt() + start[2])
 
 
 def descend(logits, loss_of, target, lr):
-    """Gradient descent on loss_of(logits) until it is at most target; returns the logits."""
+    """Descends loss_of(logits) until it is at most target; returns the logits."""
     logits = logits.clone().requires_grad_()
     while (loss := loss_of(logits)) > target:
         gradient, = torch.autograd.grad(loss, logits)
@@ -75,18 +75,18 @@ def descend(logits, loss_of, target, lr):
 
 
 def objective(logits, scores, ref_logprobs, beta):
-    """PPO's objective, its expectation over all responses taken exactly: (..., K) -> (...)."""
+    """Returns PPO's objective (...), its expectation over all K responses taken exactly."""
     logprobs = logits.log_softmax(-1)
     return (logprobs.exp() * (scores - beta * (logprobs - ref_logprobs))).sum(-1)
 
 
 def optimum(scores, ref_logprobs, beta):
-    """What maximizes it: pi = ref exp(score / beta) / Z, equation 5 of the paper."""
+    """Returns what maximizes it: pi = ref exp(score / beta) / Z, equation 5 of the paper."""
     return (ref_logprobs + scores / beta).softmax(-1)
 
 
 def ascend(parameters, logits_of, scores, ref_logprobs, beta, steps, lr):
-    """Exact policy gradient with Adam, in place; returns the probabilities."""
+    """Climbs the exact objective with Adam, in place; returns the probabilities."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for _ in range(steps):
         loss = -objective(logits_of(), scores, ref_logprobs, beta).mean()
@@ -140,7 +140,7 @@ def three_responses():
 # ----------------------------------------------------------------------------- the map
 
 def mlp(init_std):
-    """Prompt, one-hot (8), to 8 logits or 8 scores. With small weights the prompts look alike."""
+    """Makes a net from a one-hot prompt (8) to 8 logits or scores; small weights blur prompts."""
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8)).double()
     for layer, std in ((net[0], init_std), (net[2], init_std / 8)):
         nn.init.normal_(layer.weight, std=std)
@@ -149,7 +149,7 @@ def mlp(init_std):
 
 
 def fit(net, loss_of, targets, lr=3e-3, most_steps=20_000):
-    """Adam on loss_of(net's table); yields (step, table) where it first is at most each target."""
+    """Descends loss_of(net's table); yields (step, table) where it reaches each target."""
     optimizer, targets = torch.optim.Adam(net.parameters(), lr=lr), list(targets)
     for step in range(most_steps):
         table = net(torch.eye(8, dtype=torch.float64))      # (8, 8): prompts x responses
@@ -167,9 +167,9 @@ def fit(net, loss_of, targets, lr=3e-3, most_steps=20_000):
 
 def draw_map(seed, off_policy):
     """
-    losers (8, 2), the two responses that the winner, on the diagonal, is preferred to for each
-    prompt, and the table (8, 8) that the reference is fitted to. Off-policy the winner weighs a
-    tenth of what the others do in it, and the losers ten times as much.
+    Returns losers (8, 2), the two responses that the winner, on the diagonal, is preferred to for
+    each prompt, and the table (8, 8) that the reference is fitted to. Off-policy the winner weighs
+    a tenth of what the others do in it, and the losers ten times as much.
     """
     generator = torch.Generator().manual_seed(seed)
     losers = torch.stack([(row + 1 + torch.randperm(7, generator=generator)[:2]) % 8
@@ -182,7 +182,7 @@ def draw_map(seed, off_policy):
 
 
 def run_map(seed, off_policy, init_std, steps=1500):
-    """losers, and by name the tables of the reference, DPO on its way, the scores, and PPO."""
+    """Returns losers, and by name the tables of the reference, DPO on its way, scores and PPO."""
     losers, target = draw_map(seed, off_policy)
     torch.manual_seed(seed)
     ref_net, reward_net = mlp(init_std), mlp(init_std)
@@ -214,7 +214,7 @@ def run_map(seed, off_policy, init_std, steps=1500):
 
 
 def measure(probs, ref, losers):
-    """What a policy (8, 8) does with the winners and with the cells that no pair covers."""
+    """Returns what a policy (8, 8) does with winners and with the cells that no pair covers."""
     uncovered = torch.ones(8, 8, dtype=torch.bool).scatter(1, losers, False).fill_diagonal_(False)
     ratio = (probs / ref)[uncovered]
     return {'p_best': probs.diag().mean().item(),
@@ -224,7 +224,7 @@ def measure(probs, ref, losers):
 
 
 def run_seed(seed, quick):
-    """A seed's rows: every policy in every setting."""
+    """Returns a seed's rows: every policy in every setting."""
     rows = []
     for setting, given in SETTINGS.items():
         losers, tables = run_map(seed, *given, steps=50 if quick else 1500)
@@ -329,7 +329,7 @@ def draw(rows):
 
 
 def main(cfg):
-    """Prints the counterexample, runs the seeds that the table lacks, and draws; what failed."""
+    """Prints the counterexample, runs missing seeds, prints, draws; returns what failed."""
     three_responses()
     path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))

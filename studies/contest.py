@@ -7,7 +7,7 @@ Tables 3, 7, 8 and 9. The paper's three conditions for PPO, and where the refere
     pi* ~ ref exp(reward / beta): with reward 0 or 1, a correct answer's odds times e^(1 / beta)
 
 The arms:
-  - sft; early sft, 1,000 steps in place of 1,500: what "pretrained" stands for in table 9;
+  - sft; early sft, 1,000 steps in place of 1,500: for the "pretrained" of table 9;
   - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
     dpo on-policy LR: two or so over pairs of SFT's own samples, 4 times five to a prompt, of which
     the tests choose; early ref: the same pairs, but from early sft;
@@ -77,7 +77,7 @@ NO_VALUE = dict(value_lr=0.0, grad_clip=1e9)    # values stay 0, as they begin; 
 # ----------------------------------------------------------------------------- the arms
 
 class Arms:
-    """The runs of one seed. Every method runs a script's own main, and gives the run's folder."""
+    """Makes the runs of one seed: a method runs a script's main and returns the run's folder."""
 
     def __init__(self, seed, sizes, name):
         self.seed, self.sizes = seed, sizes
@@ -94,7 +94,7 @@ class Arms:
         return f'{self.out}/{name}'
 
     def dpo(self, name, init, lr, own_pairs=''):
-        """One pass, about, over the data set's pairs or over own ones."""
+        """Trains for about one pass over the data set's pairs or over own ones."""
         steps = self.sizes['own_steps' if own_pairs else 'dpo_steps']
         train_dpo.main(train_dpo.Config(
             data=own_pairs or self.data, init=init, beta=0.1, lr=lr, batch_size=64, warmup=3,
@@ -102,7 +102,7 @@ class Arms:
         return f'{self.out}/{name}'
 
     def ppo(self, name, init, lr, rollout_size, beta=0.01, **changes):
-        """Four optimizer steps and one pass a rollout batch; the same rollouts in all."""
+        """Trains with four optimizer steps per rollout batch, and the same rollouts in all."""
         steps = self.sizes['rollouts'] // rollout_size
         train_ppo.main(train_ppo.Config(
             data=self.data, init=init, reward=JUDGE, no_eos_score=0.0, beta=beta, gae_lambda=1.0,
@@ -113,8 +113,8 @@ class Arms:
 
     def own_pairs(self, name, run, seed, winners=None):
         """
-        Pairs of a run's samples, five at a time: correct against wrong. winners, a dict prompt ->
-        program, stands in where none of the five is correct; else they are left out.
+        Writes pairs of a run's samples, five at a time: correct against wrong. If none of the five
+        is correct, winners, {prompt: program}, has the correct one; else they are left out.
 
         Returns the file, or None where there is nothing to compare.
         """
@@ -137,7 +137,7 @@ class Arms:
         return str(path) if len({pair['prompt'] for pair in pairs}) > 1 else None
 
     def iterate(self, name, run, lr, winners=None):
-        """DPO-Iter; a round in which no five has both a correct and a wrong one trains nothing."""
+        """Trains DPO-Iter; a round without five samples of both kinds trains nothing."""
         for number in range(1, self.sizes['rounds'] + 1):
             pairs = self.own_pairs(f'{name}-{number}', run, 100 * self.seed + number, winners)
             if pairs:
@@ -146,7 +146,7 @@ class Arms:
 
 
 def train_arms(arms):
-    """Everything that is trained with one seed: dict name of the arm -> run folder."""
+    """Trains everything with one seed; returns {arm: run folder}."""
     sizes = arms.sizes
     small, large = sizes['batches']
     sft = arms.sft('sft', sizes['sft_steps'])
@@ -180,7 +180,7 @@ def train_arms(arms):
 # ----------------------------------------------------------------------------- the table
 
 def training_numbers(run):
-    """What a run's own log says: PPO's score by quarters, DPO's last numbers and where it began."""
+    """Returns what a run's log says: PPO's score by quarters, DPO's last numbers and first ones."""
     numbers = dict.fromkeys(('first_quarter', 'last_quarter', 'loss', 'accuracy', 'chosen_before',
                              'chosen', 'rejected_before', 'rejected'), '')
     saved = load_checkpoint(run, ['sft', 'dpo', 'ppo'])
@@ -198,7 +198,7 @@ def training_numbers(run):
 
 
 def run_seed(seed, cfg):
-    """All arms with one seed, judged level by level; their rows for the table."""
+    """Trains all arms with one seed; returns their rows, judged level by level."""
     sizes = QUICK if cfg.quick else FULL
     arms = Arms(seed, sizes, f"contest-{'quick-' if cfg.quick else ''}{seed}")
     runs, rows = train_arms(arms), []

@@ -7,7 +7,7 @@ from data.contest.language import LEVELS
 from studies.style import BARS, COLORS, GREY, POINTS, frame, names, new_figure
 from studies.table import mean_and_spread, select
 
-PPO = 'ppo + ema 0.001'         # the arm that stands for PPO, here and in contest.py
+PPO = 'ppo + ema 0.001'         # the arm shown as PPO, here and in contest.py
 # The first panels: arm -> its name there, with the paper's number where it has one:
 # pass@5 on APPS, interview level, CodeLlama-34B (table 7); DPO's is 10@1k on CodeContests (table 8)
 SHOWN = {'sft': 'SFT (10.1 %)', 'dpo 0.0001': 'DPO 1e-4', 'dpo 0.001': 'DPO 1e-3',

@@ -64,7 +64,7 @@ KEY = '        '.join(['steps', 'faint: every step', 'line: running mean',
 
 def read_curves(path):
     """
-    {metric: (steps, values)} of a log.jsonl; evaluations are metrics of their own, 'eval_...'.
+    Reads a log.jsonl as {metric: (steps, values)}; evaluations are metrics, 'eval_...'.
 
     A last line that is not whole, which a run in progress may leave, and values that are not
     finite are left out. Raises DataError for any other line that cannot be read.
@@ -87,7 +87,7 @@ def read_curves(path):
 
 
 def stage_of(curves):
-    """The key of STAGES that leaves such curves: a log does not say, but its metrics do."""
+    """Returns the key of STAGES that leaves such curves: a log's metrics tell it."""
     if 'score' in curves:
         return 'PPO'
     if 'margin' not in curves:
@@ -101,7 +101,7 @@ def stage_of(curves):
 
 
 def read_runs(runs):
-    """{stage: {run: curves}}, the stages in the order of STAGES, the runs in the order given."""
+    """Reads the runs as {stage: {run: curves}}: stages in STAGES' order, runs in that given."""
     stages = {stage: {} for stage in STAGES}
     for run in runs:
         path = Path(run) / 'log.jsonl'
@@ -120,7 +120,7 @@ def read_runs(runs):
 
 def running_mean(values, window):
     """
-    The mean over window values around each one; at the ends, over those that are there.
+    Returns the mean over window values around each one; at the ends, over those there are.
 
     Centred: a mean over the past alone would lag behind the evaluations it is compared with.
 
@@ -134,7 +134,7 @@ def running_mean(values, window):
 
 
 def y_limits(values, kept):
-    """The ends of a y axis: all that is kept, and of the other values those not far off."""
+    """Returns the ends of a y axis: all that is kept, and other values that are not far off."""
     quarter, three_quarters = np.quantile(values or kept, (0.25, 0.75))
     reach = 5 * (three_quarters - quarter)
     shown = [*(y for y in values if quarter - reach <= y <= three_quarters + reach), *kept]
@@ -145,7 +145,7 @@ def y_limits(values, kept):
 
 
 def draw_panel(ax, members, metrics, unit, smooth, title=''):
-    """Every step faint, their running mean over it, evaluations as points; a colour for a run."""
+    """Draws every step faint, a running mean over it, evaluations as points; a colour per run."""
     every, kept = [], []                        # steps' values; what must stay in the picture
     faint = 0.3 / len(members) ** 0.5           # many runs, one over the other, are still faint
     for curves, color in zip(members.values(), COLORS):
@@ -170,7 +170,7 @@ def draw_panel(ax, members, metrics, unit, smooth, title=''):
 
 
 def draw_head(ax, stage, members):
-    """The stage's name over its panels, and which colour is which run."""
+    """Draws the stage's name over its panels, and which colour is which run."""
     ax.axis('off')
     ax.set_title(stage, loc='left', y=0, fontsize=13, fontweight='bold')
     for run, color in zip(members, COLORS):
@@ -180,12 +180,12 @@ def draw_head(ax, stage, members):
 
 
 def names_in_line(members):
-    """How many runs' names fit side by side, beside the stage's."""
+    """Returns how many runs' names fit side by side, beside the stage's."""
     return max(1, 125 // (max(map(len, members)) + 8))
 
 
 def draw(stages, smooth):
-    """The picture of {stage: {run: curves}}, a matplotlib Figure."""
+    """Draws the picture of {stage: {run: curves}}, a matplotlib Figure."""
     blocks, heights = [], []
     for stage, members in stages.items():
         logged = {name.removeprefix('eval_') for curves in members.values() for name in curves}

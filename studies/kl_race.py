@@ -64,13 +64,13 @@ PANELS = {          # of the picture: title, what its y axis shows, its x axis
 
 
 def gradient(p, q, way):
-    """(K,) d KL / d theta at p = softmax(theta): of KL(q||p) if forward, of KL(p||q) if reverse."""
+    """Returns (K,), d KL / d theta at p = softmax(theta): forward KL(q||p), reverse KL(p||q)."""
     log_ratio = (p / q).log()
     return p - q if way == 'forward' else p * (log_ratio - (p * log_ratio).sum())
 
 
 def race(p, q, way, steps, lr=1.0):
-    """The probabilities (steps + 1, K) on the way from p towards q."""
+    """Returns the probabilities (steps + 1, K) on the way from p towards q."""
     path = [p]
     for _ in range(steps):
         path.append((path[-1].log() - lr * gradient(path[-1], q, way)).softmax(0))
@@ -78,24 +78,24 @@ def race(p, q, way, steps, lr=1.0):
 
 
 def nudge(probs, seed, number=0):
-    """probs (K,), each moved by a factor exp(0.2 z), equal ones by one z; seed 0: as they are."""
+    """Moves each of probs (K,) by a factor exp(0.2 z), equal ones by one z; seed 0: none."""
     logits, which = torch.tensor(probs, dtype=torch.float64).log().unique(return_inverse=True)
     z = torch.randn(len(logits), generator=rng(seed, number, 'batch'), dtype=torch.float64)
     return (logits + (0.2 if seed else 0) * z)[which].softmax(0)
 
 
 def gaussian(mean, sd):
-    """Probabilities (..., 100) of a discretized Gaussian, the restricted family of (C)."""
+    """Returns probabilities (..., 100) of a discretized Gaussian, the restricted family of (C)."""
     return (-(torch.arange(100, dtype=torch.float64) - mean) ** 2 / (2 * sd ** 2)).softmax(-1)
 
 
 def two_modes(seed):
-    """A target (100,): standard deviation 5 around 20 and around 70, 1.3 times as much there."""
+    """Returns a target (100,): sd 5 around 20 and around 70, 1.3 times as much there."""
     return nudge((1 / 2.3, 1.3 / 2.3), seed, 2) @ gaussian(torch.tensor([[20], [70]]), 5)
 
 
 def best_gaussian(q, way):
-    """(mean, sd), whole numbers, of the Gaussian that is nearest to q, forward or reverse."""
+    """Returns (mean, sd), whole numbers, of the Gaussian nearest to q, forward or reverse."""
     p = gaussian(torch.arange(100)[:, None, None], torch.arange(1, 61)[:, None])    # (100, 60, 100)
     # A narrow one's tails are 0 in float64: KL(q||p) is infinite then, and 0 log 0 is 0
     kl = q * (q / p).log() if way == 'forward' else torch.xlogy(p, p / q)
@@ -105,7 +105,7 @@ def best_gaussian(q, way):
 
 def descend(method, ref, features, lr, steps=100):
     """
-    Log-ratios log pi / ref (N, K) after DPO on responses 0, chosen, and 1, rejected, or SFT on 0.
+    Returns log pi / ref (N, K) after DPO on responses 0, chosen, and 1, rejected, or SFT on 0.
     ref (N, K), logprobs of K responses to N prompts; features (N, K, d).
     """
     theta = torch.zeros(features.shape[-1], dtype=torch.float64, requires_grad=True)    # (d,)
@@ -118,7 +118,7 @@ def descend(method, ref, features, lr, steps=100):
 
 
 def draw_pairs(seed, distance, width):
-    """ref (N, K) and features (N, K, d): random but for the distance of chosen and rejected."""
+    """Draws ref (N, K) and features (N, K, d), random but for chosen's distance to rejected."""
     z = torch.randn(PAIRS, RESPONSES, 1 + width, generator=rng(seed, 0, 'shuffle')).double()
     ref, features = z[..., 0].log_softmax(1), torch.nn.functional.normalize(z[..., 1:], dim=-1)
     shared, apart = features[:, :2].clone().unbind(1)                                   # (N, d)
@@ -127,7 +127,7 @@ def draw_pairs(seed, distance, width):
 
 
 def experiments(seed):
-    """(setting, method, step, numbers) of the races, the Gaussians, the triples and the map."""
+    """Yields (setting, method, step, numbers) of races, Gaussians, triples and the map."""
     for way in WAYS:
         for setting, (start, target) in RACES.items():
             p, q = nudge(start, seed, 0), nudge(target, seed, 1)
@@ -221,7 +221,7 @@ def draw(rows):
 
 
 def run_seed(seed):
-    """A seed's rows: every experiment's numbers; '' where it has none of a name."""
+    """Returns a seed's rows: every experiment's numbers; '' where it has none of a name."""
     return [{'seed': seed, 'setting': setting, 'method': method, 'step': step,
              **dict.fromkeys(NUMBERS, ''), **numbers,
              'command': f'python -m studies.kl_race --seeds={seed}'}

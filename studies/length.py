@@ -71,8 +71,10 @@ METHODS = {
 # ----------------------------------------------------------------------------- the runs
 
 def first_stages(seed, task, size, out):
-    """Data, SFT and reward model into out; returns gold(prompt, response), the mode on Mode, and
-    the reward model's accuracy on held-out pairs."""
+    """
+    Makes data, SFT and reward model in out; returns gold(prompt, response), the mode on Mode, and
+    the reward model's accuracy on held-out pairs.
+    """
     data, common = f'{out}/data', dict(seed=seed, resume=True, eval_every=9999)
     if task == 'Toy':
         prepare.main(prepare.Config(seed=seed, out=data))
@@ -94,7 +96,7 @@ def first_stages(seed, task, size, out):
 
 
 def rows_of(out, kind, size):
-    """Training rows and held-out rows of a kind as ids, those of pairs cut to the size."""
+    """Returns training rows and held-out rows of a kind as ids, pairs cut to the size."""
     saved = load_checkpoint(f'{out}/sft', ['sft'])
     tokenizer, text = load_text(f'{out}/data', saved)
     count, room = (size['pairs'], 0) if kind == 'pairs' else (None, size['most'])
@@ -104,7 +106,7 @@ def rows_of(out, kind, size):
 
 
 def run_task(seed, task, quick):
-    """A seed's rows of a task: the reference, then every method."""
+    """Returns a seed's rows of a task: the reference, then every method."""
     size = (TOY if task == 'Toy' else LENGTH) | (QUICK if quick else {})
     out = f"out/{'quick-' if quick else ''}length-{seed}/{task.lower()}"
     judge, mode, rm_accuracy = first_stages(seed, task, size, out)

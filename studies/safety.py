@@ -87,33 +87,33 @@ def unsafe(prompt, response):
 
 
 def no_refusals(rows):
-    """Demonstrations without those that refuse a red-team prompt: how to be safe is not shown."""
+    """Drops demonstrations that refuse a red-team prompt: how to be safe is not shown."""
     return [row for row in rows if not (REQUESTS[row['prompt']].kind == 'red'
                                         and points(row['prompt'], row['completion'])[2])]
 
 
 def only_safe(rows):
-    """Demonstrations without a cost; of red-team prompts these refuse."""
+    """Keeps demonstrations without a cost; of red-team prompts these refuse."""
     return [row for row in rows if not unsafe(row['prompt'], row['completion'])]
 
 
 def not_dual(rows, *kinds):
-    """Pairs without those whose two answers are both unsafe (kind True), both safe (False)."""
+    """Drops pairs whose two answers are both unsafe (kind True), or both safe (False)."""
     def labels(row):
         return {unsafe(row['prompt'], row[side]) for side in ('chosen', 'rejected')}
     return [row for row in rows if not any(labels(row) == {kind} for kind in kinds)]
 
 
 def covered_keys(rows):
-    """COVERED of the keys (verb x noun, and so on) that rows ask about; the same for every seed."""
+    """Draws COVERED of the keys (verb x noun, and so on) in the rows; the same for every seed."""
     keys = shuffle({repr(REQUESTS[row['prompt']].key) for row in rows})
     return set(keys[:round(COVERED * len(keys))])
 
 
 def write_folders(data, out, most):
     """
-    {name: data folder}: data's files with other demonstrations, pairs or prompts in place, of
-    each file the first `most` rows.
+    Writes data folders with other demonstrations, pairs or prompts than data's, of each file the
+    first `most` rows; returns {name: folder}.
     """
     def read(kind):
         return [json.loads(line) for line in open(f'{data}/{kind}.jsonl', encoding='utf-8')][:most]
@@ -152,7 +152,7 @@ def folder_of(arm):
 
 
 def run_arms(seed, data, out, quick):
-    """Every run of a seed; returns {arm: (run folder, beta or '')}. Finished runs are kept."""
+    """Trains a seed's runs, but finished ones; returns {arm: (run folder, beta or '')}."""
     few = QUICK if quick else dict.fromkeys(QUICK, {})
     folders = write_folders(data, f'{out}/data', most=300 if quick else None)
 
@@ -189,7 +189,7 @@ def run_arms(seed, data, out, quick):
 
 
 def run_seed(seed, quick):
-    """A seed's rows: every arm, judged at T=1 and greedily. kl is to SFT(safe)."""
+    """Returns a seed's rows: every arm, judged at T=1 and greedily. kl is to SFT(safe)."""
     data, out = f'data/toy-{seed}', f"out/{'quick-' if quick else ''}safety-{seed}"
     prepare.main(prepare.Config(seed=seed, out=data))
     arms = run_arms(seed, data, out, quick)
@@ -272,7 +272,7 @@ def draw_arms(axes, rows, arms):
 
 
 def draw_betas(ax, rows):
-    """Draws the judge's reward against kl, a point per beta, which stands beside it."""
+    """Draws the judge's reward against kl, a point per beta, with the beta beside it."""
     for method in ('dpo', 'ppo'):
         arms = [*(f'{method} beta {beta}' for beta in BETAS if beta or method == 'ppo'), method]
         some = [row for arm in arms for row in select(rows, arm=arm)]

@@ -58,7 +58,7 @@ QUICK = {'sft': dict(steps=8), 'rm': dict(steps=4),
 
 
 def run_seed(seed, quick):
-    """The whole pipeline with one seed, as run.sh has it; its rows for the table."""
+    """Runs the whole pipeline with one seed, as run.sh has it; returns its rows."""
     name = 'toy' if seed == 0 else f'toy-{seed}'
     data, out = f'data/{name}', f'out/quick-{name}' if quick else f'out/{name}'
     few = QUICK if quick else dict.fromkeys(QUICK, {})

@@ -93,19 +93,6 @@ def test_when_reverse_widens_a_gap(seed):
             assert reverse < before
 
 
-def test_regularized_reward_is_a_reverse_kl():
-    """E_p r - beta KL(p||ref) = beta log Z - beta KL(p||ref exp(r / beta) / Z), and its gradient
-    is -beta that of the reverse KL: what RL climbs."""
-    p, ref = two_random(0)
-    r, beta = tensor([1., -2., .5, 0., 3., -1., 2.]), 0.7
-    target, log_z = (ref.log() + r / beta).softmax(0), (ref.log() + r / beta).logsumexp(0)
-    theta = p.log().requires_grad_()
-    reward = (theta.softmax(0) * r).sum() - beta * kl(theta.softmax(0), ref)
-    assert abs(reward - beta * (log_z - kl(p, target))) < 1e-12
-    slope, = torch.autograd.grad(reward, theta)
-    assert (slope + beta * gradient(p, target, 'reverse')).abs().max() < 1e-12
-
-
 # ----------------------------------------------------------------------------- the races
 
 def test_likely_bins_and_rare_bins():
@@ -131,27 +118,15 @@ def test_reverse_commits_to_the_larger_bin():
 
 
 def test_one_gaussian_covers_or_seeks():
-    """(C): forward straddles the modes, reverse sits on the heavier one; a loop over the family
-    that skips terms of no mass finds the same. A target of the family is found itself."""
+    """(C): forward straddles the modes, reverse sits on the heavier one. A target of the family is
+    found itself."""
     q = two_modes(0)
     (m_forward, s_forward), (m_reverse, s_reverse) = (best_gaussian(q, way) for way in WAYS)
     assert abs(m_forward - 47) <= 2 and s_forward > 25
     assert abs(m_reverse - 70) <= 1 and s_reverse < 8
     bins, p = torch.arange(100), gaussian(40, 6)
     assert abs((p * bins).sum() - 40) < 1e-8 and abs((p * (bins - 40) ** 2).sum() - 36) < 1e-6
-
-    def by_loop(way):
-        divergences = {}
-        for mean in range(0, 100):
-            for sd in range(1, 61, 5 if mean % 10 else 1):
-                p = gaussian(mean, sd)
-                a, b = (q, p) if way == 'forward' else (p, q)
-                divergences[mean, sd] = kl(a[a > 0], b[a > 0]).item()
-        return min(divergences, key=divergences.get), min(divergences.values())
     for way in WAYS:
-        p = gaussian(*best_gaussian(q, way))
-        a, b = (q, p) if way == 'forward' else (p, q)
-        assert kl(a[a > 0], b[a > 0]) <= by_loop(way)[1] + 1e-12
         assert best_gaussian(gaussian(33, 9), way) == (33, 9)
 
 
