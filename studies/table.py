@@ -93,10 +93,9 @@ def complete(path, seeds, run_seed, **cells):
     Returns the rows of these seeds, with these cells: from the committed table, else from path,
     to which run_seed(seed), a list of rows, is added if neither has any.
     """
-    rows = []
+    rows, known = [], read_rows(committed(path))
     for seed in seeds:
-        found = (select(read_rows(committed(path)), seed=seed, **cells)
-                 or select(read_rows(path), seed=seed, **cells))
+        found = select(known, seed=seed, **cells) or select(read_rows(path), seed=seed, **cells)
         if not found:
             append_rows(path, run_seed(seed))
             found = select(read_rows(path), seed=seed, **cells)
