@@ -261,7 +261,7 @@ def test_tasks_that_are_none():
 
 
 def test_length_in_its_quick_form(tmp_path, monkeypatch, capsys):
-    """All methods on all three tasks, at both learning rates, in a table beside the real one; a
+    """All methods on all three tasks, in a table beside the real one; a
     second call trains nothing."""
     monkeypatch.chdir(tmp_path)
     cfg = length.Config(csv='results/length.csv', quick=True)
