@@ -121,27 +121,23 @@ def write_folders(data, out, most):
 
     def covered(rows):
         return [row for row in rows if repr(REQUESTS[row['prompt']].key) in keys]
-    filters = {     # folder -> the rows that differ from data's: kind -> what keeps which of them
+    filters = {     # folder -> kind, of both splits or of one -> which of its rows are kept
         'all': {},
-        'sft': {'train.sft': no_refusals, 'val.sft': no_refusals},
-        'safe': {'train.sft': only_safe, 'val.sft': only_safe},
-        'no-unsafe': {f'{split}.pairs': lambda rows: not_dual(rows, True)
-                      for split in ('train', 'val')},
-        'mixed': {f'{split}.pairs': lambda rows: not_dual(rows, True, False)
-                  for split in ('train', 'val')},
-        'few': {f'{split}.pairs': lambda rows: rows[:len(not_dual(rows, True, False))]
-                for split in ('train', 'val')},
-        'covered': {'train.pairs': covered, 'train.prompts': covered},
-    }
+        'sft': {'sft': no_refusals},
+        'safe': {'sft': only_safe},
+        'no-unsafe': {'pairs': lambda rows: not_dual(rows, True)},
+        'mixed': {'pairs': lambda rows: not_dual(rows, True, False)},
+        'few': {'pairs': lambda rows: rows[:len(not_dual(rows, True, False))]},
+        'covered': {'train.pairs': covered, 'train.prompts': covered}}
     for name, kinds in filters.items():
         shutil.copytree(data, f'{out}/{name}', dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns('*.jsonl', '*.py', '__pycache__'))
         for path in sorted(Path(data).glob('*.jsonl')):
-            rows = read(path.stem)
-            kept = kinds[path.stem](rows) if path.stem in kinds else rows
-            write_rows(Path(f'{out}/{name}/{path.name}'), kept)
-            if path.stem in kinds:
+            rows = kept = read(path.stem)
+            if keep := kinds.get(path.stem) or kinds.get(path.stem.split('.')[-1]):
+                kept = keep(rows)
                 print(f'{name}: {len(kept)} of {len(rows)} rows of {path.stem}')
+            write_rows(Path(f'{out}/{name}/{path.name}'), kept)
     return {name: f'{out}/{name}' for name in filters}
 
 
