@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+import tools.pairs
 import train_dpo
 import train_ppo
 import train_rm
@@ -44,7 +45,7 @@ from data.toy.language import REQUESTS
 from data.toy.reward import points
 from prefgpt import run_cli
 from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
-from tools import evaluate, sample
+from tools import evaluate
 
 
 @dataclass
@@ -181,7 +182,7 @@ def run_arms(seed, data, out, quick):
     for i in (1, 2, 3, 4):
         pairs = f'{out}/data/iter-{i}.jsonl'
         if not Path(pairs).exists():
-            sample.main(sample.Config(
+            tools.pairs.main(tools.pairs.Config(
                 runs=(f'{out}/{run}',), data=folders['all'], reward=f'{out}/rm', seed=i,
                 pairs=True, out=pairs, **(ROUND | few['sample'])))
         train(train_dpo, 'dpo', f'iter-{i}', pairs, run, **ITER)
