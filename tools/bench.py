@@ -63,7 +63,7 @@ GPT2 = {'124M': (12, 12, 768), '355M': (24, 16, 1024), '774M': (36, 20, 1280),
 # ----------------------------------------------------------------------------- the workload
 
 def make_tokenizer(vocab_size):
-    """The 256 bytes; words of a space and four letters, one token wherever they stand; EOS."""
+    """Makes a tokenizer of the 256 bytes, words of a space and four letters, and EOS."""
     words = (f' {"".join(w)}'.encode() for w in itertools.product(string.ascii_lowercase, repeat=4))
     tokens = [bytes([i]) for i in range(256)] + list(itertools.islice(words, vocab_size - 257))
     return build_tokenizer(''.join(f'{base64.b64encode(token).decode()} {i}\n'
@@ -71,7 +71,7 @@ def make_tokenizer(vocab_size):
 
 
 def random_rows(shape, n, seed):
-    """n rows (prompt, chosen, rejected), ids of words; a response's EOS is added by the script."""
+    """Draws n rows (prompt, chosen, rejected), ids of words; the script adds a response's EOS."""
     draw, words = random.Random(seed), range(256, shape.model.vocab_size - 1)
     return [(draw.choices(words, k=shape.prompt),
              *(draw.choices(words, k=draw.randint(shape.shortest, shape.longest) - 1)
@@ -101,7 +101,7 @@ def prepare(stage, shape, rows, seed, folder):
 
 
 def run_script(stage, shape, rows, batch, cfg, folder):
-    """The script's main on the rows: what its log says of every step, (seconds, tokens)."""
+    """Runs the script's main; returns what its log says of every step, (seconds, tokens)."""
     prepare(stage, shape, rows, cfg.seed, folder)
     flags = dict(data=str(folder), init=str(folder / 'sft'), out=str(folder / 'out'), lr=1e-6,
                  batch_size=batch, steps=cfg.steps, eval_every=cfg.steps, seed=cfg.seed,
@@ -118,32 +118,28 @@ def run_script(stage, shape, rows, batch, cfg, folder):
 
 # ----------------------------------------------------------------------------- work and bounds
 
-def passes(stage, shape, row):
-    """Returns of each forward pass: tokens as the log counts them, inputs, those for the head."""
-    if stage == 'ppo':
-        return [(shape.longest, shape.prompt + shape.longest - 1, shape.longest)]
-    prompt, *responses = row
-    counts = [(len(prompt) + len(response) + 1, len(response) + 1)
-              for response in responses[:1 if stage == 'sft' else 2]]
-    # A row's last token is no input, but to the reward model, which has no vocabulary
-    return [(n, n, 0) if stage == 'rm' else (n, n - 1, length) for n, length in counts]
-
-
 def forward_flops(config, n, heads=0):
     """Counts a forward pass's matrix products: n tokens, heads of them to the vocabulary."""
     L, C = config.n_layer, config.n_embd
     return 24 * L * C * C * n + 2 * L * C * n * (n + 1) + 2 * config.vocab_size * C * heads
 
 
-def row_flops(stage, shape, row):
-    """Counts all that a step does with a row: backward takes twice what forward takes."""
-    read = sum(forward_flops(shape.model, n, heads) for _, n, heads in passes(stage, shape, row))
-    if stage != 'ppo':
-        return 3 * read
-    n = shape.prompt + shape.longest
-    values, scores = forward_flops(shape.model, n - 1), forward_flops(shape.model, n)
-    # Sampled, read by policy and reference, valued, scored; then learned from in every epoch
-    return 3 * read + values + scores + EPOCHS * 3 * (read + values)
+def row_work(stage, shape, row):
+    """Returns what a step does with a row: tokens logged, inputs, those for the head, flops."""
+    def forward(n, heads=0):
+        return forward_flops(shape.model, n, heads)
+    if stage == 'ppo':
+        n, heads = shape.prompt + shape.longest, shape.longest
+        read, values = forward(n - 1, heads), forward(n - 1)
+        # Sampled, read by policy and reference, valued, scored; then learned from in every epoch
+        return heads, n - 1, heads, 3 * read + values + forward(n) + EPOCHS * 3 * (read + values)
+    prompt, *responses = row
+    heads = [len(response) + 1 for response in responses[:1 if stage == 'sft' else 2]]
+    logged = sum(len(prompt) + n for n in heads)
+    if stage == 'rm':                   # it has no vocabulary, and reads a row's last token too
+        return logged, logged, 0, 3 * sum(forward(len(prompt) + n) for n in heads)
+    return (logged, logged - len(heads), sum(heads),
+            3 * sum(forward(len(prompt) + n - 1, n) for n in heads))
 
 
 def median_seconds(function, device, times=9):
@@ -185,13 +181,12 @@ def bench_script(stage, shape, batch, cfg, device, dtype):
     rows = random_rows(shape, cfg.steps * at_once, cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
         steps = run_script(stage, shape, rows, batch, cfg, Path(folder))
-    counted, tokens, heads = map(sum, zip(*(p for row in rows for p in passes(stage, shape, row))))
+    counted, tokens, heads, work = map(sum, zip(*(row_work(stage, shape, row) for row in rows)))
     # Every row was visited once, at the length that it was drawn with
     assert sum(n for _, n in steps) == counted, f'{steps} add up to {counted} tokens?'
     rate = statistics.median((at_once if stage == 'ppo' else n) / seconds
                              for seconds, n in steps[WARM_UPS:])
     ms = 1e3 * statistics.median(seconds for seconds, _ in steps[WARM_UPS:])
-    work = sum(row_flops(stage, shape, row) for row in rows)
     bound = product_rate(shape.model, tokens * batch // len(rows), heads * batch // len(rows),
                          device, dtype)
     return rate, ms, rate * work / (len(rows) if stage == 'ppo' else counted), bound

@@ -56,7 +56,7 @@ def test_scripts_read_the_very_ids(tmp_path, stage, kind):
     eos, sides = tokenizer.eot_token, {'sft': 1, 'prompts': 0, 'pairs': 2}[kind]
     assert read == [(prompt, *(response + [eos] for response in responses[:sides]))
                     for prompt, *responses in rows]
-    counted = sum(logged for row in rows for logged, _, _ in bench.passes(stage, TINY, row))
+    counted = sum(bench.row_work(stage, TINY, row)[0] for row in rows)
     if stage == 'ppo':
         assert counted == 7 * TINY.longest
     else:       # the script's own count: both rows of a pair, its prompt twice
@@ -186,15 +186,18 @@ def test_flops_of_a_model_as_torch_counts_them():
     assert products == 3 * (bench.forward_flops(policy.config, 6, 4) - attention)
 
 
-def test_row_flops_by_hand():
+def test_row_work_by_hand():
+    """Tokens logged, inputs, tokens for the head, flops; responses of 5 and 2 tokens with EOS."""
     forward = bench.forward_flops
-    row = ([1] * 3, [1] * 4, [1] * 1)                   # responses of 5 and 2 tokens with EOS
+    row = ([1] * 3, [1] * 4, [1] * 1)
     config = TINY.model
-    assert bench.row_flops('sft', TINY, row) == 3 * forward(config, 7, 5)
-    assert bench.row_flops('dpo', TINY, row) == 3 * (forward(config, 7, 5) + forward(config, 4, 2))
-    assert bench.row_flops('rm', TINY, row) == 3 * (forward(config, 8) + forward(config, 5))
+    assert bench.row_work('sft', TINY, row) == (8, 7, 5, 3 * forward(config, 7, 5))
+    assert bench.row_work('dpo', TINY, row) == (
+        13, 11, 7, 3 * (forward(config, 7, 5) + forward(config, 4, 2)))
+    assert bench.row_work('rm', TINY, row) == (
+        13, 13, 0, 3 * (forward(config, 8) + forward(config, 5)))
     # 3 + 5 tokens: sampled, two logprobs, values, scores; four epochs of policy and value model
-    assert bench.row_flops('ppo', TINY, row) == (
+    assert bench.row_work('ppo', TINY, row) == (5, 7, 5,
         3 * forward(config, 7, 5) + forward(config, 7) + forward(config, 8)
         + 4 * 3 * (forward(config, 7, 5) + forward(config, 7)))
 
