@@ -3,16 +3,13 @@ Measures speed and memory, stage by stage: the scripts' own loops on random rows
 
 A stage's script runs on rows of exact lengths, from random weights, and its log.jsonl is read, so
 there is no second loop; what it prints goes to stderr. Last line: non-padding tokens (EOS is one)
-per second, the median step after two warm-ups. ppo counts episodes: twice the batch per step, all
-of the longest length, 4 epochs of 2 minibatches. DPO's pass for the reference comes before its
-first step. generate times the sampler alone: twice the batch, the longest response for every row.
-The line before it gives the share of what the same machine does in the same run:
+per second, the median step after two warm-ups; for ppo episodes. DPO's pass for the reference comes
+before its first step; generate times the sampler alone. The line before it gives the share of what
+the same machine does in the same run:
   - training: the flops that the rows need (padding and what is computed twice are no work), by the
     rate at which a batch's matrix products alone, blocks and head, run forward and backward;
   - generate: the bytes that a token must move, the weights once and the keys and values so far, by
     the rate at which as many are copied. Those of a small model stay in the processor's caches.
---against runs another program that prints its rate as we do, in turn with ours, and divides the
-medians. --memory computes what fits; tools/README.md says what is left out.
 What it does not do: run several processes at once, or compile the sampler. On a CPU peak memory is
 the process's so far: with --stage=all not each stage's own.
 

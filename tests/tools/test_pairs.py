@@ -4,7 +4,6 @@
 """
 import json
 import os
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -227,26 +226,6 @@ def test_a_pair_by_hand(samples, expected):
     assert pair == {'prompt': 'P', 'chosen': chosen, 'rejected': rejected,
                     'chosen_score': chosen_score, 'rejected_score': rejected_score,
                     **({'rejected_cut': True} if cut else {})}
-
-
-def test_pairs_are_the_ends_of_a_sort():
-    """On random rows: the chosen is the last of the sorted ended ones and the rejected the first
-    of all, under the capped score; else there is no pair."""
-    draw, made = random.Random(0), 0
-    for _ in range(300):
-        samples = [(draw.choice('abcd'), float(draw.randrange(-3, 4)), *[True][:draw.randrange(2)])
-                   for _ in range(draw.randrange(2, 6))]
-        capped = sorted((min(score, -0.5) if cut else score) for _, score, *cut in samples)
-        ended = sorted(score for _, score, *cut in samples if not cut)
-        pair = make_pair(rows_of(*samples), -0.5, Counter())
-        if not ended or ended[-1] == capped[0]:
-            assert pair is None
-        elif pair:
-            made += 1
-            assert (pair['chosen_score'], pair['rejected_score']) == (ended[-1], capped[0])
-            assert (pair['chosen'], ended[-1]) in samples
-            assert pair['chosen'] != pair['rejected']
-    assert made > 100
 
 
 def test_pairs_are_made_of_the_very_samples(run, judge, tmp_path, capsys):
