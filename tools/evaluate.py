@@ -64,7 +64,7 @@ def distinct(texts, n):
 
 
 def standard_error(numbers, samples=1):
-    """Returns that of the mean; a prompt's samples, neighbours, count as one number, their mean."""
+    """Returns std / sqrt(n) of the prompts' means; samples numbers in a row are one prompt's."""
     means = [statistics.fmean(numbers[i:i + samples]) for i in range(0, len(numbers), samples)]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
@@ -88,7 +88,7 @@ def win_rate(responses, others):
 
 
 def summarize(run, responses, first_responses, samples=1):
-    """Returns a run's row, from its responses and the first run's; each prompt has samples."""
+    """Returns a run's row of the table; the first run's responses are what win compares with."""
     judged = mean_scores([response['judged'] for response in responses])
     if taken := OWN_COLUMNS & judged.keys():
         raise UserError(f'the judge says {", ".join(sorted(taken))}: a column of the table itself')

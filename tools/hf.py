@@ -171,9 +171,11 @@ def check_tokenizer(folder, tokenizer):
     if not any(path.exists() for path in paths):
         return                                          # weights alone: their ids are gpt2's
     vocab, merges = vocab_and_merges(tokenizer)
-    if (parse_json(paths[0], read_text(paths[0])) != vocab
+    if (not all(path.exists() for path in paths[:2])
+            or parse_json(paths[0], read_text(paths[0])) != vocab
             or read_text(paths[1]).split('\n')[1:-1] != merges):
-        raise UserError(f"{folder}: vocab.json and merges.txt must be gpt2's, and they are not")
+        raise UserError(f"{folder}: vocab.json and merges.txt must be there and be gpt2's: import "
+                        'knows no other tokenizer')
 
 
 # ----------------------------------------------------------------------------- in

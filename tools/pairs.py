@@ -2,7 +2,7 @@
 Writes what a run answers to the training prompts, with scores; or, with --pairs, as new pairs.
 
 There are --n responses to each prompt. --reward scores them, and each is a row {prompt, response,
-score}. With --pairs the best of the n is written against the worst, as train_dpo.py reads them.
+score}. With --pairs, each is the best of the n against the worst, as train_dpo.py reads pairs.
 A response without EOS is marked, "response_cut", and gets no EOS in training. Pairs count it as
 train_ppo.py does, min(score, no_eos_score), and never choose it, not even where every response
 that ended scores less: the policy would learn not to end. An empty response is not written, nor
@@ -79,7 +79,7 @@ def scored_samples(policy, scorer, prompts, ids, tokenizer, cfg):
 
 
 def make_pair(rows, no_eos_score, dropped):
-    """One prompt's rows as a pair, by the rules at the top; or None, and dropped counts why."""
+    """Makes one prompt's rows a pair, by the rules at the top; or None, and dropped counts why."""
     scores = torch.tensor([row['score'] for row in rows], dtype=torch.float64)
     ended = torch.tensor(['response_cut' not in row for row in rows])
     scores = train_ppo.cap_unfinished(scores, ended, no_eos_score).tolist()
