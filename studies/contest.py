@@ -20,13 +20,20 @@ The arms:
     neither a value model nor gradient clipping, where normalization could matter more.
 
 Reward 1 and beta 0.01 are the paper's 10 and 0.1 over ten. A response that does not end has score
-0, as in the paper. Each arm is judged on test problems, whose functions no stage has met. Settings
-were chosen on val problems: --seeds="0 1" --split=val
+0, as in the paper. Each arm is judged on test problems, whose functions no stage has met. With c of
+a problem's K samples correct and F of them passing the tests that the prompt shows, means over the
+problems:
+  - pass@1, pass@10: the chance that one of n samples is correct, drawn from the K without putting
+    back, 1 - C(K-c, n) / C(K, n): unbiased for n fresh samples (Chen et al. 2021, eq. 1);
+  - 10@k: the chance that one of 10 is correct that are drawn from the F; where F <= 10 all are
+    submitted (Li et al. 2022, AlphaCode's 10@k).
+Settings were chosen on val problems: --seeds="0 1" --split=val
 
     python -m studies.contest
     PPO's pass@1 is 1.5 times SFT's at least: holds in 5 of 5 seeds
 """
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -35,6 +42,7 @@ from pathlib import Path
 
 import torch
 
+import tools.pairs
 import train_dpo
 import train_ppo
 import train_sft
@@ -46,10 +54,11 @@ from studies.contest_picture import PPO, draw
 from studies.style import show_picture
 from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
                            show_means, table_and_seeds)
-from tools import evaluate, sample
+from tools import evaluate
 
 JUDGE = 'data/contest/reward.py'
 TOKENS = 12                     # of a response, EOS included: the longest program and EOS
+SUBMIT = 10                     # n of pass@n and n@k
 
 
 @dataclass
@@ -120,7 +129,7 @@ class Arms:
         """
         rows, path = Path(self.out, f'{name}.rows.jsonl'), Path(self.out, f'{name}.pairs.jsonl')
         if not rows.exists():
-            sample.main(sample.Config(
+            tools.pairs.main(tools.pairs.Config(
                 runs=(run,), data=self.data, out=str(rows), reward=JUDGE, n=self.sizes['n'],
                 temperature=1.0, max_new_tokens=TOKENS, prompts=self.sizes['sampled'], seed=seed))
         pairs, left_out = [], Counter()
@@ -130,7 +139,7 @@ class Arms:
             for five in (group[i:i + 5] for i in range(0, len(group), 5)):
                 if winners and prompt in winners and all(row['score'] == 0 for row in five):
                     five = [{'prompt': prompt, 'response': winners[prompt], 'score': 1.0}, *five]
-                pairs.append(sample.make_pair(five, 0.0, left_out))
+                pairs.append(tools.pairs.make_pair(five, 0.0, left_out))
         pairs = [pair for pair in pairs if pair]
         path.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
         print(f'{path}: {len(pairs)} pairs, left out: {dict(left_out)}')
@@ -179,6 +188,38 @@ def train_arms(arms):
 
 # ----------------------------------------------------------------------------- the table
 
+def pass_at(total, correct, n):
+    """
+    Returns the chance that one of n samples is correct, drawn without putting back from total of
+    which correct are: 1 - C(total - correct, n) / C(total, n). Exact, and 1 where n must hit one.
+    """
+    return 1 - math.comb(total - correct, n) / math.comb(total, n)
+
+
+def filtered_pass_at(public, correct, n):
+    """
+    Returns the same where n are drawn from the samples that pass the public tests; correct of them
+    are. Where there are n or fewer all are submitted, so that one correct sample is enough.
+    """
+    return float(correct > 0) if public <= n else pass_at(public, correct, n)
+
+
+def pass_columns(judged, samples, n):
+    """
+    Returns pass@1, pass@n and n@k with k = samples, means over the prompts. judged holds what the
+    judge says of each response, a dict; the samples responses to one prompt are neighbours.
+    """
+    rows = []
+    for i in range(0, len(judged), samples):
+        prompt = judged[i:i + samples]
+        public = [each for each in prompt if each['public']]    # what would be submitted
+        correct, submitted = (sum(each['correct'] > 0 for each in some)
+                              for some in (prompt, public))
+        rows.append({**{f'pass@{k}': pass_at(samples, correct, k) for k in (1, n)},
+                     f'{n}@k': filtered_pass_at(len(public), submitted, n)})
+    return evaluate.mean_scores(rows)
+
+
 def training_numbers(run):
     """Returns what a run's log says: PPO's score by quarters, DPO's last numbers and first ones."""
     numbers = dict.fromkeys(('first_quarter', 'last_quarter', 'loss', 'accuracy', 'chosen_before',
@@ -204,14 +245,14 @@ def run_seed(seed, cfg):
     runs, rows = train_arms(arms), []
     trained = {arm: training_numbers(run) for arm, run in runs.items()}
     for level in LEVELS:
-        table = evaluate.main(evaluate.Config(
+        tables = evaluate.main(evaluate.Config(
             runs=tuple(runs.values()), data=arms.data, split=f'{cfg.split}-{level}', judge=JUDGE,
             prompts=sizes['prompts'], samples=sizes['samples'], max_new_tokens=TOKENS,
-            batch_size=2000))['rows']
-        for arm, row in zip(runs, table):
+            batch_size=2000))
+        for arm, row, responses in zip(runs, tables['rows'], tables['responses']):
+            judged = [response['judged'] for response in responses]
             rows.append({'seed': seed, 'split': cfg.split, 'level': level, 'arm': arm,
-                         **{name: row[name] for name in ('pass@1', 'pass@10')},
-                         '10@k': row[f"10@{sizes['samples']}"], 'k': sizes['samples'],
+                         **pass_columns(judged, sizes['samples'], SUBMIT), 'k': sizes['samples'],
                          **{name: row[name] for name in ('public', 'valid', 'kl', 'length')},
                          **trained[arm], 'threads': torch.get_num_threads(),
                          'command': 'python -m studies.contest '

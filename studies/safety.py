@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import tools.pairs
 import train_dpo
 import train_ppo
 import train_rm
@@ -35,7 +36,7 @@ from prefgpt import run_cli
 from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
 from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
                            show_means, spreads_by, table_and_seeds)
-from tools import evaluate, sample
+from tools import evaluate
 
 
 @dataclass
@@ -169,7 +170,7 @@ def run_arms(seed, data, out, quick):
     for i in (1, 2, 3, 4):
         pairs = f'{out}/data/iter-{i}.jsonl'
         if not Path(pairs).exists():
-            sample.main(sample.Config(
+            tools.pairs.main(tools.pairs.Config(
                 runs=(f'{out}/{run}',), data=folders['all'], reward=f'{out}/rm', seed=i,
                 pairs=True, out=pairs, **(ROUND | few['sample'])))
         train(train_dpo, 'dpo', f'iter-{i}', pairs, run, **ITER)

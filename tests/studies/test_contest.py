@@ -1,23 +1,87 @@
 """
-studies/contest.py: the study in its quick form, its pairs, its findings and its picture.
+studies/contest.py: pass@k, the study in its quick form, its pairs, its findings and its picture.
 
     python -m pytest -q tests/studies/test_contest.py
 """
 import itertools
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.contest.language import LEVELS, LONGEST
 from prefgpt import UserError, load_checkpoint
 from studies import contest
+from studies.contest import filtered_pass_at, pass_at, pass_columns
 from studies.contest_picture import draw
 from studies.table import SMOKE_TEST, read_rows
 
 TOP = Path(__file__).parents[2]
 
+
+# ----------------------------------------------------------------------------- pass@k and n@k
+
+def test_pass_at_by_hand():
+    """Of 5 samples 2 are correct: two draws miss with 3/5 x 2/4 = 3/10. With one draw it is the
+    share; none correct is 0; where more are drawn than are wrong, one must be correct."""
+    assert pass_at(5, 2, 2) == pytest.approx(0.7)
+    assert pass_at(5, 2, 1) == pytest.approx(0.4)
+    assert pass_at(5, 0, 3) == 0 and pass_at(5, 2, 4) == 1 and pass_at(5, 5, 1) == 1
+
+
+def test_filtered_pass_at_by_hand():
+    """Of 4 that pass the public tests 1 is correct: two of them submitted hit it with 1/2. Where
+    all can be submitted one correct is enough, and none is not."""
+    assert filtered_pass_at(4, 1, 2) == pytest.approx(0.5)
+    assert filtered_pass_at(2, 1, 2) == 1 and filtered_pass_at(1, 1, 10) == 1
+    assert filtered_pass_at(3, 0, 10) == filtered_pass_at(0, 0, 10) == 0
+
+
+def test_closed_forms_against_all_subsets():
+    """All C(K, n) subsets, one by one: the share that holds a correct one. For n@k the subsets are
+    of those that pass the public tests, or the one subset of all of them."""
+    for total in range(1, 8):
+        for correct in range(total + 1):
+            samples = [True] * correct + [False] * (total - correct)
+            for n in range(1, 8):
+                subsets = list(itertools.combinations(samples, min(n, total)))
+                share = sum(map(any, subsets)) / len(subsets)
+                assert filtered_pass_at(total, correct, n) == pytest.approx(share)
+                if n <= total:
+                    assert pass_at(total, correct, n) == pytest.approx(share)
+
+
+def test_closed_forms_against_simulation():
+    """K fresh samples of a problem, again and again: pass@n averages to 1 - (1 - p)^n, that of n
+    fresh ones, which 1 - (1 - c/K)^n does not; and n@K to what submitting at random gets."""
+    random, K, n, p, q = torch.Generator().manual_seed(0), 12, 4, 0.15, 0.3   # p correct, q public
+    estimates, plug_in, closed, submitted = [], [], [], []
+    for draws in torch.rand(20_000, K, generator=random):
+        correct, public = int((draws < p).sum()), int((draws < q).sum())
+        estimates.append(pass_at(K, correct, n))
+        plug_in.append(1 - (1 - correct / K) ** n)
+        closed.append(filtered_pass_at(public, correct, n))
+        passed = draws[draws < q]
+        order = torch.randperm(public, generator=random)[:n]
+        submitted.append(float((passed[order] < p).any()))
+    assert statistics.fmean(estimates) == pytest.approx(1 - (1 - p) ** n, abs=0.008)
+    assert statistics.fmean(plug_in) < 1 - (1 - p) ** n - 0.02
+    assert statistics.fmean(closed) == pytest.approx(statistics.fmean(submitted), abs=0.008)
+
+
+def test_pass_columns_by_hand():
+    """Two prompts of three samples. First: 1 correct, 2 public: pass@1 1/3, pass@2 2/3, 2@k 1;
+    second: none correct, all public: 0. Means over the prompts, not over the samples."""
+    judged = [{'correct': c, 'public': f} for c, f in ((1, 1), (0, 1), (0, 0),
+                                                       (0, 1), (0, 1), (0, 1))]
+    assert pass_columns(judged, 3, 2) == {'pass@1': pytest.approx(1 / 6),
+                                          'pass@2': pytest.approx(1 / 3), '2@k': 0.5}
+
+
+# ----------------------------------------------------------------------------- the study
 
 def test_contest_in_its_quick_form(tmp_path, monkeypatch, capsys):
     """Every arm at every level, in a table beside the real one; a second call runs nothing."""
@@ -32,6 +96,8 @@ def test_contest_in_its_quick_form(tmp_path, monkeypatch, capsys):
     assert {'sft', 'iter 0.0001', 'iter + winners 0.0001', contest.PPO} <= set(arms)
     log = Path('out/contest-quick-3/ppo-ema-0.001/log.jsonl').read_text().splitlines()
     row = next(row for row in rows if row['arm'] == contest.PPO)
+    assert {row['k'] for row in rows} == {10} and all(0 <= row['pass@1'] <= row['pass@10'] <= 1
+                                                      for row in rows)
     assert row['first_quarter'] == pytest.approx(json.loads(log[0])['score'], abs=1e-4)
     # Each arm is what its name says: where it started, and its settings
     out = 'out/contest-quick-3'
