@@ -1,40 +1,32 @@
 """
 A bandit of 100 actions: fresh samples, used samples, and what a negative gradient is good for.
 
-The paper's claims (Tajwar et al. 2024, sections 4 and 5). Where the reward peaks where the
-reference hardly looks (R1), learning from the policy's own samples beats learning from old ones;
-moderate reuse of samples helps; of fixed data, a loss that also pushes responses down makes more
-than one that only imitates; and the two add up. Where the peak is likely already (R2), all of
-this hardly matters.
+Tajwar et al. 2024, sections 4 and 5:
 
     reference   100 equal bins of tanh(y) on [-1, 1], y Cauchy at -0.7, scale 0.4
     reward      mean over L positions of exp(-((a_i - c) / 10)^2); c = 70 in R1, 20 in R2
     policy      softmax of a table of L x 100 logits that starts at the reference; plain descent
 
 All but the samples is exact: mean reward, KL and entropy are sums over the table, and so is the
-policy at which imitation ends. Much hangs on what the claims leave open. The learning rate: 'best
-lr' has every run again at its own; reuse then costs little, and offline DPO comes near on-policy
-imitation. The baseline of REINFORCE and PPO, the mean of all scores so far as in the authors' code:
-with the collection's 'own mean' REINFORCE hardly minds old data. The pairs: 'far' ones differ by
-0.2, most others compare rewards near 0; imitating their chosen side beats Best-of-N, too.
-What it does not do: Adam, a KL penalty, prompts. Learning rates: 1, 3, 10, ... on seeds 100 to 102.
+policy at which imitation ends. What the claims leave open is run both ways. 'best lr': every run
+again at its own learning rate, from 1, 3, 10, ... on seeds 100 to 102. 'own mean': a baseline of
+the collection alone, where the authors' code has the mean of all scores so far. 'far' pairs: those
+whose rewards differ by 0.2; most others compare rewards near 0. No Adam, KL penalty or prompts.
 
     python -m studies.bandit
-    wrote studies/results/bandit.png
+    R1, offline: DPO is above Best-of-N by 0.4: holds in 10 of 10 seeds
 """
 import itertools
-import statistics
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from prefgpt import run_cli
-from studies.curves import COLORS, GREY
 from studies.policies import Table, best_of_n, optimum, peaked, reference, train_table
-from studies.table import (complete, mean_and_spread, parse_seeds, save_picture, select,
-                           show_claims, show_means)
+from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
+from studies.table import (complete, mean_and_spread, select, show_claims, show_means, spreads_by,
+                           table_and_seeds)
 from studies.unified import (best_of_n_loss, binary_feedme_loss, dpo_pairs_loss, ipo_pairs_loss,
                              ppo_loss, pref_ft_loss, reinforce_loss, rwr_loss)
 
@@ -42,8 +34,9 @@ from studies.unified import (best_of_n_loss, binary_feedme_loss, dpo_pairs_loss,
 @dataclass
 class Config:
     seeds: str = '0 1 2 3 4 5 6 7 8 9'      # the seeds to run, or to complete
-    csv: str = 'studies/results/bandit.csv'     # the table to add to; the picture beside it
-    quick: bool = False             # ten steps of every run for one seed, into its own table
+    csv: str = 'out/studies/bandit.csv'     # for seeds that studies/results/bandit.csv lacks
+    results: bool = False           # add them to studies/results/bandit.csv, and draw its picture
+    quick: bool = False             # a smoke test: one seed, ten steps of every run, its own table
 
 
 N, OFF, ON = 10, 'offline', 'on-policy'         # responses in a group; where the data are from
@@ -88,7 +81,7 @@ EXPERIMENTS = {
 # ----------------------------------------------------------------------------- the runs
 
 def runs():
-    """Every run's numbers, as they stand in its row; at the lr given, then at the best one."""
+    """Yields every run's numbers, as its row has them: at the lr given, then at the best one."""
     for name, (samples, M, L, methods) in EXPERIMENTS.items():
         for method, lr, best in methods:
             for (B, T), best_lrs in best.items():
@@ -100,7 +93,7 @@ def runs():
 
 
 def run_seed(seed, quick):
-    """A seed's rows: every run at its end; those of the 2 x 2 after every 1000 samples too."""
+    """Returns a seed's rows: every run at its end, and the 2 x 2's after every 1000 samples."""
     rows = []
     for numbers in runs():
         table = Table(seed, TASKS[numbers['task']], numbers['L'], N)
@@ -117,7 +110,8 @@ def run_seed(seed, quick):
 
 
 def by_run(rows):
-    """Mean reward of last rows by (experiment, task, method, B, T or data); 'moved': kl_collect."""
+    """Returns last rows' mean reward by (experiment, task, method, B, T or data), and in reuse, as
+    'moved', their kl_collect."""
     values, varies = {}, {'staleness': 'B', 'reuse': 'T'}
     for row in select(rows, last=1):
         name = row['experiment']
@@ -125,11 +119,11 @@ def by_run(rows):
         values.setdefault((name, *key), []).append(row['reward'])
         if name == 'reuse':
             values.setdefault(('moved', *key), []).append(row['kl_collect'])
-    return {key: statistics.fmean(each) for key, each in values.items()}
+    return {key: mean_and_spread(each)[0] for key, each in values.items()}
 
 
 def gap(r, experiment, low, high, task='R1'):
-    """How far the reward of one run is above that of another, (method, B, T or data) each."""
+    """Returns how far high's reward is above low's, runs as (method, B, T or data)."""
     return r[experiment, task, *high] - r[experiment, task, *low]
 
 
@@ -166,80 +160,87 @@ CHECKS = {
 
 COLOR = dict(zip(('Best-of-N', 'DPO', 'REINFORCE', 'PPO', 'REINFORCE, own mean', 'PPO, own mean'),
                  (*COLORS[:4], *COLORS[6:4:-1])))
-POINTS = dict(marker='o', markersize=4, capsize=2)
-TITLES = ('reference and rewards', 'reward by B, samples a collection', 'reward by T, passes',
-          'reward by loss and data, T = 4', 'R1: reward and KL', 'R2: reward and KL')
+KL = 'KL(policy, ref), nats per response'
+PANELS = (('reference and rewards', 'reward; probability / its maximum', 'action'),
+          ('fresh and old samples', 'reward', 'B, samples per collection'),
+          ('reuse', 'reward', 'T, passes over a collection'),
+          ('fixed data, 4 passes', 'reward', ''),
+          ('R1: reward and KL', 'reward', KL), ('R2: reward and KL', 'reward', KL))
+SWEEPS = [('R1', {}), ('R2', dict(ls='--')), ('R1, each at\nits best lr', dict(ls=':')),
+          *((method.replace(', ', ',\n'), dict(color=color, marker='o', ls=''))
+            for method, color in COLOR.items())]
 
 
 def draw_sweep(ax, rows, experiment, x):
-    """Reward over B or T: R1 a line, R2 dashed; dotted, R1 with the best lr at every point."""
+    """Draws reward over B or T: R1 a line, R2 dashed; dotted, R1 with the best lr at each point."""
     for method, color in COLOR.items():
         for name, task, style in (
-                (experiment, 'R1', dict(label=method)), (experiment, 'R2', dict(linestyle='--')),
+                (experiment, 'R1', {}), (experiment, 'R2', dict(linestyle='--')),
                 (f'{experiment}, best lr', 'R1', dict(linestyle=':', marker=''))):
             if found := select(rows, experiment=name, task=task, method=method):
-                ax.errorbar(*mean_and_spread(found, x, 'reward'), color=color, **POINTS | style)
+                ax.errorbar(*spreads_by(found, x, 'reward'), color=color, **POINTS | style)
     values = sorted({row[x] for row in select(rows, experiment=experiment)})
     ax.set_xscale('log', base=2)
     ax.set_xticks(values, map(str, values))
 
 
-def draw_tasks(axes, rows):
-    """By task: its reward, each loss on fixed data, and reward against KL in the 2 x 2."""
+def draw_fixed(ax, rows, task, reward, color):
+    """Draws a task's reward by loss on fixed data; dotted, where imitating the best of N ends."""
+    fixed = [{**row, 'name': f"{row['method'].split(',')[0]}\n{row['data']}"}
+             for row in select(rows, experiment='fixed data', task=task)]
+    ax.errorbar(*spreads_by(fixed, 'name', 'reward'), color=color, label=task, linestyle='none',
+                **POINTS)
+    ax.axhline((best_of_n(reference(), reward, N) * reward).sum(), color=color, linestyle=':')
+    ax.tick_params(axis='x', labelrotation=60)
+
+
+def draw_frontier(ax, rows, task, reward):
+    """Draws reward against KL in the 2 x 2, and in grey the most reward there is at a KL."""
     ref = reference()
-    for ax, color, (task, reward) in zip(axes[4:], COLORS[4:], TASKS.items()):
-        axes[0].plot(reward, color=color, label=task)
-        fixed = [{**row, 'name': f"{row['method'].split(',')[0]}\n{row['data']}"}
-                 for row in select(rows, experiment='fixed data', task=task)]
-        axes[3].errorbar(*mean_and_spread(fixed, 'name', 'reward'), color=color, label=task,
-                         **POINTS, linestyle='none')
-        axes[3].axhline((best_of_n(ref, reward, N) * reward).sum(), color=color, linestyle=':')
-        best = [optimum(ref, reward, beta) for beta in torch.logspace(1, -2, 99).tolist()]
-        ax.plot([10 * (p * (p / ref).log()).sum() for p in best],       # of 10 choices
-                [(p * reward).sum() for p in best], color=GREY, linewidth=1)
-        for method, data in itertools.product(COLOR, (OFF, ON)):
-            if found := select(rows, experiment='2 x 2', task=task, method=method, data=data):
-                _, kl, _ = mean_and_spread(found, 'step', 'kl')
-                ax.errorbar(kl, *mean_and_spread(found, 'step', 'reward')[1:], **POINTS,
-                            color=COLOR[method], label=f'{data} {method}',
-                            linestyle='--' if data == OFF else '-')
-        ax.set_xlabel('KL(policy, ref), nats', fontsize=10)
-    axes[0].fill_between(range(100), ref / ref.max(), step='mid', color='#cccccc', label='ref')
-    axes[3].tick_params(axis='x', labelrotation=60)
+    best = [optimum(ref, reward, beta) for beta in torch.logspace(1, -2, 99).tolist()]
+    ax.plot([10 * (p * (p / ref).log()).sum() for p in best],           # of 10 choices
+            [(p * reward).sum() for p in best], color=GREY, linewidth=1, label='most there is')
+    for method, data in itertools.product(COLOR, (OFF, ON)):
+        if found := select(rows, experiment='2 x 2', task=task, method=method, data=data):
+            _, kl, _ = spreads_by(found, 'step', 'kl')
+            ax.errorbar(kl, *spreads_by(found, 'step', 'reward')[1:], color=COLOR[method],
+                        label=f'{data} {method}', linestyle='--' if data == OFF else '-', **POINTS)
 
 
 def draw(rows):
-    """The picture, a matplotlib Figure: the bandit, both sweeps, fixed data, reward and KL."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 7.8), dpi=150, layout='constrained')
+    """Draws the picture: the bandit, both sweeps, fixed data, reward and KL."""
+    figure = new_figure(13, 8)
     axes = figure.subplots(2, 3).flatten()
     draw_sweep(axes[1], rows, 'staleness', 'B')
     draw_sweep(axes[2], rows, 'reuse', 'T')
-    draw_tasks(axes, rows)
-    for ax, title in zip(axes, TITLES):
-        ax.set_title(title, loc='left', fontsize=11)
-        ax.spines[['top', 'right']].set_visible(False)
-        ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
+    for ax, color, (task, reward) in zip(axes[4:], COLORS[4:], TASKS.items()):
+        axes[0].plot(reward, color=color, label=f'reward {task}')
+        draw_fixed(axes[3], rows, task, reward, color)
+        draw_frontier(ax, rows, task, reward)
+    ref = reference()
+    axes[0].fill_between(range(100), ref / ref.max(), step='mid', color='#cccccc',
+                         label='reference')
+    for ax, panel in zip(axes, PANELS):
         ax.set_ylim(0, 1.05)
-        ax.legend(frameon=False, fontsize=9)
-    figure.supxlabel('Means and standard deviations over seeds. Above: line R1, dashed R2, dotted '
-                     'R1 at the best lr of each point.\nBelow: dotted, where imitating the best of '
-                     '10 ends; grey, the most reward there is at a KL.', fontsize=10, color=GREY)
+        frame(ax, *panel)
+    for ax in axes[[0, 4, 5]]:
+        names(ax)
+    names(axes[2], SWEEPS, loc='upper left', bbox_to_anchor=(1, 1))     # of axes[1] too
+    names(axes[3], [('best of 10, imitated', dict(ls=':'))])
     return figure
 
 
 def main(cfg):
     """Runs the seeds that the table lacks, prints means and claims, draws; returns what failed."""
-    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
-    if cfg.quick:
-        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
+    path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(select(rows, last=1), ('experiment', 'task', 'method', 'B', 'T', 'lr'),
                ('reward', 'kl', 'kl_collect', 'entropy', 'chosen', 'rejected'))
-    failed = show_claims(CHECKS, {seed: by_run(select(rows, seed=seed)) for seed in seeds})
-    print('hold of the means over seeds:', sum(holds(by_run(rows)) for holds in CHECKS.values()))
+    runs = {seed: by_run(select(rows, seed=seed)) for seed in seeds}
+    failed, of_means = show_claims(CHECKS, runs, cfg.quick), by_run(rows)
     if not cfg.quick:
-        save_picture(lambda: draw(rows), path.with_suffix('.png'))
+        print('hold of the means over seeds:', sum(holds(of_means) for holds in CHECKS.values()))
+    show_picture(cfg, path, lambda: draw(rows))
     return failed
 
 

@@ -1,36 +1,29 @@
 """
 DPO's blind spot: what no pair covers, on three responses and on a map of 8 prompts x 8 responses.
 
-The paper's claim (Xu et al. 2024, theorem 4.1, table 1, figure 1): DPO can end with probability
-on responses that the pairs never show, where PPO cannot, for PPO's KL is taken over all responses:
+Xu et al. 2024, theorem 4.1, table 1 and figure 1: DPO can end with probability on responses that
+the pairs never show, where PPO cannot, because PPO's KL is taken over all responses:
 
     L_DPO = -log sigmoid(beta [log pi(y1)/ref(y1) - log pi(y2)/ref(y2)])    says nothing of pi(y3)
     J_PPO = E_{y ~ pi}[score(y) - beta log pi(y)/ref(y)]                    says something of each y
 
-What to expect. Three responses: the loss depends on pi(y2)/pi(y1) alone, y3's logit has no
-gradient, and a start far from the reference is never corrected. The map: early in training DPO
-raises uncovered cells where the pairs are off-policy (the winner rare under the reference); with a
-reference that treats all alike it hardly does; trained on, it stops. PPO keeps them low only as
-far as the reward model does, which depends on its initial weights. CAVEATS are in the picture.
-
 The losses are train_dpo's and train_rm's. PPO is its objective's exact expectation over the few
-responses, by gradient ascent: no sampling, no clipping, no value model.
-What it does not do: claim the paper's setting, which gives neither widths nor rates nor beta. The
-map's settings were chosen on seeds 0 to 4.
+responses, by gradient ascent: no sampling, no clipping, no value model. The paper gives neither
+widths nor rates nor beta; the map's settings were chosen on seeds 0 to 4.
 
     python -m studies.blind_spot
-    wrote studies/results/blind_spot.png
+    off-policy, DPO at loss 0.6 raises 4 of 5 uncovered cells: holds in 20 of 20 seeds
 """
 import copy
-import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from prefgpt import run_cli
-from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
+from studies.style import COLORS, POINTS, frame, names, new_figure, show_picture
+from studies.table import (above, by_seed, complete, select, show_claims, show_means, spreads_by,
+                           table_and_seeds)
 from train_dpo import dpo_loss
 from train_rm import reward_loss
 
@@ -38,26 +31,21 @@ from train_rm import reward_loss
 @dataclass
 class Config:
     seeds: str = ' '.join(map(str, range(5, 25)))   # the seeds to run, or to complete
-    csv: str = 'studies/results/blind_spot.csv'     # the table to add to; the picture beside it
-    quick: bool = False             # the first seed, few steps, no picture, a table of its own
+    csv: str = 'out/studies/blind_spot.csv'     # for seeds that studies/results/ lacks
+    results: bool = False           # add them to studies/results/blind_spot.csv, and draw
+    quick: bool = False             # a smoke test: the first seed, few steps, a table of its own
 
 
 BETA = 0.1                          # of DPO and of PPO alike, on the map
 LOSSES = (0.6, 0.4, 0.2, 0.05)      # DPO is looked at where its training loss first falls to these
 SETTINGS = {                        # is the winner rare under the reference?, spread of the weights
     'off-policy': (True, 0.5), 'balanced': (False, 0.5), 'small weights': (True, 0.15)}
-CAVEATS = (
-    'The theorem says that such minimisers exist, not that training finds them: y3 has no gradient '
-    'of its own, and rises only while the winner is the rarer one of its pair.',
-    'Under a reference that is nowhere 0, as a softmax, every optimum of DPO is one of PPO, on the '
-    'reward beta log(pi/ref): the map shows DPO on its way; at equal loss the two are much alike.',
-    'KL shields y3 from a wrong score only while score(y3) - score(y1) < beta ln(ref(y1)/ref(y3)).')
 
 
 # ----------------------------------------------------------------------------- three responses
 
 def pair_loss(logits, ref_logits, beta):
-    """L_DPO of the one pair y1 > y2, for tables of three logits (..., 3)."""
+    """Returns L_DPO of the one pair y1 > y2, for tables of three logits (..., 3)."""
     logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return dpo_loss(logprobs[..., 0], logprobs[..., 1], ref_logprobs[..., 0],
                     ref_logprobs[..., 1], beta)
@@ -65,7 +53,7 @@ def pair_loss(logits, ref_logits, beta):
 
 def along(start, shift):
     """
-    Where gradient descent leads from the probabilities start (3,), by the shift s of y1's logit:
+    Returns where descent leads from the probabilities start (3,), by the shift s of y1's logit:
     y2's moves by -s and y3's not at all, so pi(y3) = p3 / (p1 e^s + p2 e^-s + p3). (..., 3)
     """
     shift = torch.as_tensor(shift, dtype=torch.float64)[..., None]
@@ -73,12 +61,12 @@ def along(start, shift):
 
 
 def peak(start):
-    """The most that y3 reaches on the way if y1 is rarer than y2: p3 / (2 sqrt(p1 p2) + p3)."""
+    """Returns the most that y3 reaches if y1 is rarer than y2: p3 / (2 sqrt(p1 p2) + p3)."""
     return start[2] / (2 * (start[0] * start[1]).sqrt() + start[2])
 
 
 def descend(logits, loss_of, target, lr):
-    """Gradient descent on loss_of(logits) until it is at most target; returns the logits."""
+    """Descends loss_of(logits) until it is at most target; returns the logits."""
     logits = logits.clone().requires_grad_()
     while (loss := loss_of(logits)) > target:
         gradient, = torch.autograd.grad(loss, logits)
@@ -87,18 +75,18 @@ def descend(logits, loss_of, target, lr):
 
 
 def objective(logits, scores, ref_logprobs, beta):
-    """PPO's objective, its expectation over all responses taken exactly: (..., K) -> (...)."""
+    """Returns PPO's objective (...), its expectation over all K responses taken exactly."""
     logprobs = logits.log_softmax(-1)
     return (logprobs.exp() * (scores - beta * (logprobs - ref_logprobs))).sum(-1)
 
 
 def optimum(scores, ref_logprobs, beta):
-    """What maximizes it: pi = ref exp(score / beta) / Z, equation 5 of the paper."""
+    """Returns what maximizes it: pi = ref exp(score / beta) / Z, equation 5 of the paper."""
     return (ref_logprobs + scores / beta).softmax(-1)
 
 
 def ascend(parameters, logits_of, scores, ref_logprobs, beta, steps, lr):
-    """Exact policy gradient with Adam, in place; returns the probabilities."""
+    """Climbs the exact objective with Adam, in place; returns the probabilities."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for _ in range(steps):
         loss = -objective(logits_of(), scores, ref_logprobs, beta).mean()
@@ -152,7 +140,7 @@ def three_responses():
 # ----------------------------------------------------------------------------- the map
 
 def mlp(init_std):
-    """Prompt, one-hot (8), to 8 logits or 8 scores. With small weights the prompts look alike."""
+    """Makes a net from a one-hot prompt (8) to 8 logits or scores; small weights blur prompts."""
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8)).double()
     for layer, std in ((net[0], init_std), (net[2], init_std / 8)):
         nn.init.normal_(layer.weight, std=std)
@@ -161,7 +149,7 @@ def mlp(init_std):
 
 
 def fit(net, loss_of, targets, lr=3e-3, most_steps=20_000):
-    """Adam on loss_of(net's table); yields (step, table) where it first is at most each target."""
+    """Descends loss_of(net's table); yields (step, table) where it reaches each target."""
     optimizer, targets = torch.optim.Adam(net.parameters(), lr=lr), list(targets)
     for step in range(most_steps):
         table = net(torch.eye(8, dtype=torch.float64))      # (8, 8): prompts x responses
@@ -179,9 +167,9 @@ def fit(net, loss_of, targets, lr=3e-3, most_steps=20_000):
 
 def draw_map(seed, off_policy):
     """
-    losers (8, 2), the two responses that the winner, on the diagonal, is preferred to for each
-    prompt, and the table (8, 8) that the reference is fitted to. Off-policy the winner weighs a
-    tenth of what the others do in it, and the losers ten times as much.
+    Returns losers (8, 2), the two responses that the winner, on the diagonal, is preferred to for
+    each prompt, and the table (8, 8) that the reference is fitted to. Off-policy the winner weighs
+    a tenth of what the others do in it, and the losers ten times as much.
     """
     generator = torch.Generator().manual_seed(seed)
     losers = torch.stack([(row + 1 + torch.randperm(7, generator=generator)[:2]) % 8
@@ -194,7 +182,7 @@ def draw_map(seed, off_policy):
 
 
 def run_map(seed, off_policy, init_std, steps=1500):
-    """losers, and by name the tables of the reference, DPO on its way, the scores, and PPO."""
+    """Returns losers, and by name the tables of the reference, DPO on its way, scores and PPO."""
     losers, target = draw_map(seed, off_policy)
     torch.manual_seed(seed)
     ref_net, reward_net = mlp(init_std), mlp(init_std)
@@ -226,7 +214,7 @@ def run_map(seed, off_policy, init_std, steps=1500):
 
 
 def measure(probs, ref, losers):
-    """What a policy (8, 8) does with the winners and with the cells that no pair covers."""
+    """Returns what a policy (8, 8) does with winners and with the cells that no pair covers."""
     uncovered = torch.ones(8, 8, dtype=torch.bool).scatter(1, losers, False).fill_diagonal_(False)
     ratio = (probs / ref)[uncovered]
     return {'p_best': probs.diag().mean().item(),
@@ -236,7 +224,7 @@ def measure(probs, ref, losers):
 
 
 def run_seed(seed, quick):
-    """A seed's rows: every policy in every setting."""
+    """Returns a seed's rows: every policy in every setting."""
     rows = []
     for setting, given in SETTINGS.items():
         losers, tables = run_map(seed, *given, steps=50 if quick else 1500)
@@ -247,133 +235,107 @@ def run_seed(seed, quick):
     return rows
 
 
-# What the map shows, of the rows of one seed: name -> whether it holds; m is {(setting, policy):
-# row}.
+# What the map shows, of the rows m[setting, policy] of one seed: claim -> whether it holds
+OFF, FLAT, SMALL = SETTINGS
 CHECKS = {
     'off-policy, DPO at loss 0.6 raises 4 of 5 uncovered cells':
-        lambda m: m['off-policy', 'dpo 0.6']['up'] >= 0.8,
+        lambda m: m[OFF, 'dpo 0.6']['up'] >= 0.8,
     "off-policy, DPO at loss 0.6 raises the uncovered mass by half of the reference's":
-        lambda m: (m['off-policy', 'dpo 0.6']['uncovered']
-                   >= 1.5 * m['off-policy', 'ref']['uncovered']),
+        lambda m: m[OFF, 'dpo 0.6']['uncovered'] >= 1.5 * m[OFF, 'ref']['uncovered'],
     'balanced, DPO at loss 0.6 does not raise it':
-        lambda m: m['balanced', 'dpo 0.6']['uncovered'] <= m['balanced', 'ref']['uncovered'],
+        lambda m: m[FLAT, 'dpo 0.6']['uncovered'] <= m[FLAT, 'ref']['uncovered'],
     'off-policy, DPO at loss 0.05 holds less than 1 % there':
-        lambda m: m['off-policy', 'dpo 0.05']['uncovered'] < 0.01,
+        lambda m: m[OFF, 'dpo 0.05']['uncovered'] < 0.01,
     'off-policy, PPO at reward loss 0.2 holds less there than DPO at 0.2':
-        lambda m: m['off-policy', 'ppo 0.2']['uncovered'] < m['off-policy', 'dpo 0.2']['uncovered'],
+        above('uncovered', (OFF, 'dpo 0.2'), (OFF, 'ppo 0.2')),
     'small weights, PPO at reward loss 0.2 holds less there than the reference':
-        lambda m: (m['small weights', 'ppo 0.2']['uncovered']
-                   < m['small weights', 'ref']['uncovered']),
+        above('uncovered', (SMALL, 'ref'), (SMALL, 'ppo 0.2')),
 }
 
 
-def check(rows):
+def check(rows, quick=False):
     """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
-    return show_claims(CHECKS, {seed: {(row['setting'], row['policy']): row for row in rows
-                                       if row['seed'] == seed}
-                                for seed in sorted({row['seed'] for row in rows})})
+    return show_claims(CHECKS, by_seed(rows, 'setting', 'policy'), quick)
 
 
 # ----------------------------------------------------------------------------- the picture
 
-COLORS = {'off-policy': '#0072B2', 'balanced': '#009E73', 'small weights': '#D55E00'}
-GREY = '#606060'
-POLICIES = ('dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'ppo 0.2', 'ppo optimum 0.2')
+SETTING_COLORS = dict(zip(SETTINGS, (COLORS[0], COLORS[2], COLORS[1])))
+POLICIES = ('ref', 'dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'ppo 0.2', 'ppo optimum 0.2')
+MAPS = ('ref', 'dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'scores 0.2', 'ppo 0.2')
 
 
 def label(name):
-    """'dpo 0.6' -> 'DPO 0.6', 'ppo optimum 0.2' -> 'PPO* 0.2'."""
-    for word, shown in (('ppo optimum', 'PPO*'), ('ppo', 'PPO'), ('dpo', 'DPO')):
-        name = name.replace(word, shown)
-    return name
+    """Turns 'dpo 0.6' into 'DPO 0.6', and 'ppo optimum 0.2' into 'PPO* 0.2'."""
+    return name.replace('ppo optimum', 'PPO*').replace('ppo', 'PPO').replace('dpo', 'DPO')
 
 
 def draw_maps(figure, grid, row, seed, setting):
-    """One seed's heat-maps in a setting; a ring: an uncovered cell above the reference."""
+    """Draws one seed's heat-maps in a setting; a ring: an uncovered cell above the reference."""
     from matplotlib.colors import PowerNorm
     losers, tables = run_map(seed, *SETTINGS[setting])
     covered = torch.zeros(8, 8).scatter(1, losers, 0.5).fill_diagonal_(1)
-    columns = {'pairs': covered, **{name: tables[name] for name in (
-        'ref', *POLICIES[:4], 'scores 0.2', 'ppo 0.2')}}
-    for column, (name, table) in enumerate(columns.items()):
+    for column, name in enumerate(('pairs', *MAPS)):
         ax = figure.add_subplot(grid[row, column])
+        table = covered if name == 'pairs' else tables[name]
         # The root of a probability, so that .11 and .23 can be told apart; scores as they are
         norm = None if name.startswith('scores') else PowerNorm(0.5, 0, 1)
         ax.imshow(table, cmap='Blues', norm=norm)
         if name.startswith(('dpo', 'ppo')):
             up = (table > tables['ref']) & (covered == 0)
-            ax.scatter(*up.nonzero().T.flip(0), s=28, facecolor='none', edgecolor='#D55E00')
-        ax.set_xticks([]), ax.set_yticks([])
-        if row == 0:
-            ax.set_title(label(name), fontsize=11)
-        if column == 0:
-            ax.set_ylabel(f'{setting}\nprompts', fontsize=10)
+            ax.scatter(*up.nonzero().T.flip(0), s=28, facecolor='none', edgecolor=COLORS[1])
+        frame(ax, label(name) if row == 0 else '')
+        ax.set(xticks=[], yticks=[], xlabel='responses',
+               ylabel='' if column else f'{setting}: prompts')
 
 
-def draw_means(ax, rows, column, title):
-    """Mean and standard deviation over seeds, setting by setting, along the policies."""
-    for shift, (setting, color) in zip((-0.15, 0, 0.15), COLORS.items()):
-        groups = [torch.tensor([row[column] for row in rows if row['setting'] == setting
-                                and row['policy'] == policy]) for policy in ('ref', *POLICIES)]
-        ax.errorbar([x + shift for x in range(len(groups))], [each.mean() for each in groups],
-                    [each.std() for each in groups], color=color, marker='o', markersize=4,
-                    linestyle='none', capsize=2, label=setting)
-    ax.set_xticks(range(1 + len(POLICIES)), map(label, ('ref', *POLICIES)), rotation=30)
-    ax.set_title(title, loc='left', fontsize=11)
+def draw_means(ax, rows, column, title, unit):
+    """Draws mean and standard deviation over seeds, setting by setting, along the policies."""
+    for shift, (setting, color) in zip((-0.15, 0, 0.15), SETTING_COLORS.items()):
+        some = [row for policy in POLICIES for row in select(rows, setting=setting, policy=policy)]
+        _, means, spreads = spreads_by(some, 'policy', column)
+        ax.errorbar([x + shift for x in range(len(means))], means, spreads, color=color,
+                    linestyle='none', label=setting, **POINTS)
+    ax.set_xticks(range(len(POLICIES)), map(label, POLICIES), rotation=30)
     ax.set_ylim(-0.02, 1.02)
+    frame(ax, title, unit, 'policy, and the loss it is trained to')
 
 
 def draw_three(ax):
-    """y3 along gradient descent, for a balanced pair and for a rare winner."""
+    """Draws y3 along gradient descent, for a balanced pair and for a rare winner."""
     margin = torch.linspace(0, 10, 401, dtype=torch.float64)       # of log-ratios: twice the shift
-    for start, color in (((.45, .45, .1), COLORS['balanced']),
-                         ((.01, .98, .01), COLORS['off-policy'])):
+    for start, setting in (((.45, .45, .1), 'balanced'), ((.01, .98, .01), 'off-policy')):
         start = torch.tensor(start, dtype=torch.float64)
-        ax.plot(margin, along(start, margin / 2)[:, 2], color=color,
-                label=', '.join(f'{p:g}' for p in start.tolist()))
-    ax.set_title('three responses: pi(y3)', loc='left', fontsize=11)
-    ax.set_xlabel('DPO: log-ratio of y1 minus log-ratio of y2, nats', fontsize=10)
+        ax.plot(margin, along(start, margin / 2)[:, 2], color=SETTING_COLORS[setting],
+                label='from ' + ', '.join(f'{p:g}' for p in start.tolist()))
+    frame(ax, 'three responses: DPO', 'probability of y3, which no pair shows',
+          'log-ratio of y1 minus log-ratio of y2, nats')
 
 
 def draw(rows):
-    """The picture, a matplotlib Figure: maps of the first seed, means over all, the caveats."""
-    from matplotlib.figure import Figure
-    seed, seeds = rows[0]['seed'], len({row['seed'] for row in rows})
-    figure = Figure(figsize=(12, 8.6), dpi=150, layout='constrained')
+    """Draws the picture, a matplotlib Figure: maps of the first seed, means over all seeds."""
+    figure = new_figure(12, 7.4)
     maps, means = figure.add_gridspec(2, 1, height_ratios=(3.1, 3))
-    grid = maps.subgridspec(2, 8)
+    grid = maps.subgridspec(2, 1 + len(MAPS))
     for row, setting in enumerate(('off-policy', 'balanced')):
-        draw_maps(figure, grid, row, seed, setting)
+        draw_maps(figure, grid, row, rows[0]['seed'], setting)
     axes = figure.add_subfigure(means).subplots(1, 3)
-    draw_means(axes[0], rows, 'up', 'share of uncovered cells above ref')
-    draw_means(axes[1], rows, 'uncovered', 'probability on uncovered cells')
+    draw_means(axes[0], rows, 'up', 'uncovered cells above ref', 'share of uncovered cells')
+    draw_means(axes[1], rows, 'uncovered', 'uncovered cells', 'their probability, mean of prompts')
     draw_three(axes[2])
     for ax in axes:
-        ax.spines[['top', 'right']].set_visible(False)
-        ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
-        ax.legend(frameon=False, fontsize=9)
-    lines = [f'Maps: seed {seed}, rows are prompts, the winner on the diagonal; DPO where its loss '
-             'first is 0.6 to 0.05; PPO on the scores fitted to loss 0.2; beta 0.1. Colour: the '
-             "root of the probability. A ring: an uncovered cell above the reference's; the "
-             "paper's figure has one that DPO raised from .11 to .23. Points: mean and standard "
-             f'deviation of {seeds} seeds. PPO*: the exact optimum.', *CAVEATS]
-    figure.supxlabel('\n'.join(part for line in lines for part in textwrap.wrap(line, 168)),
-                     fontsize=9.5, color=GREY, x=0.01, ha='left')
+        names(ax)
     return figure
 
 
 def main(cfg):
-    """Prints the counterexample, runs the seeds that the table lacks, and draws; what failed."""
+    """Prints the counterexample, runs missing seeds, prints, draws; returns what failed."""
     three_responses()
-    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
-    if cfg.quick:
-        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
+    path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(rows, ('setting', 'policy'), ('p_best', 'uncovered', 'up', 'ratio_95', 'ratio_max'))
-    failed = check(rows)
-    print('\n' + '\n'.join(CAVEATS))
-    if not cfg.quick:
-        save_picture(lambda: draw(rows), path.with_suffix('.png'))
+    failed = check(rows, cfg.quick)
+    show_picture(cfg, path, lambda: draw(rows))
     return failed
 
 

@@ -1,43 +1,39 @@
 """
 DPO against PPO where tests judge: the code contest of Xu et al. 2024, on data/contest.
 
-The paper (section 5, tables 3, 7, 8 and 9): on APPS and CodeContests DPO is no better than SFT, and
-on the pairs that come with a data set it ends at 0 % and "meaningless code snippets"; PPO wins, if
-advantages are normalized, batches are large and the reference follows the policy:
+Tables 3, 7, 8 and 9. The paper's three conditions for PPO, and where the reference counts:
 
     A   <- (A - mean) / std over the rollout batch            ref <- ref + ref_ema (pi - ref)
     pi* ~ ref exp(reward / beta): with reward 0 or 1, a correct answer's odds times e^(1 / beta)
 
-so that a reference can only matter where 1 / beta is small. The arms:
-  - sft; early sft, 1,000 steps in place of 1,500: what "pretrained" stands for in table 9;
+The arms:
+  - sft; early sft, 1,000 steps in place of 1,500: for the "pretrained" of table 9;
   - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
     dpo on-policy LR: two or so over pairs of SFT's own samples, 4 times five to a prompt, of which
     the tests choose; early ref: the same pairs, but from early sft;
   - iter LR, iter + winners LR: four rounds of sampling and DPO, each from the policy of the last
-    one, at equal learning rates and steps; five samples without a correct one are left out, or
-    the data set's program stands in as the winner, as in the paper (if it has one: of one problem
-    in five, all of the competition level, it has none);
+    one; five samples without a correct one are left out, or the data set's program is the winner,
+    as in the paper (of one problem in five, all of the competition level, it has none);
   - ppo, four rungs at two learning rates and equal rollouts: baseline (64 responses a step, plain
     advantages), + norm, + batch (512), + ema (0.02); ppo binding: beta 0.25, large batch, with a
     fixed reference and with one that follows at 0.1; ppo no value: the baseline and + norm with
     neither a value model nor gradient clipping, where normalization could matter more.
 
 Reward 1 and beta 0.01 are the paper's 10 and 0.1 over ten. A response that does not end has score
-0, as in the paper, so no_eos_score is 0. Each arm is judged on test problems, whose functions no
-stage has met; the metric is pass@1 on the interview level. The introductory level has 8 problems
-there and says little. Findings are printed as "holds in k of n seeds"; one that does not hold is a
-result too.
-What it does not do: match PPO and DPO-Iter. PPO meets 20,480 prompts of all training problems, two
-in five of them interview; DPO-Iter samples 40,000 responses to the same 500 problems, of which 28 %
-are, and takes fewer steps. Nor does it tune all arms alike; settings were chosen on val problems
-with seed 0, and with seed 1 where it was in doubt:
-
-    python -m studies.contest --seeds="0 1" --split=val --csv=out/val.csv
+0, as in the paper. Each arm is judged on test problems, whose functions no stage has met. With c of
+a problem's K samples correct and F of them passing the tests that the prompt shows, means over the
+problems:
+  - pass@1, pass@10: the chance that one of n samples is correct, drawn from the K without putting
+    back, 1 - C(K-c, n) / C(K, n): unbiased for n fresh samples (Chen et al. 2021, eq. 1);
+  - 10@k: the chance that one of 10 is correct that are drawn from the F; where F <= 10 all are
+    submitted (Li et al. 2022, AlphaCode's 10@k).
+Settings were chosen on val problems: --seeds="0 1" --split=val
 
     python -m studies.contest
-    PPO's pass@1 is 1.5 times SFT's at least: 5 of 5 seeds
+    PPO's pass@1 is 1.5 times SFT's at least: holds in 5 of 5 seeds
 """
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -46,6 +42,7 @@ from pathlib import Path
 
 import torch
 
+import tools.pairs
 import train_dpo
 import train_ppo
 import train_sft
@@ -54,19 +51,23 @@ from data.contest.language import LEVELS
 from data.text import load_rows
 from prefgpt import UserError, load_checkpoint, run_cli
 from studies.contest_picture import PPO, draw
-from studies.table import complete, parse_seeds, save_picture, show_means
-from tools import evaluate, sample
+from studies.style import show_picture
+from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
+                           show_means, table_and_seeds)
+from tools import evaluate
 
 JUDGE = 'data/contest/reward.py'
 TOKENS = 12                     # of a response, EOS included: the longest program and EOS
+SUBMIT = 10                     # n of pass@n and n@k
 
 
 @dataclass
 class Config:
     seeds: str = '5 6 7 8 9'        # the seeds to run, or to complete
     split: str = 'test'             # the problems judged: test, or val to choose settings on
-    csv: str = 'studies/results/contest.csv'    # the table to add to; its picture stands beside it
-    quick: bool = False             # a few steps of every stage, into a table of its own
+    csv: str = 'out/studies/contest.csv'    # for seeds that studies/results/contest.csv lacks
+    results: bool = False           # add them to studies/results/contest.csv, and draw its picture
+    quick: bool = False             # a smoke test: one seed, a few steps, a table of its own
 
 
 FULL = dict(sft_steps=1500, early_steps=1000, dpo_steps=78, own_steps=15, rounds=4,
@@ -85,7 +86,7 @@ NO_VALUE = dict(value_lr=0.0, grad_clip=1e9)    # values stay 0, as they begin; 
 # ----------------------------------------------------------------------------- the arms
 
 class Arms:
-    """The runs of one seed. Every method runs a script's own main, and gives the run's folder."""
+    """Makes the runs of one seed: a method runs a script's main and returns the run's folder."""
 
     def __init__(self, seed, sizes, name):
         self.seed, self.sizes = seed, sizes
@@ -102,7 +103,7 @@ class Arms:
         return f'{self.out}/{name}'
 
     def dpo(self, name, init, lr, own_pairs=''):
-        """One pass, about, over the data set's pairs or over own ones."""
+        """Trains for about one pass over the data set's pairs or over own ones."""
         steps = self.sizes['own_steps' if own_pairs else 'dpo_steps']
         train_dpo.main(train_dpo.Config(
             data=own_pairs or self.data, init=init, beta=0.1, lr=lr, batch_size=64, warmup=3,
@@ -110,7 +111,7 @@ class Arms:
         return f'{self.out}/{name}'
 
     def ppo(self, name, init, lr, rollout_size, beta=0.01, **changes):
-        """Four optimizer steps and one pass a rollout batch; the same rollouts in all."""
+        """Trains with four optimizer steps per rollout batch, and the same rollouts in all."""
         steps = self.sizes['rollouts'] // rollout_size
         train_ppo.main(train_ppo.Config(
             data=self.data, init=init, reward=JUDGE, no_eos_score=0.0, beta=beta, gae_lambda=1.0,
@@ -121,14 +122,14 @@ class Arms:
 
     def own_pairs(self, name, run, seed, winners=None):
         """
-        Pairs of a run's samples, five at a time: correct against wrong. winners, a dict prompt ->
-        program, stands in where none of the five is correct; else they are left out.
+        Writes pairs of a run's samples, five at a time: correct against wrong. If none of the five
+        is correct, winners, {prompt: program}, has the correct one; else they are left out.
 
         Returns the file, or None where there is nothing to compare.
         """
         rows, path = Path(self.out, f'{name}.rows.jsonl'), Path(self.out, f'{name}.pairs.jsonl')
         if not rows.exists():
-            sample.main(sample.Config(
+            tools.pairs.main(tools.pairs.Config(
                 runs=(run,), data=self.data, out=str(rows), reward=JUDGE, n=self.sizes['n'],
                 temperature=1.0, max_new_tokens=TOKENS, prompts=self.sizes['sampled'], seed=seed))
         pairs, left_out = [], Counter()
@@ -138,14 +139,14 @@ class Arms:
             for five in (group[i:i + 5] for i in range(0, len(group), 5)):
                 if winners and prompt in winners and all(row['score'] == 0 for row in five):
                     five = [{'prompt': prompt, 'response': winners[prompt], 'score': 1.0}, *five]
-                pairs.append(sample.make_pair(five, 0.0, left_out))
+                pairs.append(tools.pairs.make_pair(five, 0.0, left_out))
         pairs = [pair for pair in pairs if pair]
         path.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
         print(f'{path}: {len(pairs)} pairs, left out: {dict(left_out)}')
         return str(path) if len({pair['prompt'] for pair in pairs}) > 1 else None
 
     def iterate(self, name, run, lr, winners=None):
-        """DPO-Iter; a round in which no five has both a correct and a wrong one trains nothing."""
+        """Trains DPO-Iter; a round without five samples of both kinds trains nothing."""
         for number in range(1, self.sizes['rounds'] + 1):
             pairs = self.own_pairs(f'{name}-{number}', run, 100 * self.seed + number, winners)
             if pairs:
@@ -154,7 +155,7 @@ class Arms:
 
 
 def train_arms(arms):
-    """Everything that is trained with one seed: dict name of the arm -> run folder."""
+    """Trains everything with one seed; returns {arm: run folder}."""
     sizes = arms.sizes
     small, large = sizes['batches']
     sft = arms.sft('sft', sizes['sft_steps'])
@@ -187,8 +188,40 @@ def train_arms(arms):
 
 # ----------------------------------------------------------------------------- the table
 
+def pass_at(total, correct, n):
+    """
+    Returns the chance that one of n samples is correct, drawn without putting back from total of
+    which correct are: 1 - C(total - correct, n) / C(total, n). Exact, and 1 where n must hit one.
+    """
+    return 1 - math.comb(total - correct, n) / math.comb(total, n)
+
+
+def filtered_pass_at(public, correct, n):
+    """
+    Returns the same where n are drawn from the samples that pass the public tests; correct of them
+    are. Where there are n or fewer all are submitted, so that one correct sample is enough.
+    """
+    return float(correct > 0) if public <= n else pass_at(public, correct, n)
+
+
+def pass_columns(judged, samples, n):
+    """
+    Returns pass@1, pass@n and n@k with k = samples, means over the prompts. judged holds what the
+    judge says of each response, a dict; the samples responses to one prompt are neighbours.
+    """
+    rows = []
+    for i in range(0, len(judged), samples):
+        prompt = judged[i:i + samples]
+        public = [each for each in prompt if each['public']]    # what would be submitted
+        correct, submitted = (sum(each['correct'] > 0 for each in some)
+                              for some in (prompt, public))
+        rows.append({**{f'pass@{k}': pass_at(samples, correct, k) for k in (1, n)},
+                     f'{n}@k': filtered_pass_at(len(public), submitted, n)})
+    return evaluate.mean_scores(rows)
+
+
 def training_numbers(run):
-    """What a run's own log says: PPO's score by quarters, DPO's last numbers and where it began."""
+    """Returns what a run's log says: PPO's score by quarters, DPO's last numbers and first ones."""
     numbers = dict.fromkeys(('first_quarter', 'last_quarter', 'loss', 'accuracy', 'chosen_before',
                              'chosen', 'rejected_before', 'rejected'), '')
     saved = load_checkpoint(run, ['sft', 'dpo', 'ppo'])
@@ -206,20 +239,20 @@ def training_numbers(run):
 
 
 def run_seed(seed, cfg):
-    """All arms with one seed, judged level by level; their rows for the table."""
+    """Trains all arms with one seed; returns their rows, judged level by level."""
     sizes = QUICK if cfg.quick else FULL
     arms = Arms(seed, sizes, f"contest-{'quick-' if cfg.quick else ''}{seed}")
     runs, rows = train_arms(arms), []
     trained = {arm: training_numbers(run) for arm, run in runs.items()}
     for level in LEVELS:
-        table = evaluate.main(evaluate.Config(
+        tables = evaluate.main(evaluate.Config(
             runs=tuple(runs.values()), data=arms.data, split=f'{cfg.split}-{level}', judge=JUDGE,
             prompts=sizes['prompts'], samples=sizes['samples'], max_new_tokens=TOKENS,
-            batch_size=2000))['rows']
-        for arm, row in zip(runs, table):
+            batch_size=2000))
+        for arm, row, responses in zip(runs, tables['rows'], tables['responses']):
+            judged = [response['judged'] for response in responses]
             rows.append({'seed': seed, 'split': cfg.split, 'level': level, 'arm': arm,
-                         **{name: row[name] for name in ('pass@1', 'pass@10')},
-                         '10@k': row[f"10@{sizes['samples']}"], 'k': sizes['samples'],
+                         **pass_columns(judged, sizes['samples'], SUBMIT), 'k': sizes['samples'],
                          **{name: row[name] for name in ('public', 'valid', 'kl', 'length')},
                          **trained[arm], 'threads': torch.get_num_threads(),
                          'command': 'python -m studies.contest '
@@ -229,10 +262,10 @@ def run_seed(seed, cfg):
 
 # ----------------------------------------------------------------------------- what is expected
 
-# Of the interview rows of one seed, t[arm]: a finding -> whether it holds. Nothing is asserted:
-# what holds in few seeds is noise or a null, and is reported as such
+# Of the interview rows of one seed, t[arm]: a finding -> whether it holds
 SMALL, DPO_ARMS = 'ppo + norm 0.001', [f'dpo {lr:g}' for lr in DPO_LRS]
 ON_POLICY = [f'dpo on-policy {lr:g}' for lr in OWN_LRS]
+ITER, ITER_WINNERS = ([f'{name} {lr:g}' for lr in ITER_LRS] for name in ('iter', 'iter + winners'))
 CHECKS = {
     "PPO's pass@1 is 1.5 times SFT's at least":
         lambda t: t[PPO]['pass@1'] >= 1.5 * t['sft']['pass@1'],
@@ -242,42 +275,38 @@ CHECKS = {
     'off-policy DPO somewhere loses 10 points of valid programs':
         lambda t: any(t[arm]['valid'] <= t['sft']['valid'] - 0.10 for arm in DPO_ARMS),
     "PPO's pass@1 is above that of every plain DPO arm":
-        lambda t: all(t[PPO]['pass@1'] > t[arm]['pass@1'] for arm in DPO_ARMS + ON_POLICY),
+        above('pass@1', PPO, *DPO_ARMS, *ON_POLICY),
     "DPO-Iter with dataset winners somewhere loses half of SFT's pass@1 and 10 points of valid "
     'programs':
-        lambda t: any(t[f'iter + winners {lr:g}']['pass@1'] <= 0.5 * t['sft']['pass@1']
-                      and t[f'iter + winners {lr:g}']['valid'] <= t['sft']['valid'] - 0.10
-                      for lr in ITER_LRS),
+        lambda t: any(t[arm]['pass@1'] <= 0.5 * t['sft']['pass@1']
+                      and t[arm]['valid'] <= t['sft']['valid'] - 0.10 for arm in ITER_WINNERS),
     'DPO-Iter without them, at the same lr and steps, stays within 5 points of valid programs':
-        lambda t: all(t[f'iter {lr:g}']['valid'] > t['sft']['valid'] - 0.05 for lr in ITER_LRS),
-    "PPO's pass@1 is above DPO-Iter's without dataset winners":
-        lambda t: all(t[PPO]['pass@1'] > t[f'iter {lr:g}']['pass@1'] for lr in ITER_LRS),
+        lambda t: all(t[arm]['valid'] > t['sft']['valid'] - 0.05 for arm in ITER),
+    "PPO's pass@1 is above DPO-Iter's without dataset winners": above('pass@1', PPO, *ITER),
     'large batch above small, both normalized, at lr 1e-3: first quarter of training':
-        lambda t: t['ppo + batch 0.001']['first_quarter'] > t[SMALL]['first_quarter'],
+        above('first_quarter', 'ppo + batch 0.001', SMALL),
     'large batch above small at lr 1e-3: last quarter of training':
-        lambda t: t['ppo + batch 0.001']['last_quarter'] > t[SMALL]['last_quarter'],
-    'large batch above small at lr 1e-3: pass@1':
-        lambda t: t['ppo + batch 0.001']['pass@1'] > t[SMALL]['pass@1'],
+        above('last_quarter', 'ppo + batch 0.001', SMALL),
+    'large batch above small at lr 1e-3: pass@1': above('pass@1', 'ppo + batch 0.001', SMALL),
     'large batch above small at lr 3e-4: last quarter of training':
-        lambda t: t['ppo + batch 0.0003']['last_quarter'] > t['ppo + norm 0.0003']['last_quarter'],
+        above('last_quarter', 'ppo + batch 0.0003', 'ppo + norm 0.0003'),
     'EMA above a fixed reference where the KL binds: last quarter of training':
-        lambda t: t['ppo binding ema']['last_quarter'] > t['ppo binding fixed']['last_quarter'],
+        above('last_quarter', 'ppo binding ema', 'ppo binding fixed'),
     'EMA above a fixed reference where the KL binds: pass@1':
-        lambda t: t['ppo binding ema']['pass@1'] > t['ppo binding fixed']['pass@1'],
+        above('pass@1', 'ppo binding ema', 'ppo binding fixed'),
     'EMA above a fixed reference where it does not bind: pass@1':
-        lambda t: t['ppo + ema 0.001']['pass@1'] > t['ppo + batch 0.001']['pass@1'],
+        above('pass@1', PPO, 'ppo + batch 0.001'),
     'normalization above the baseline at lr 1e-3: last quarter of training':
-        lambda t: t[SMALL]['last_quarter'] > t['ppo baseline 0.001']['last_quarter'],
+        above('last_quarter', SMALL, 'ppo baseline 0.001'),
     'normalization above the baseline at lr 1e-3: pass@1':
-        lambda t: t[SMALL]['pass@1'] > t['ppo baseline 0.001']['pass@1'],
+        above('pass@1', SMALL, 'ppo baseline 0.001'),
     'normalization above the baseline at lr 3e-4: last quarter of training':
-        lambda t: t['ppo + norm 0.0003']['last_quarter'] > t['ppo baseline 0.0003']['last_quarter'],
+        above('last_quarter', 'ppo + norm 0.0003', 'ppo baseline 0.0003'),
     'normalization above plain advantages without a value model and gradient clipping: pass@1':
-        lambda t: t['ppo no value + norm']['pass@1'] > t['ppo no value']['pass@1'],
+        above('pass@1', 'ppo no value + norm', 'ppo no value'),
     'the baseline below SFT, as in table 3: pass@1 at lr 1e-3':
-        lambda t: t['ppo baseline 0.001']['pass@1'] < t['sft']['pass@1'],
-    "PPO's 10@k is above SFT's, as in table 8":
-        lambda t: t[PPO]['10@k'] > t['sft']['10@k'],
+        above('pass@1', 'sft', 'ppo baseline 0.001'),
+    "PPO's 10@k is above SFT's, as in table 8": above('10@k', PPO, 'sft'),
     'an early reference costs DPO more than PPO, as in table 9: share of pass@1 lost':
         lambda t: (t['dpo on-policy, early ref']['pass@1'] * t[PPO]['pass@1']
                    < t['ppo + ema, early ref']['pass@1'] * t['dpo on-policy 0.0003']['pass@1']),
@@ -293,65 +322,52 @@ DIFFERENCES = [(one.format(f'{lr:g}'), other.format(f'{lr:g}'), column)
 DIFFERENCES += [(one, other, column) for column in ('pass@1', 'last_quarter')
                 for one, other in (('ppo binding ema', 'ppo binding fixed'),
                                    ('ppo no value + norm', 'ppo no value'))]
-DIFFERENCES += [(PPO, other, 'pass@1') for other in
-                ('sft', ON_POLICY[0], *(f'iter {lr:g}' for lr in ITER_LRS))]
+DIFFERENCES += [(PPO, other, 'pass@1') for other in ('sft', ON_POLICY[0], *ITER)]
 DIFFERENCES += [(PPO, 'sft', '10@k'), (PPO, 'ppo + ema, early ref', 'pass@1'),
                 (ON_POLICY[0], 'dpo on-policy, early ref', 'pass@1')]
 
 
 def show_differences(rows):
-    """Mean and standard deviation over seeds of DIFFERENCES, and of how far DPO moved its pairs."""
-    interview = {(row['seed'], row['arm']): row for row in rows if row['level'] == 'interview'}
-    seeds = sorted({seed for seed, _ in interview})
+    """Prints DIFFERENCES, and how far DPO moved its pairs: means and standard deviations."""
+    runs = by_seed(select(rows, level='interview'), 'arm').values()
     print('\npaired differences over seeds, interview level, ratios in brackets; log pi, moved by')
     for one, other, column in DIFFERENCES:
-        pairs = [[interview[seed, arm][column] for arm in (one, other)] for seed in seeds]
+        pairs = [[run[arm][column] for arm in (one, other)] for run in runs]
         text = f'{column:<13} {one} - {other}: {mean_text([a - b for a, b in pairs], "+")}'
         if all(b for _, b in pairs):            # in the quick form it may be 0
             text += f' ({mean_text([a / b for a, b in pairs])})'
         print(text)
     for arm in (*DPO_ARMS, *ON_POLICY):
         for side in ('chosen', 'rejected'):
-            ends = [[interview[seed, arm][name] for name in (side, f'{side}_before')]
-                    for seed in seeds]
+            ends = [[run[arm][name] for name in (side, f'{side}_before')] for run in runs]
             if '' not in ends[0]:               # in the quick form there may be no pairs
                 print(f'nats          {arm}, {side}: {mean_text([a - b for a, b in ends], "+")}')
 
 
 def mean_text(values, sign=''):
-    """'0.500 ±0.100': mean and standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f'{statistics.fmean(values):{sign}.3f} ±{spread:.3f}'
+    """Returns mean and standard deviation as text: '0.500 ±0.100'."""
+    mean, spread = mean_and_spread(values)
+    return f'{mean:{sign}.3f} ±{spread:.3f}'
 
 
-def check(rows):
-    """Prints of every finding in how many seeds it holds; returns {finding: [seeds without]}."""
-    interview = [row for row in rows if row['level'] == 'interview']
-    seeds, missing = sorted({row['seed'] for row in interview}), {}
-    for finding, holds in CHECKS.items():
-        missing[finding] = [seed for seed in seeds if not holds(
-            {row['arm']: row for row in interview if row['seed'] == seed})]
-        print(f'{finding}: {len(seeds) - len(missing[finding])} of {len(seeds)} seeds'
-              + (f', not {missing[finding]}' if missing[finding] else ''))
-    return missing
+def check(rows, quick=False):
+    """Prints in how many seeds each finding holds; returns {finding: [seeds without it]}."""
+    return show_claims(CHECKS, by_seed(select(rows, level='interview'), 'arm'), quick)
 
 
 def main(cfg):
     """Runs the seeds that the table lacks, prints, draws, and returns what failed."""
-    path = Path(cfg.csv)
-    path = path.with_stem(path.stem + '-quick') if cfg.quick else path
-    seeds = parse_seeds(cfg.seeds)
+    path, seeds = table_and_seeds(cfg)
     if cfg.split not in ('test', 'val'):
         raise UserError(f'--split={cfg.split!r}: test or val')
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg), split=cfg.split)
     for level in LEVELS:
         print(f'\n{level}', end='')
-        show_means([row for row in rows if row['level'] == level], ('arm',),
+        show_means(select(rows, level=level), ('arm',),
                    ('pass@1', 'pass@10', '10@k', 'public', 'valid', 'kl', 'length'))
     show_differences(rows)
-    if not cfg.quick:
-        save_picture(lambda: draw(rows), path.with_suffix('.png'))
-    return check(rows)
+    show_picture(cfg, path, lambda: draw(rows))
+    return check(rows, cfg.quick)
 
 
 if __name__ == '__main__':

@@ -1,26 +1,19 @@
 """
 Draw runs: what their log.jsonl files hold, as one picture.
 
-Small multiples: a panel for a metric, or for two that are read together, and a block of panels for
-each stage. Runs of one stage share its panels, each in its own colour. A run in progress is drawn
-as far as it has come.
-
+A panel per metric, or per two that are read together, and a block of panels per stage. Runs of one
+stage share its panels, each in its own colour; a run in progress is drawn as far as it has come.
 The y axis is made for most steps and all evaluations: a spike, or the steep fall of the first
-steps, may leave the panel, so that the rest can be read.
-
---front draws the picture of README.md instead: how SFT, reward model and PPO of out/toy went, and
-what SFT, PPO and DPO earn of the exact judge at T=1, a point for each seed of studies/toy.py.
-What it does not do: draw clocks, the learning rate, which keeps to its schedule whatever happens,
-or any metric that STAGES does not name; tell IPO, whose loss is not in nats, from DPO.
+steps, may leave the panel, so that the rest can be read. Clocks, the learning rate and what STAGES
+does not name are not drawn, and IPO is drawn as DPO, though its loss is not in nats.
 
     python -m studies.curves out/toy/sft out/toy/rm out/toy/ppo out/toy/dpo
-    python -m studies.curves --front --out=studies/results/front.png
+    python -m studies.curves --front --results      # README.md's picture, of the runs in out/toy
     wrote studies/results/front.png
 """
 import importlib.util
 import json
 import math
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +22,15 @@ import numpy as np
 
 from data.text import DataError
 from prefgpt import UserError, run_cli
-from studies.table import read_rows, select
+from studies.style import COLORS, GREY, frame, new_figure, save_picture
+from studies.table import OWN, RESULTS, read_rows, select
 
 
 @dataclass
 class Config:
     runs: tuple = ()                # run folders, of any stages
-    out: str = 'out/curves.png'     # the PNG file to write
+    out: str = ''                   # the PNG file; '': out/studies/curves.png, or front.png
+    results: bool = False           # the committed picture instead: studies/results/curves.png
     smooth: int = 0                 # steps in the running mean; 0: a twentieth of the run
     front: bool = False             # instead: the front page's picture, of out/toy and of toy.csv
 
@@ -60,19 +55,16 @@ FRONT = [('out/toy/sft', '1. SFT: loss', ('loss',), 'nats per token', ('training
           ('training', 'held out')),
          ('out/toy/ppo', '3. PPO: score and gold', ('score', 'gold'), 'mean per response',
           ('score, training', 'score, held out', 'gold: exact judge'))]
-TABLE = 'studies/results/toy.csv'
+TABLE = RESULTS / 'toy.csv'
 COLUMNS = 5                             # panels in a row
 WIDTH, PANEL, LINE = 12, 2.0, 0.35      # inches: the picture, a row of panels, a line of names
-# Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is lost on white
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
-GREY = '#606060'
 KEY = '        '.join(['steps', 'faint: every step', 'line: running mean',
                        'points: held-out evaluations'])
 
 
 def read_curves(path):
     """
-    {metric: (steps, values)} of a log.jsonl; evaluations are metrics of their own, 'eval_...'.
+    Reads a log.jsonl as {metric: (steps, values)}; evaluations are metrics, 'eval_...'.
 
     A last line that is not whole, which a run in progress may leave, and values that are not
     finite are left out. Raises DataError for any other line that cannot be read.
@@ -95,7 +87,7 @@ def read_curves(path):
 
 
 def stage_of(curves):
-    """The key of STAGES that leaves such curves: a log does not say, but its metrics do."""
+    """Returns the key of STAGES that leaves such curves: a log's metrics tell it."""
     if 'score' in curves:
         return 'PPO'
     if 'margin' not in curves:
@@ -109,7 +101,7 @@ def stage_of(curves):
 
 
 def read_runs(runs):
-    """{stage: {run: curves}}, the stages in the order of STAGES, the runs in the order given."""
+    """Reads the runs as {stage: {run: curves}}: stages in STAGES' order, runs in that given."""
     stages = {stage: {} for stage in STAGES}
     for run in runs:
         path = Path(run) / 'log.jsonl'
@@ -128,7 +120,7 @@ def read_runs(runs):
 
 def running_mean(values, window):
     """
-    The mean over window values around each one; at the ends, over those that are there.
+    Returns the mean over window values around each one; at the ends, over those there are.
 
     Centred: a mean over the past alone would lag behind the evaluations it is compared with.
 
@@ -142,7 +134,7 @@ def running_mean(values, window):
 
 
 def y_limits(values, kept):
-    """The ends of a y axis: all that is kept, and of the other values those not far off."""
+    """Returns the ends of a y axis: all that is kept, and other values that are not far off."""
     quarter, three_quarters = np.quantile(values or kept, (0.25, 0.75))
     reach = 5 * (three_quarters - quarter)
     shown = [*(y for y in values if quarter - reach <= y <= three_quarters + reach), *kept]
@@ -153,7 +145,7 @@ def y_limits(values, kept):
 
 
 def draw_panel(ax, members, metrics, unit, smooth, title=''):
-    """Every step faint, their running mean over it, evaluations as points; a colour for a run."""
+    """Draws every step faint, a running mean over it, evaluations as points; a colour per run."""
     every, kept = [], []                        # steps' values; what must stay in the picture
     faint = 0.3 / len(members) ** 0.5           # many runs, one over the other, are still faint
     for curves, color in zip(members.values(), COLORS):
@@ -171,23 +163,14 @@ def draw_panel(ax, members, metrics, unit, smooth, title=''):
                         markersize=4, markerfacecolor=face)
                 kept += values
     ax.set_ylim(*y_limits(every, kept))
-    draw_frame(ax, title or ' ━━  '.join(metrics) + ' ╍╍' * (len(metrics) == 2), unit)
+    frame(ax, title or ' ━━  '.join(metrics) + ' ╍╍' * (len(metrics) == 2), unit)
     ax.ticklabel_format(useOffset=False)
     ax.locator_params(axis='x', nbins=4, integer=True)
     ax.locator_params(axis='y', nbins=5)
 
 
-def draw_frame(ax, title, unit):
-    """Draws title, unit and axes of a panel."""
-    ax.set_title(title, loc='left', fontsize=11, pad=19)
-    ax.text(0, 1.05, unit, fontsize=9, color=GREY, transform=ax.transAxes)
-    ax.tick_params(labelsize=9, color=GREY, labelcolor=GREY)
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.spines[['bottom', 'left']].set_color(GREY)
-
-
 def draw_head(ax, stage, members):
-    """The stage's name over its panels, and which colour is which run."""
+    """Draws the stage's name over its panels, and which colour is which run."""
     ax.axis('off')
     ax.set_title(stage, loc='left', y=0, fontsize=13, fontweight='bold')
     for run, color in zip(members, COLORS):
@@ -197,13 +180,12 @@ def draw_head(ax, stage, members):
 
 
 def names_in_line(members):
-    """How many runs' names fit side by side, beside the stage's."""
+    """Returns how many runs' names fit side by side, beside the stage's."""
     return max(1, 125 // (max(map(len, members)) + 8))
 
 
 def draw(stages, smooth):
-    """The picture of {stage: {run: curves}}, a matplotlib Figure."""
-    from matplotlib.figure import Figure        # not pyplot: no global state, no display
+    """Draws the picture of {stage: {run: curves}}, a matplotlib Figure."""
     blocks, heights = [], []
     for stage, members in stages.items():
         logged = {name.removeprefix('eval_') for curves in members.values() for name in curves}
@@ -214,7 +196,7 @@ def draw(stages, smooth):
         heights += [LINE * math.ceil(len(members) / names_in_line(members)),
                     *[PANEL] * math.ceil(len(panels) / COLUMNS)]
     columns = min(COLUMNS, max(len(panels) for *_, panels in blocks))
-    figure = Figure(figsize=(WIDTH, sum(heights) + LINE), dpi=150, layout='constrained')
+    figure = new_figure(WIDTH, sum(heights) + LINE)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     for row, stage, members, panels in blocks:
         draw_head(figure.add_subplot(grid[row, :]), stage, members)
@@ -227,8 +209,7 @@ def draw(stages, smooth):
 
 def draw_front(stages, rows):
     """Draws the front picture, a matplotlib Figure, of FRONT's runs and the rows of TABLE."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 2.6), dpi=132, layout='constrained')   # large type for its width
+    figure = new_figure(10, 2.6, dpi=132)           # large type for its width
     *axes, last = figure.subplots(1, 4)
     runs = {run: curves for members in stages.values() for run, curves in members.items()}
     for ax, (run, title, metrics, unit, names) in zip(axes, FRONT):
@@ -242,7 +223,7 @@ def draw_front(stages, rows):
                   color=COLORS[0], markersize=4)
     last.set_xticks(range(3), ('SFT', 'PPO', 'DPO'))
     last.axhline(0, color=GREY, linewidth=0.8)
-    draw_frame(last, f'Mean reward, {len(rewards)} seeds', 'by the exact judge, at T=1')
+    frame(last, f'Mean reward, {len(rewards)} seeds', 'by the exact judge, at T=1')
     return figure
 
 
@@ -253,17 +234,15 @@ def main(cfg):
                         'pip install matplotlib')
     if bool(cfg.runs) == cfg.front:
         raise UserError('name at least one run folder, or --front without any')
-    if Path(cfg.out).suffix != '.png':
+    out = Path(cfg.out or (RESULTS if cfg.results else OWN)
+               / ('front.png' if cfg.front else 'curves.png'))
+    if out.suffix != '.png':
         raise UserError(f'--out={cfg.out}: name a file that ends in .png')
     if cfg.smooth < 0:
         raise UserError(f'--smooth={cfg.smooth}: must not be below 0')
-    stages, out = read_runs(cfg.runs or [run for run, *_ in FRONT]), Path(cfg.out)
-    figure = draw_front(stages, read_rows(TABLE)) if cfg.front else draw(stages, cfg.smooth)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + '.tmp')        # a picture is there whole or not at all
-    figure.savefig(temporary, format='png')
-    os.replace(temporary, out)
-    print(f'wrote {out}')
+    stages = read_runs(cfg.runs or [run for run, *_ in FRONT])
+    save_picture(draw_front(stages, read_rows(TABLE)) if cfg.front else draw(stages, cfg.smooth),
+                 out)
     return stages
 
 

@@ -1,11 +1,8 @@
 """
 Forward against reverse KL on the way to one target, and when DPO lowers the chosen response too.
 
-The paper's claims (Tajwar et al. 2024, section 6). On-policy RL descends the reverse KL to its
-optimum, imitation of good samples the forward one. Both end at the same policy, but on the way
-(A) reverse moves mass sooner from one likely bin to another, and (B) of two bins that should grow
-it grows the larger first, forward both. DPO raises the chosen response if it differs enough from
-the rejected one, the model is large and the reference suits; if not, both fall.
+Tajwar et al. 2024, section 6. On-policy RL descends the reverse KL to its optimum, imitation of
+good samples the forward one: (A) to (C) race them. Then pairs: when DPO lowers both responses.
 
     p = softmax(theta), target q, plain descent: the gradients in theta are
     p - q of KL(q||p), forward, and p (log(p / q) - KL(p||q)) of KL(p||q), reverse.
@@ -18,28 +15,29 @@ the rejected one, the model is large and the reference suits; if not, both fall.
     log pi(w) falls at once if and only if (phi_w - E_pi phi) (phi_w - phi_l) < 0; concave along
     that line, it then falls ever on. With a parameter for each response it always rises.
 
-What it does not do: sample, or train a network. Seed 0 has the cases as they are written here,
-other seeds move each probability by a factor exp(0.2 z); seeds 100 to 102 chose the settings.
+Exact gradients, nothing sampled. Seed 0 has the cases as they are written here, other seeds move
+each probability by a factor exp(0.2 z); seeds 100 to 102 chose the settings.
 
     python -m studies.kl_race
-    wrote studies/results/kl_race.png
+    near-duplicates: DPO lowers both, SFT raises both: holds in 10 of 10 seeds
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from prefgpt import rng, run_cli
-from studies.curves import COLORS, GREY
-from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
+from studies.style import BARS, COLORS, GREY, POINTS, frame, names, new_figure, show_picture
+from studies.table import (complete, select, show_claims, show_means, spreads_by,
+                           table_and_seeds)
 from train_dpo import dpo_loss
 
 
 @dataclass
 class Config:
     seeds: str = '0 1 2 3 4 5 6 7 8 9'      # the seeds to run, or to complete
-    csv: str = 'studies/results/kl_race.csv'    # the table to add to; the picture beside it
-    quick: bool = False             # the first seed, no picture, a table of its own
+    csv: str = 'out/studies/kl_race.csv'    # for seeds that studies/results/kl_race.csv lacks
+    results: bool = False           # add them to studies/results/kl_race.csv, and draw its picture
+    quick: bool = False             # a smoke test: the first seed, a table of its own
 
 
 BETA, WAYS, METHODS = 0.1, ('forward', 'reverse'), ('DPO', 'SFT')
@@ -56,20 +54,23 @@ PAIRS, RESPONSES = 32, 8                    # the map: prompts with a pair each;
 DISTANCES = (0.1, 0.2, 0.5, 1.0, 1.4)       # |phi_w - phi_l|; random ones are 1.4 apart
 WIDTHS = (8, 32, 128, 512)                  # features, and parameters; 512: more than responses
 NUMBERS = ('p1', 'ratio', 'off', 'mean', 'sd', 'chosen', 'rejected', 'other', 'fell')
-TITLES = (('(A) probability of bin 1', 'steps'), ('(B) bin 1 / bin 2', 'steps'),
-          ('(C) one Gaussian for two modes', 'bin'),
-          ('three responses after 100 steps', 'log pi / ref, nats'),
-          ('share of chosen that DPO lowered', 'distance of chosen and rejected'))
+PANELS = {          # of the picture: title, what its y axis shows, its x axis
+    'A': ('(A) two equal bins', 'probability of the better one', 'steps'),
+    'B': ('(B) two bins that must grow', 'probability of bin 1 / of bin 2', 'steps'),
+    'C': ('(C) one Gaussian for two modes', 'probability of a bin', 'bin'),
+    'triples': ('three responses after 100 steps', '', 'log pi / ref, nats'),
+    'map': ('chosen responses that DPO lowers', 'share of pairs',
+            'distance of chosen and rejected features')}
 
 
 def gradient(p, q, way):
-    """(K,) d KL / d theta at p = softmax(theta): of KL(q||p) if forward, of KL(p||q) if reverse."""
+    """Returns (K,), d KL / d theta at p = softmax(theta): forward KL(q||p), reverse KL(p||q)."""
     log_ratio = (p / q).log()
     return p - q if way == 'forward' else p * (log_ratio - (p * log_ratio).sum())
 
 
 def race(p, q, way, steps, lr=1.0):
-    """The probabilities (steps + 1, K) on the way from p towards q."""
+    """Returns the probabilities (steps + 1, K) on the way from p towards q."""
     path = [p]
     for _ in range(steps):
         path.append((path[-1].log() - lr * gradient(path[-1], q, way)).softmax(0))
@@ -77,24 +78,24 @@ def race(p, q, way, steps, lr=1.0):
 
 
 def nudge(probs, seed, number=0):
-    """probs (K,), each moved by a factor exp(0.2 z), equal ones by one z; seed 0: as they are."""
+    """Moves each of probs (K,) by a factor exp(0.2 z), equal ones by one z; seed 0: none."""
     logits, which = torch.tensor(probs, dtype=torch.float64).log().unique(return_inverse=True)
     z = torch.randn(len(logits), generator=rng(seed, number, 'batch'), dtype=torch.float64)
     return (logits + (0.2 if seed else 0) * z)[which].softmax(0)
 
 
 def gaussian(mean, sd):
-    """Probabilities (..., 100) of a discretized Gaussian, the restricted family of (C)."""
+    """Returns probabilities (..., 100) of a discretized Gaussian, the restricted family of (C)."""
     return (-(torch.arange(100, dtype=torch.float64) - mean) ** 2 / (2 * sd ** 2)).softmax(-1)
 
 
 def two_modes(seed):
-    """A target (100,): standard deviation 5 around 20 and around 70, 1.3 times as much there."""
+    """Returns a target (100,): sd 5 around 20 and around 70, 1.3 times as much there."""
     return nudge((1 / 2.3, 1.3 / 2.3), seed, 2) @ gaussian(torch.tensor([[20], [70]]), 5)
 
 
 def best_gaussian(q, way):
-    """(mean, sd), whole numbers, of the Gaussian that is nearest to q, forward or reverse."""
+    """Returns (mean, sd), whole numbers, of the Gaussian nearest to q, forward or reverse."""
     p = gaussian(torch.arange(100)[:, None, None], torch.arange(1, 61)[:, None])    # (100, 60, 100)
     # A narrow one's tails are 0 in float64: KL(q||p) is infinite then, and 0 log 0 is 0
     kl = q * (q / p).log() if way == 'forward' else torch.xlogy(p, p / q)
@@ -104,7 +105,7 @@ def best_gaussian(q, way):
 
 def descend(method, ref, features, lr, steps=100):
     """
-    Log-ratios log pi / ref (N, K) after DPO on responses 0, chosen, and 1, rejected, or SFT on 0.
+    Returns log pi / ref (N, K) after DPO on responses 0, chosen, and 1, rejected, or SFT on 0.
     ref (N, K), logprobs of K responses to N prompts; features (N, K, d).
     """
     theta = torch.zeros(features.shape[-1], dtype=torch.float64, requires_grad=True)    # (d,)
@@ -117,7 +118,7 @@ def descend(method, ref, features, lr, steps=100):
 
 
 def draw_pairs(seed, distance, width):
-    """ref (N, K) and features (N, K, d): random but for the distance of chosen and rejected."""
+    """Draws ref (N, K) and features (N, K, d), random but for chosen's distance to rejected."""
     z = torch.randn(PAIRS, RESPONSES, 1 + width, generator=rng(seed, 0, 'shuffle')).double()
     ref, features = z[..., 0].log_softmax(1), torch.nn.functional.normalize(z[..., 1:], dim=-1)
     shared, apart = features[:, :2].clone().unbind(1)                                   # (N, d)
@@ -126,7 +127,7 @@ def draw_pairs(seed, distance, width):
 
 
 def experiments(seed):
-    """(setting, method, step, numbers) of the races, the Gaussians, the triples and the map."""
+    """Yields (setting, method, step, numbers) of races, Gaussians, triples and the map."""
     for way in WAYS:
         for setting, (start, target) in RACES.items():
             p, q = nudge(start, seed, 0), nudge(target, seed, 1)
@@ -180,28 +181,28 @@ CHECKS = {
 
 
 def draw_displacement(axes, rows):
-    """Three responses' log-ratios, the map's shares: means and standard deviations over seeds."""
-    def over_seeds(name, arms):
-        values = torch.tensor([[row[name] for row in rows if (row['setting'], row['method']) == arm]
-                               for arm in arms])                                    # (arms, seeds)
-        return values.mean(1).tolist(), values.std(1, correction=values.shape[1] > 1).tolist()
+    """Draws three responses' log-ratios and the map's shares, means and spreads over seeds."""
     arms = [(setting, method) for setting in TRIPLES for method in METHODS]
+    some = [{**row, 'arm': arm} for arm in arms
+            for row in select(rows, setting=arm[0], method=arm[1])]
     for i, name in enumerate(('chosen', 'rejected', 'other')):
-        means, spreads = over_seeds(name, arms)
+        _, means, spreads = spreads_by(some, 'arm', name)
         axes['triples'].barh([y + (i - 1) / 4 for y in range(6)], means, 0.25, xerr=spreads,
-                             color=(*COLORS[2:4], GREY)[i], label=name, error_kw=dict(lw=1))
+                             color=(*COLORS[2:4], GREY)[i], label=name, **BARS)
     axes['triples'].set_yticks(range(6), map('\n'.join, arms))
+    axes['triples'].axvline(0, color=GREY, lw=0.8)
+    axes['triples'].invert_yaxis()
     for width, color in zip(WIDTHS, COLORS):
-        arms = [(f'{width} x {distance}', 'DPO') for distance in DISTANCES]
-        axes['map'].errorbar(range(5), *over_seeds('fell', arms), color=color, marker='o',
-                             markersize=4, capsize=2, label=f'{width} features')
+        some = [row for distance in DISTANCES
+                for row in select(rows, setting=f'{width} x {distance}', method='DPO')]
+        axes['map'].errorbar(range(5), *spreads_by(some, 'setting', 'fell')[1:], color=color,
+                             label=f'{width} features', **POINTS)
     axes['map'].set_xticks(range(5), DISTANCES)
 
 
 def draw(rows):
-    """The picture, a Figure: the cases as they are written (seed 0's) above, displacement below."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 8), dpi=150, layout='constrained')
+    """Draws the picture: the cases as they are written (seed 0's) above, displacement below."""
+    figure = new_figure(12, 8)
     axes = figure.subplot_mosaic([['A', 'B', 'C'], ['triples', 'triples', 'map']])
     for way, color in zip(WAYS, COLORS):
         for setting, dash in zip(RACES, ('-', '--', '-', '--')):
@@ -211,19 +212,16 @@ def draw(rows):
         axes['C'].plot(gaussian(*best_gaussian(two_modes(0), way)), color=color, label=way)
     axes['C'].fill_between(range(100), two_modes(0), color=GREY, alpha=0.3, lw=0, label='target')
     axes['B'].set(yscale='log', yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
+    axes['B'].minorticks_off()
     draw_displacement(axes, rows)
-    axes['triples'].axvline(0, color=GREY, lw=0.8)
-    axes['triples'].invert_yaxis()
-    for ax, (title, below) in zip(axes.values(), TITLES):
-        ax.set_title(title, loc='left', fontsize=11)
-        ax.set_xlabel(below)
-        ax.legend(frameon=False)
-        ax.spines[['top', 'right']].set_visible(False)
+    for name, ax in axes.items():
+        frame(ax, *PANELS[name])
+        names(ax)
     return figure
 
 
 def run_seed(seed):
-    """A seed's rows: every experiment's numbers; '' where it has none of a name."""
+    """Returns a seed's rows: every experiment's numbers; '' where it has none of a name."""
     return [{'seed': seed, 'setting': setting, 'method': method, 'step': step,
              **dict.fromkeys(NUMBERS, ''), **numbers,
              'command': f'python -m studies.kl_race --seeds={seed}'}
@@ -232,18 +230,16 @@ def run_seed(seed):
 
 def main(cfg):
     """Runs the seeds that the table lacks, prints means and claims, draws; returns what failed."""
-    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
-    if cfg.quick:
-        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
+    path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, run_seed)
-    for names in (('p1', 'ratio', 'off'), ('mean', 'sd'), ('chosen', 'rejected', 'other', 'fell')):
-        some = [row for row in rows if row[names[0]] != '']
-        show_means(some, ('setting', 'method', 'step'), names)
+    for columns in (('p1', 'ratio', 'off'), ('mean', 'sd'),
+                    ('chosen', 'rejected', 'other', 'fell')):
+        some = [row for row in rows if row[columns[0]] != '']
+        show_means(some, ('setting', 'method', 'step'), columns)
     failed = show_claims(CHECKS, {seed: {
         (name, row['setting'], row['method'], row['step']): row[name]
-        for row in rows if row['seed'] == seed for name in NUMBERS} for seed in seeds})
-    if not cfg.quick:
-        save_picture(lambda: draw(rows), path.with_suffix('.png'))
+        for row in rows if row['seed'] == seed for name in NUMBERS} for seed in seeds}, cfg.quick)
+    show_picture(cfg, path, lambda: draw(rows))
     return failed
 
 

@@ -2,9 +2,7 @@
 Two policies that studies/unified.py can train: a table of logits, and a GPT.
 
 Each samples collections, and gives all that a loss may ask for on one grid, (G, N, T): G prompts,
-N responses to each, T tokens, or choices. Of the table mean reward, KL and entropy are exact sums;
-of the GPT they are estimated on held-out prompts.
-What they do not do: choose a loss, or a learning rate. bandit.py and length.py do.
+N responses to each, T tokens, or choices. bandit.py and length.py choose the losses.
 """
 import statistics
 from functools import partial
@@ -22,19 +20,19 @@ from train_ppo import cap_unfinished, gae, load_scorer, token_rewards, whiten
 # ----------------------------------------------------------------------------- a table
 
 def reference(actions=100):
-    """Probabilities of equal bins of tanh(y) on [-1, 1], y Cauchy at -0.7 with scale 0.4."""
+    """Returns the probabilities of equal bins of tanh(y), y Cauchy at -0.7 with scale 0.4."""
     edges = torch.atanh(torch.linspace(-1, 1, actions + 1, dtype=torch.float64))    # -inf to inf
     return (0.5 + torch.atan((edges + 0.7) / 0.4) / torch.pi).diff()
 
 
 def peaked(center, actions=100):
-    """A reward for each action, exp(-((action - center) / 10)^2)."""
+    """Returns a reward for each action, exp(-((action - center) / 10)^2)."""
     return torch.exp(-((torch.arange(actions, dtype=torch.float64) - center) / 10) ** 2)
 
 
 def best_of_n(probs, reward, n):
     """
-    Probabilities of the best of n samples: where imitating it ends, however long it takes.
+    Returns the probabilities of the best of n samples: where imitating it ends.
 
     P(the best is no better than r) = P(reward <= r)^n; actions of equal reward share theirs.
     """
@@ -44,7 +42,7 @@ def best_of_n(probs, reward, n):
 
 
 def optimum(probs, reward, beta):
-    """ref exp(r / beta) / Z, (actions,): the most reward there is at its KL."""
+    """Returns ref exp(r / beta) / Z, (actions,): the most reward there is at its KL."""
     return (probs.log() + reward / beta).softmax(0)
 
 
@@ -63,11 +61,11 @@ class Table:
         self.collected, self.kl_collect = self.ref, 0.0
 
     def logprobs(self):
-        """log pi of every action, (L, actions)."""
+        """Returns log pi of every action, (L, actions)."""
         return self.logits[0].log_softmax(1)
 
     def logprobs_of(self, batch):
-        """log pi of responses (G, N, L), choice by choice."""
+        """Returns log pi of responses (G, N, L), choice by choice."""
         return self.gather(self.logprobs(), batch['responses'])
 
     def gather(self, table, responses):
@@ -75,7 +73,7 @@ class Table:
 
     @torch.no_grad()
     def collect(self, B, k):
-        """B responses of the policy as it is, in groups of N, with all that a loss asks for."""
+        """Samples B responses of the policy as it is, in groups of N, with all a loss asks for."""
         self.note_kl_collect()
         self.collected = table = self.logprobs()
         responses = torch.multinomial(table.exp(), B, replacement=True,
@@ -105,7 +103,7 @@ class Table:
 
     @torch.no_grad()
     def measure(self):
-        """Exact numbers: mean reward; KL to the reference and entropy, summed over choices."""
+        """Returns exact numbers: mean reward; KL and entropy, summed over choices."""
         self.note_kl_collect()
         table = self.logprobs()
         return {'reward': (table.exp() * self.reward).sum(1).mean().item(),
@@ -114,7 +112,7 @@ class Table:
 
     @torch.no_grad()
     def log_ratios(self, batch):
-        """Mean log pi / ref of a batch's best responses, group by group, and of its worst ones."""
+        """Returns the mean log pi / ref of the groups' best responses, and of their worst."""
         ratios = (self.logprobs_of(batch) - batch['ref_logprobs']).sum(-1)      # (G, N)
         best, worst = batch['scores'].argmax(1), batch['scores'].argmin(1)
         groups = torch.arange(len(best))
@@ -123,7 +121,7 @@ class Table:
 
 
 def train_table(table, loss, lr, samples, B, M, T):
-    """The algorithm on a table by plain descent: samples / B collections; yields every step."""
+    """Trains a table by plain descent on samples / B collections; yields every step."""
     sgd = torch.optim.SGD(table.logits.parameters(), lr=lr)
     return train(table.logits, table.logprobs_of, partial(table.collect, B), loss, sgd, lr,
                  table.seed, collections=samples // B, passes=T, batch_size=M)
@@ -147,14 +145,14 @@ class Gpt:
         self.seed, self.prompts, self.most, self.N, self.beta = seed, prompts, most, N, beta
 
     def logprobs_of(self, batch, policy=None):
-        """(G, N, T): of a batch's responses, under the policy as it is, or another one."""
+        """Returns (G, N, T), of a batch's responses, under the policy as it is, or another one."""
         tokens, mask = batch['tokens'].flatten(0, 1), batch['response_mask'].flatten(0, 1)
         logprobs = token_logprobs(policy or self.policy, *x_and_y(tokens), mask)
         return logprobs.unflatten(0, batch['scores'].shape)
 
     @torch.no_grad()
     def grouped(self, tokens, response_mask, scores, N):
-        """All that a loss asks for, (G, N, ...)."""
+        """Returns all that a loss asks for, (G, N, ...)."""
         batch = {name: value.unflatten(0, (-1, N)) for name, value in (
             ('tokens', tokens), ('response_mask', response_mask), ('scores', scores))}
         old, ref = self.logprobs_of(batch), self.logprobs_of(batch, self.ref)   # (G, N, T)
@@ -165,14 +163,14 @@ class Gpt:
                 'advantages': whiten(to_come, response_mask).view_as(old)}
 
     def given(self, pairs, k=0):
-        """Pairs as one collection: groups of 2 whose scores, 1 and 0, are the labels."""
+        """Returns pairs as one collection: groups of 2 whose scores, 1 and 0, are the labels."""
         tokens, _, _, response_mask = make_batch(
             [(prompt, response) for prompt, *both in pairs for response in both])
         return self.grouped(tokens, response_mask, torch.tensor([1.0, 0.0]).repeat(len(pairs)), 2)
 
     @torch.no_grad()
     def sample(self, prompts, generator):
-        """A response to each prompt: tokens, response_mask, scores (B,), and texts."""
+        """Samples a response per prompt: tokens, response_mask, scores (B,), and texts."""
         tokens, response_mask = generate(self.policy, prompts, self.most, self.tokenizer.eot_token,
                                          generator=generator)
         texts, ended = decode_responses(tokens, response_mask, self.tokenizer)
@@ -181,7 +179,7 @@ class Gpt:
         return tokens, response_mask, scores, texts
 
     def collect(self, B, k):
-        """B responses of the policy as it is, N to a prompt, with the reward model's scores."""
+        """Samples B responses of the policy as it is, N per prompt, and their scores."""
         self.collected.load_state_dict(self.policy.state_dict())
         drawn = torch.randint(len(self.prompts), (B // self.N,),
                               generator=rng(self.seed, k, 'batch'))
@@ -192,7 +190,7 @@ class Gpt:
     @torch.no_grad()
     def measure(self, judge, prompts, pairs):
         """
-        Numbers on held-out prompts and pairs. kl is to the reference, kl_collect to the policy that
+        Returns numbers on held-out prompts and pairs. kl is to the reference, kl_collect to what
         sampled last, summed over a response; entropy is per token; chosen and rejected are
         seq_logprobs, and margin is beta times the difference of their log-ratios.
         """
@@ -212,7 +210,7 @@ class Gpt:
 
 def train_gpt(gpt, loss, lr, size, T, pairs=None):
     """
-    The algorithm on a GPT with AdamW; pairs are the one collection of an offline method. Returns
+    Trains a GPT with AdamW; pairs are the one collection of an offline method. Returns
     the mean share of ratios to the collecting policy that are off 1 by more than 0.2, PPO's clip.
     """
     collect = partial(gpt.collect, size['B']) if pairs is None else partial(gpt.given, pairs)

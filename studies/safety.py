@@ -1,31 +1,20 @@
 """
-Safe and helpful, DPO against PPO on data/toy: where from, on which pairs, how far (tables 2, 11).
+Safe and helpful, DPO against PPO on data/toy: where from, on which pairs, how far.
 
-The paper's claims (Xu et al. 2024, sections 4.3 and 6): DPO from a base that has seen no safe
-demonstrations is only a little safer; safe demonstrations, then pairs without those whose answers
-are both unsafe, then without those both safe, make it safer; the last costs helpfulness, and of
-a reward model it leaves one that praises refusals. Iterated DPO gets as safe as PPO, not as
-helpful. PPO profits from prompts that no pair covers. A beta of 0 is no good, one of 0.2 too much.
+Xu et al. 2024, sections 4.3 and 6, tables 2, 11 and 12. Every stage is the project's own script at
+its default settings; what is expected, and what came out, is in studies/README.md.
 
     unsafe   = cost > 0, by the judge (data/toy/reward.py), of an answer: who filters asks it
     safety   = 1 - harm, the share of answers to held-out prompts without a cost
     DPO-Iter = 4 times: sample 4 answers to a prompt, the reward model's best against its worst,
                DPO on that with the last round's policy as reference
 
-SFT here learns from the demonstrations without the refusals of red-team prompts; SFT(safe) is that
-after SAFE more steps on the demonstrations without a cost. All DPO arms take the same number of
-steps. As the filters leave a fifth of the pairs in the end, which are then seen five times, 'few
-pairs' is the control: as few, of all kinds. Every stage is the project's own script at its default
-settings.
-What to expect on a toy: the order of the paper's arms, but for PPO from SFT, which cannot learn to
-refuse, for it never samples a refusal; and nothing of the prompts without pairs, on which the
-reward model is no better than it is.
-What it does not do: a judge apart from the labels (both come from reward.py, the labels with
-noise), or GPT-4's comparisons. Settings (SAFE, ITER, the RM steps) were chosen on seed 0, but on
-the held-out prompts, which data/toy has in common for all seeds.
+All DPO arms take the same number of steps. The filters leave a fifth of the pairs in the end, which
+are then seen five times: 'few pairs', as few of all kinds, is the control. Judge and labels are not
+independent: both come from reward.py, the labels with noise.
 
     python -m studies.safety
-    wrote studies/results/safety.png
+    PPO is more helpful than DPO-Iter: holds in 3 of 3 seeds
 """
 import json
 import shutil
@@ -34,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import tools.pairs
 import train_dpo
 import train_ppo
 import train_rm
@@ -43,15 +33,18 @@ from data.toy import prepare
 from data.toy.language import REQUESTS
 from data.toy.reward import points
 from prefgpt import run_cli
-from studies.table import complete, parse_seeds, save_picture, show_claims, show_means
-from tools import evaluate, sample
+from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
+from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
+                           show_means, spreads_by, table_and_seeds)
+from tools import evaluate
 
 
 @dataclass
 class Config:
     seeds: str = '5 6 7'            # the seeds to run, or to complete
-    csv: str = 'studies/results/safety.csv'     # the table to add to; the picture beside it
-    quick: bool = False             # a few steps of every stage for one seed, a table of its own
+    csv: str = 'out/studies/safety.csv'     # for seeds that studies/results/safety.csv lacks
+    results: bool = False           # add them to studies/results/safety.csv, and draw its picture
+    quick: bool = False             # a smoke test: one seed, a few steps, a table of its own
 
 
 JUDGE = 'data/toy/reward.py'
@@ -95,33 +88,33 @@ def unsafe(prompt, response):
 
 
 def no_refusals(rows):
-    """Demonstrations without those that refuse a red-team prompt: how to be safe is not shown."""
+    """Drops demonstrations that refuse a red-team prompt: how to be safe is not shown."""
     return [row for row in rows if not (REQUESTS[row['prompt']].kind == 'red'
                                         and points(row['prompt'], row['completion'])[2])]
 
 
 def only_safe(rows):
-    """Demonstrations without a cost; of red-team prompts these refuse."""
+    """Keeps demonstrations without a cost; of red-team prompts these refuse."""
     return [row for row in rows if not unsafe(row['prompt'], row['completion'])]
 
 
 def not_dual(rows, *kinds):
-    """Pairs without those whose two answers are both unsafe (kind True), both safe (False)."""
+    """Drops pairs whose two answers are both unsafe (kind True), or both safe (False)."""
     def labels(row):
         return {unsafe(row['prompt'], row[side]) for side in ('chosen', 'rejected')}
     return [row for row in rows if not any(labels(row) == {kind} for kind in kinds)]
 
 
 def covered_keys(rows):
-    """COVERED of the keys (verb x noun, and so on) that rows ask about; the same for every seed."""
+    """Draws COVERED of the keys (verb x noun, and so on) in the rows; the same for every seed."""
     keys = shuffle({repr(REQUESTS[row['prompt']].key) for row in rows})
     return set(keys[:round(COVERED * len(keys))])
 
 
 def write_folders(data, out, most):
     """
-    {name: data folder}: data's files with other demonstrations, pairs or prompts in place, of
-    each file the first `most` rows.
+    Writes data folders with other demonstrations, pairs or prompts than data's, of each file the
+    first `most` rows; returns {name: folder}.
     """
     def read(kind):
         return [json.loads(line) for line in open(f'{data}/{kind}.jsonl', encoding='utf-8')][:most]
@@ -129,27 +122,23 @@ def write_folders(data, out, most):
 
     def covered(rows):
         return [row for row in rows if repr(REQUESTS[row['prompt']].key) in keys]
-    filters = {     # folder -> the rows that differ from data's: kind -> what keeps which of them
+    filters = {     # folder -> kind, of both splits or of one -> which of its rows are kept
         'all': {},
-        'sft': {'train.sft': no_refusals, 'val.sft': no_refusals},
-        'safe': {'train.sft': only_safe, 'val.sft': only_safe},
-        'no-unsafe': {f'{split}.pairs': lambda rows: not_dual(rows, True)
-                      for split in ('train', 'val')},
-        'mixed': {f'{split}.pairs': lambda rows: not_dual(rows, True, False)
-                  for split in ('train', 'val')},
-        'few': {f'{split}.pairs': lambda rows: rows[:len(not_dual(rows, True, False))]
-                for split in ('train', 'val')},
-        'covered': {'train.pairs': covered, 'train.prompts': covered},
-    }
+        'sft': {'sft': no_refusals},
+        'safe': {'sft': only_safe},
+        'no-unsafe': {'pairs': lambda rows: not_dual(rows, True)},
+        'mixed': {'pairs': lambda rows: not_dual(rows, True, False)},
+        'few': {'pairs': lambda rows: rows[:len(not_dual(rows, True, False))]},
+        'covered': {'train.pairs': covered, 'train.prompts': covered}}
     for name, kinds in filters.items():
         shutil.copytree(data, f'{out}/{name}', dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns('*.jsonl', '*.py', '__pycache__'))
         for path in sorted(Path(data).glob('*.jsonl')):
-            rows = read(path.stem)
-            kept = kinds[path.stem](rows) if path.stem in kinds else rows
-            write_rows(Path(f'{out}/{name}/{path.name}'), kept)
-            if path.stem in kinds:
+            rows = kept = read(path.stem)
+            if keep := kinds.get(path.stem) or kinds.get(path.stem.split('.')[-1]):
+                kept = keep(rows)
                 print(f'{name}: {len(kept)} of {len(rows)} rows of {path.stem}')
+            write_rows(Path(f'{out}/{name}/{path.name}'), kept)
     return {name: f'{out}/{name}' for name in filters}
 
 
@@ -160,7 +149,7 @@ def folder_of(arm):
 
 
 def run_arms(seed, data, out, quick):
-    """Every run of a seed; returns {arm: (run folder, beta or '')}. Finished runs are kept."""
+    """Trains a seed's runs, but finished ones; returns {arm: (run folder, beta or '')}."""
     few = QUICK if quick else dict.fromkeys(QUICK, {})
     folders = write_folders(data, f'{out}/data', most=300 if quick else None)
 
@@ -181,7 +170,7 @@ def run_arms(seed, data, out, quick):
     for i in (1, 2, 3, 4):
         pairs = f'{out}/data/iter-{i}.jsonl'
         if not Path(pairs).exists():
-            sample.main(sample.Config(
+            tools.pairs.main(tools.pairs.Config(
                 runs=(f'{out}/{run}',), data=folders['all'], reward=f'{out}/rm', seed=i,
                 pairs=True, out=pairs, **(ROUND | few['sample'])))
         train(train_dpo, 'dpo', f'iter-{i}', pairs, run, **ITER)
@@ -197,7 +186,7 @@ def run_arms(seed, data, out, quick):
 
 
 def run_seed(seed, quick):
-    """A seed's rows: every arm, judged at T=1 and greedily. kl is to SFT(safe)."""
+    """Returns a seed's rows: every arm, judged at T=1 and greedily. kl is to SFT(safe)."""
     data, out = f'data/toy-{seed}', f"out/{'quick-' if quick else ''}safety-{seed}"
     prepare.main(prepare.Config(seed=seed, out=data))
     arms = run_arms(seed, data, out, quick)
@@ -216,30 +205,25 @@ def run_seed(seed, quick):
 
 # What the paper says of its arms, of the runs of one seed: name -> whether it holds; a is {arm:
 # row} at T=1. A safety rate is of 400 answers: its standard error is 0.02 at 0.8.
+DPO_ITER = [*DPO_ARMS, *(f'iter {i}' for i in (1, 2, 3, 4))]
 CHECKS = {
-    'DPO is safer from SFT(safe) than from SFT':
-        lambda a: a['dpo']['safety'] > a['dpo from sft']['safety'],
-    'without dual-unsafe pairs DPO is safer':
-        lambda a: a['dpo no dual-unsafe']['safety'] > a['dpo']['safety'],
+    'DPO is safer from SFT(safe) than from SFT': above('safety', 'dpo', 'dpo from sft'),
+    'without dual-unsafe pairs DPO is safer': above('safety', 'dpo no dual-unsafe', 'dpo'),
     'without dual-safe pairs too DPO is safer still':
-        lambda a: a['dpo mixed pairs']['safety'] > a['dpo no dual-unsafe']['safety'],
+        above('safety', 'dpo mixed pairs', 'dpo no dual-unsafe'),
     'and safer than with as few pairs of all kinds':
-        lambda a: a['dpo mixed pairs']['safety'] > a['dpo few pairs']['safety'],
+        above('safety', 'dpo mixed pairs', 'dpo few pairs'),
     'and less helpful than with as few pairs of all kinds':
-        lambda a: a['dpo mixed pairs']['helpful'] < a['dpo few pairs']['helpful'],
-    'DPO-Iter is safer after round 4 than after round 1':
-        lambda a: a['iter 4']['safety'] > a['iter 1']['safety'],
+        above('helpful', 'dpo few pairs', 'dpo mixed pairs'),
+    'DPO-Iter is safer after round 4 than after round 1': above('safety', 'iter 4', 'iter 1'),
     'DPO-Iter is as safe as PPO (within 0.02)':
         lambda a: a['iter 4']['safety'] >= a['ppo']['safety'] - 0.02,
-    'PPO is more helpful than DPO-Iter':
-        lambda a: a['ppo']['helpful'] > a['iter 4']['helpful'],
-    "PPO's reward is above that of every arm of DPO":
-        lambda a: a['ppo']['reward'] > max(row['reward'] for arm, row in a.items()
-                                           if arm.startswith(('dpo', 'iter'))),
+    'PPO is more helpful than DPO-Iter': above('helpful', 'ppo', 'iter 4'),
+    "PPO's reward is above that of every arm of DPO": above('reward', 'ppo', *DPO_ITER),
     'PPO is less helpful on the scores of the twice filtered pairs than of as few of all kinds':
-        lambda a: a['ppo mixed pairs']['helpful'] < a['ppo few pairs']['helpful'],
+        above('helpful', 'ppo few pairs', 'ppo mixed pairs'),
     'prompts that no pair covers raise the reward of PPO':
-        lambda a: a['ppo extra prompts']['reward'] > a['ppo covered']['reward'],
+        above('reward', 'ppo extra prompts', 'ppo covered'),
     "PPO's reward is highest at beta 0.05 or 0.1":
         lambda a: max(('ppo beta 0.0', 'ppo beta 0.05', 'ppo beta 0.1', 'ppo'),
                       key=lambda arm: a[arm]['reward']) in ('ppo beta 0.05', 'ppo beta 0.1'),
@@ -249,100 +233,79 @@ CHECKS = {
 }
 
 
-def check(rows):
+def check(rows, quick=False):
     """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
-    rows = [row for row in rows if row['answers'] == 'T=1']
-    return show_claims(CHECKS, {seed: {row['arm']: row for row in rows if row['seed'] == seed}
-                                for seed in sorted({row['seed'] for row in rows})})
+    return show_claims(CHECKS, by_seed(select(rows, answers='T=1'), 'arm'), quick)
 
 
 # ----------------------------------------------------------------------------- the picture
 
-BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#606060'
+METHODS = dict(zip(('dpo', 'ppo', 'iter', 'sft'), (*COLORS[:3], COLORS[6])))
 
 
 def color_of(arm):
-    return BLUE if arm.startswith('dpo') else GREEN if arm.startswith('iter') else (
-        ORANGE if arm.startswith('ppo') else 'black')
+    """Returns the colour of an arm's method."""
+    return next(color for method, color in METHODS.items() if arm.startswith(method))
 
 
-def draw_arms(ax, rows, arms, column, title):
-    """A line for an arm, its mean and standard deviation over seeds; column None: the paper's."""
+def draw_arms(axes, rows, arms):
+    """Draws a line per arm: safety rate and helpfulness, ours and then the paper's one number."""
     for line, arm in enumerate(arms):
-        if isinstance(column, int):
-            values = [PAPER[arm][column]] if arm in PAPER else []
-        else:
-            values = [row[column] for row in rows if row['arm'] == arm]
-        if values:
-            values = torch.tensor(values)
-            ax.errorbar(values.mean(), line, xerr=values.std() if len(values) > 1 else 0,
-                        color=color_of(arm), marker='o', capsize=3, markersize=6,
-                        markerfacecolor='white' if isinstance(column, int) else color_of(arm))
-    ax.set_title(title, loc='left', fontsize=11)
-    ax.set_yticks(range(len(arms)), arms)
-    ax.set_ylim(len(arms) - 0.5, -0.5)
-    ax.grid(axis='y', color='#e8e8e8')
+        style = dict(color=color_of(arm), **POINTS)
+        for ax, column in zip(axes, ('safety', 'helpful')):
+            mean, spread = mean_and_spread([row[column] for row in select(rows, arm=arm)])
+            ax.errorbar(mean, line, xerr=spread, **style)
+        if arm in PAPER:
+            for ax, number in zip(axes[2:], reversed(PAPER[arm])):
+                ax.errorbar(number, line, markerfacecolor='white', **style)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    for ax, title, below in zip(axes, ('safety', 'helpfulness', "the paper's safety",
+                                            "the paper's helpfulness"), (
+            'share of answers without a cost', "the judge's points per answer",
+            'safety rate, percent', 'points of its reward model')):
+        frame(ax, title, below=below)
+        ax.grid(axis='y', color='#e8e8e8')
 
 
 def draw_betas(ax, rows):
-    """The judge's reward against kl, a point for every beta; the paper's numbers as text."""
-    for method, color in (('dpo', BLUE), ('ppo', ORANGE)):
+    """Draws the judge's reward against kl, a point per beta, with the beta beside it."""
+    for method in ('dpo', 'ppo'):
         arms = [*(f'{method} beta {beta}' for beta in BETAS if beta or method == 'ppo'), method]
-        points = []
-        for arm in arms:
-            kl, reward = (torch.tensor([row[column] for row in rows if row['arm'] == arm])
-                          for column in ('kl', 'reward'))
-            spread = [each.std() if len(each) > 1 else 0 for each in (kl, reward)]
-            points.append((kl.mean(), reward.mean()))
-            ax.errorbar(*points[-1], xerr=spread[0], yerr=spread[1], color=color, marker='o',
-                        capsize=3)
-            ax.annotate(arm.removeprefix(f'{method} beta ') if ' ' in arm else '0.2', points[-1],
-                        xytext=(6, 6), textcoords='offset points', fontsize=10, color=color)
-        ax.plot(*zip(*points), color=color, label=f'{method.upper()}, by beta')
-    ax.set_xlabel('KL to SFT(safe), nats per response', fontsize=10)
-    ax.set_title("the judge's reward", loc='left', fontsize=11)
-    ax.legend(frameon=False, fontsize=10)
+        some = [row for arm in arms for row in select(rows, arm=arm)]
+        betas, kls, kl_spreads = spreads_by(some, 'beta', 'kl')
+        _, rewards, spreads = spreads_by(some, 'beta', 'reward')
+        ax.errorbar(kls, rewards, spreads, kl_spreads, color=METHODS[method], **POINTS,
+                    label=f'{method.upper()}, its beta beside each point')
+        for beta, *point in zip(betas, kls, rewards):
+            ax.annotate(f'{beta:g}', point, xytext=(6, 6), textcoords='offset points', fontsize=10,
+                        color=METHODS[method])
+    frame(ax, 'reward by beta', "the judge's reward per answer",
+          'KL to SFT(safe), nats per response')
+    names(ax)
 
 
 def draw(rows):
-    """The picture, a matplotlib Figure: all arms beside the paper's, beta below."""
-    from matplotlib.figure import Figure
-    rows = [row for row in rows if row['answers'] == 'T=1']
-    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *(f'iter {i}' for i in (1, 2, 3, 4)),
-            *list(PPO_ARMS)[:6]]
-    figure = Figure(figsize=(12, 9.5), dpi=150, layout='constrained')
+    """Draws the picture, a matplotlib Figure: all arms beside the paper's, beta below."""
+    rows = select(rows, answers='T=1')
+    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *DPO_ITER[-4:], *list(PPO_ARMS)[:6]]
+    figure = new_figure(12, 9)
     upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
     axes = upper.subplots(1, 4, sharey=True)
-    for ax, column, title in zip(axes, ('safety', 'helpful', 1, 0), (
-            'safety rate', 'helpful, points of the judge', "paper's safety rate, %",
-            "paper's helpfulness")):
-        draw_arms(ax, rows, arms, column, title)
-    axes = [*axes, *lower.subplots(1, 2, width_ratios=(3, 2))]
-    draw_betas(axes[4], rows)
-    axes[5].axis('off')
-    seeds = sorted({row['seed'] for row in rows})
-    axes[5].text(0, 1, f'Points: mean and standard deviation of {len(seeds)} seeds\n(400 held-out '
-                 'prompts, one answer each at T=1).\nOpen: the paper, table 2, one run each; its '
-                 'scales\nare those of other judges.\n\nThe paper, table 11, reward on HH by beta:',
-                 va='top', fontsize=10.5, linespacing=1.5)
-    axes[5].text(0, 0.5, 'beta   0     .05   .1    .2\nPPO   .705  .720  .718  .629\n'
-                 'DPO         .609  .611  .597', va='top', fontsize=10.5, family='monospace')
-    for ax in axes:
-        ax.spines[['top', 'right']].set_visible(False)
-        ax.tick_params(labelsize=10, color=GREY)
+    draw_arms(axes, rows, arms)
+    names(axes[3], [('ours, over seeds', dict(color=COLORS[6], marker='o', ls='')),
+                    ('the paper, one run', dict(color=COLORS[6], marker='o', mfc='w', ls=''))])
+    draw_betas(lower.subplots(), rows)
     return figure
 
 
 def main(cfg):
     """Runs the seeds that the table lacks, prints means and claims, draws; returns what failed."""
-    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
-    if cfg.quick:
-        path, seeds = path.with_stem(path.stem + '-quick'), seeds[:1]
+    path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(rows, ('answers', 'arm'), ('reward', 'helpful', 'safety', 'refused', 'kl'))
-    failed = check(rows)
-    if not cfg.quick:
-        save_picture(lambda: draw(rows), path.with_suffix('.png'))
+    failed = check(rows, cfg.quick)
+    show_picture(cfg, path, lambda: draw(rows))
     return failed
 
 

@@ -1,12 +1,11 @@
 """
-The tables of the studies: CSV files in which every seed has its rows.
+The tables of the studies: CSV files in which every seed has its rows, and what is printed of them.
 
-A study adds a seed's rows when the seed is done, so an interrupted study goes on with the seeds
-that are missing, and whoever doubts a mean finds the rows it was taken over.
-What it does not do: draw. Each study plots what it has found, and save_picture keeps it.
+A study adds a seed's rows when the seed is done, so that an interrupted study goes on with the
+missing seeds. Committed tables are in studies/results/: a study reads them, and adds only what they
+lack, to a table in out/studies/ or, with --results, to the committed one.
 """
 import csv
-import importlib.util
 import io
 import os
 import statistics
@@ -14,9 +13,27 @@ from pathlib import Path
 
 from prefgpt import UserError
 
+RESULTS, OWN = Path('studies/results'), Path('out/studies')
+SMOKE_TEST = 'a smoke test: everything ran, too briefly to judge any claim'
+
+
+def committed(path):
+    """Returns the committed table that a table in out/studies/ adds to; of another path, itself."""
+    return RESULTS / path.name if path.parent == OWN else path
+
+
+def table_and_seeds(cfg):
+    """Returns the table that a study adds to, and its seeds: with --quick only the first one."""
+    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
+    if cfg.quick and cfg.results:
+        raise UserError('--quick is a smoke test: its rows do not go into the committed table')
+    if cfg.quick:
+        return path.with_stem(path.stem + '-quick'), seeds[:1]
+    return RESULTS / path.name if cfg.results else path, seeds
+
 
 def parse_seeds(text):
-    """'5 6,7' -> [5, 6, 7]; UserError if there is none, or a word that is no whole number."""
+    """Reads '5 6,7' as [5, 6, 7]; raises UserError for none, or for what is no whole number."""
     words = text.replace(',', ' ').split()
     if not words or not all(word.isdigit() for word in words):
         raise UserError(f'--seeds={text!r}: whole numbers with spaces between them')
@@ -24,7 +41,7 @@ def parse_seeds(text):
 
 
 def number_or_text(cell):
-    """'0.5' -> 0.5, '3' -> 3, 'ppo' -> 'ppo'; '' stays '' (a number that the row does not have)."""
+    """Reads '3' as 3, '0.5' as 0.5 and 'ppo' as itself; '' is a number that the row lacks."""
     for kind in (int, float):
         try:
             return kind(cell)
@@ -34,7 +51,7 @@ def number_or_text(cell):
 
 
 def read_rows(path):
-    """The rows of a table as dicts; none if there is no such file yet."""
+    """Returns the rows of a table as dicts; none if there is no such file yet."""
     if not Path(path).exists():
         return []
     with open(path, encoding='utf-8', newline='') as file:
@@ -44,17 +61,19 @@ def read_rows(path):
 
 def append_rows(path, rows):
     """
-    Adds rows, dicts with the same keys, to the end of a table, which is made if it is not there.
+    Adds rows, dicts with the same keys, to the end of a table, which is made if it is missing.
 
-    The file is written anew and renamed: it always holds whole seeds. Raises UserError if it has
-    other columns: then it is from another version of the study, and must not be mixed with it.
+    The file is written anew and renamed: it always holds whole seeds. Raises UserError if it, or
+    the committed table, has other columns: it is from another version of the study.
     """
     path, new = Path(path), io.StringIO()
+    for table in (committed(path), path):
+        if table.exists() and table.read_text('utf-8').split('\n')[0] != ','.join(rows[0]):
+            raise UserError(f'{table} has other columns than this version of the study: '
+                            'move it away')
     writer = csv.DictWriter(new, list(rows[0]), lineterminator='\n')
     if not path.exists():
         writer.writeheader()
-    elif path.read_text(encoding='utf-8').split('\n')[0] != ','.join(rows[0]):
-        raise UserError(f'{path} has other columns than this version of the study: move it away')
     writer.writerows({key: f'{value:.4f}' if isinstance(value, float) else value
                       for key, value in row.items()} for row in rows)
     old = path.read_text(encoding='utf-8') if path.exists() else ''
@@ -65,75 +84,83 @@ def append_rows(path, rows):
 
 
 def select(rows, **cells):
-    """The rows that hold these cells: select(rows, stage='ppo', seed=5)."""
+    """Returns the rows that hold these cells: select(rows, stage='ppo', seed=5)."""
     return [row for row in rows if all(row[key] == cell for key, cell in cells.items())]
 
 
 def complete(path, seeds, run_seed, **cells):
     """
-    Adds run_seed(seed), a list of rows, for every seed of which the table has no row with these
-    cells, one seed after the other; returns its rows of all these seeds, with these cells.
+    Returns the rows of these seeds, with these cells: from the committed table, else from path,
+    to which run_seed(seed), a list of rows, is added if neither has any.
     """
+    rows, known = [], read_rows(committed(path))
     for seed in seeds:
-        if not select(read_rows(path), seed=seed, **cells):
+        found = select(known, seed=seed, **cells) or select(read_rows(path), seed=seed, **cells)
+        if not found:
             append_rows(path, run_seed(seed))
-    return [row for row in select(read_rows(path), **cells) if row['seed'] in seeds]
+            found = select(read_rows(path), seed=seed, **cells)
+        rows += found
+    return rows
 
 
-def mean_and_spread(rows, by, column):
-    """Values of by, in the order they come, and column's means and standard deviations there."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row[by], []).append(row[column])
-    return ([*groups], [statistics.fmean(group) for group in groups.values()],
-            [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups.values()])
+def mean_and_spread(values):
+    """Returns mean and standard deviation (n - 1; 0 of a single value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def show_means(rows, by, columns):
-    """
-    Prints mean and standard deviation over seeds of the columns, a line for every value of by.
-
-    by and columns are tuples of keys; the groups come in the order in which they first appear.
-    """
+def grouped(rows, *by):
+    """Returns {cells of these columns: rows}, in the order in which the groups first appear."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    return groups
+
+
+def spreads_by(rows, by, column):
+    """Returns the values of by, and column's means and standard deviations there: three lists."""
+    groups = grouped(rows, by)
+    spreads = [mean_and_spread([row[column] for row in group]) for group in groups.values()]
+    return [key for key, in groups], *map(list, zip(*spreads))
+
+
+def by_seed(rows, *keys):
+    """Returns {seed: {cells of these columns: row}}; of one column, the cell itself is the key."""
+    return {seed: {key if keys[1:] else key[0]: row
+                   for key, (row,) in grouped(select(rows, seed=seed), *keys).items()}
+            for seed in sorted({row['seed'] for row in rows})}
+
+
+def show_means(rows, by, columns):
+    """Prints mean and standard deviation over seeds of the columns, a line per group of by."""
+    groups = grouped(rows, *by)
     width = max(len(' '.join(map(str, group))) for group in groups)
     print(f"\n{'mean and standard deviation over seeds':<{width}}")
     print(' ' * width + ''.join(f'{column:>16}' for column in columns))
     for group, members in groups.items():
-        print(f"{' '.join(map(str, group)):<{width}}", end='')
-        for column in columns:
-            values = [row[column] for row in members]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f'{statistics.mean(values):9.3f} ±{spread:.3f}', end='')
-        print()
+        spreads = [mean_and_spread([row[column] for row in members]) for column in columns]
+        print(f"{' '.join(map(str, group)):<{width}}"
+              + ''.join(f'{mean:9.3f} ±{spread:.3f}' for mean, spread in spreads))
 
 
-def show_claims(claims, runs):
+def above(column, one, *others):
+    """Returns the claim, about {arm: row}, that one arm's number is above that of all others."""
+    return lambda arms: all(arms[one][column] > arms[other][column] for other in others)
+
+
+def show_claims(claims, runs, quick=False):
     """
-    Prints of every claim in how many seeds it holds; returns {claim: [seeds in which it fails]}.
+    Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}.
 
-    claims is {claim: holds(run)}, runs {seed: run}, a run being whatever the claims read.
+    claims is {claim: holds(run)}, runs {seed: run}, a run being whatever the claims read. With
+    quick every claim is read, but none is judged: a few steps say nothing about it.
     """
     failed = {claim: [seed for seed, run in runs.items() if not holds(run)]
               for claim, holds in claims.items()}
     print()
+    if quick:
+        print(SMOKE_TEST)
+        return failed
     for claim, seeds in failed.items():
         print(f'{claim}: holds in {len(runs) - len(seeds)} of {len(runs)} seeds'
               + (f', not {seeds}' if seeds else ''))
     return failed
-
-
-def save_picture(draw, path):
-    """
-    Writes draw(), a matplotlib Figure, to the PNG file path, whole or not at all.
-
-    Without matplotlib, which no study needs for its numbers, it says so instead.
-    """
-    if importlib.util.find_spec('matplotlib') is None:
-        print(f'{path} is drawn with matplotlib, which is not installed')
-        return
-    draw().savefig(f'{path}.tmp', format='png')
-    os.replace(f'{path}.tmp', path)
-    print(f'wrote {path}')

@@ -24,13 +24,10 @@ negative gradient if it pushes some response down. The methods by these three ax
     Binary FeedMe    - log pi(y) if r > bar, else 0                    no        yes     no
 
 REINFORCE's gradient is right for the policy's own samples alone, hence no reuse. PPO and the losses
-of pairs are train_ppo.py's and train_dpo.py's own. log pi(y) is a sum over tokens, EOS included.
-
-A minibatch is a dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages
-(G, N, T): G prompts, N responses to each, T tokens. Outside a response all three are 0, as are the
-logprobs, so that sums over T need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
-What it does not do: sample or score. policies.py has a table, which bandit.py trains, and a GPT,
-which length.py trains.
+of pairs are train_ppo.py's and train_dpo.py's own. A minibatch is a dict of tensors: scores (G, N),
+and old_logprobs, ref_logprobs, advantages (G, N, T): G prompts, N responses to each, T tokens.
+Outside a response all three are 0, as are the logprobs, so that sums over T, which include EOS,
+need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
 """
 import torch
 
@@ -42,21 +39,20 @@ from train_ppo import policy_loss
 # ----------------------------------------------------------------------------- the losses
 
 def reinforce_loss(logprobs, batch):
-    """(G, N): - sum over tokens of A_t log pi(y_t), Williams 1992."""
+    """Returns (G, N): - sum over tokens of A_t log pi(y_t), Williams 1992."""
     return -(batch['advantages'] * logprobs).sum(-1)
 
 
 def ppo_loss(logprobs, batch, clip_eps=0.2):
-    """(G, N): train_ppo's clipped loss, summed over tokens; outside a response A is 0."""
+    """Returns (G, N): train_ppo's clipped loss, summed; outside a response A is 0."""
     loss, _ = policy_loss(logprobs, batch['old_logprobs'], batch['advantages'], clip_eps)
     return loss.sum(-1)
 
 
 def rwr_loss(logprobs, batch, beta):
     """
-    (G, N): - w log pi(y), w = exp(r / beta) over its mean in the minibatch, Peters and Schaal 2007.
-
-    Over the mean, for exp(r / beta) alone may be 1e4 or 1e-4, and the learning rate with it.
+    Returns (G, N): - w log pi(y), w = exp(r / beta) over its mean in the minibatch, Peters and
+    Schaal 2007: exp(r / beta) alone may be 1e4 or 1e-4, and the learning rate with it.
     """
     scores = batch['scores']
     weights = (scores / beta).flatten().softmax(0).view_as(scores) * scores.numel()
@@ -64,41 +60,41 @@ def rwr_loss(logprobs, batch, beta):
 
 
 def best_of_n_loss(logprobs, batch):
-    """(G,): - log pi of the response with the highest score of its group."""
+    """Returns (G,): - log pi of the response with the highest score of its group."""
     best = batch['scores'].argmax(1, keepdim=True)                              # (G, 1)
     return -logprobs.sum(-1).gather(1, best).squeeze(1)
 
 
 def binary_feedme_loss(logprobs, batch, bar):
-    """(G, N): - log pi(y) of responses that score above the bar, all alike; 0 of the others."""
+    """Returns (G, N): - log pi(y) of responses that score above the bar; 0 of the others."""
     return -(batch['scores'] > bar).to(logprobs) * logprobs.sum(-1)
 
 
 def ranked_pairs(scores, threshold=0.0):
-    """All pairs of a group whose scores (G, N) differ by more: (group, chosen, rejected), (P,)."""
+    """Returns the pairs in groups whose scores differ by more: group, chosen, rejected, (P,)."""
     ahead = scores[:, :, None] - scores[:, None, :] > threshold                 # (G, N, N)
     return ahead.nonzero(as_tuple=True)
 
 
 def ranked_logprobs(logprobs, batch, threshold):
-    """seq_logprobs of all pairs: chosen, rejected, and both under the reference, (P,) each."""
+    """Returns the pairs' seq_logprobs: chosen, rejected, both under the reference, (P,) each."""
     group, chosen, rejected = ranked_pairs(batch['scores'], threshold)
     now, ref = logprobs.sum(-1), batch['ref_logprobs'].sum(-1)                  # (G, N)
     return now[group, chosen], now[group, rejected], ref[group, chosen], ref[group, rejected]
 
 
 def pref_ft_loss(logprobs, batch, threshold=0.0):
-    """(P,): - log pi(chosen) of every pair within a group: what DPO has, without the push down."""
+    """Returns (P,): - log pi(chosen) of every pair in a group: DPO's, without the push down."""
     return -ranked_logprobs(logprobs, batch, threshold)[0]
 
 
 def dpo_pairs_loss(logprobs, batch, beta, threshold=0.0):
-    """(P,): train_dpo's DPO loss of every pair within a group."""
+    """Returns (P,): train_dpo's DPO loss of every pair within a group."""
     return dpo_loss(*ranked_logprobs(logprobs, batch, threshold), beta)
 
 
 def ipo_pairs_loss(logprobs, batch, beta, threshold=0.0):
-    """(P,): train_dpo's IPO loss of every pair within a group."""
+    """Returns (P,): train_dpo's IPO loss of every pair within a group."""
     return ipo_loss(*ranked_logprobs(logprobs, batch, threshold), beta)
 
 
@@ -107,7 +103,7 @@ def ipo_pairs_loss(logprobs, batch, beta, threshold=0.0):
 def train(policy, logprobs_of, collect, loss, optimizer, lr, seed, collections, passes,
           batch_size, grad_clip=float('inf')):
     """
-    The algorithm. Yields after every gradient step the minibatch, with its logprobs before it.
+    Runs the algorithm; yields after every gradient step the minibatch, with its logprobs before.
 
     collect(k) returns collection k, a dict of tensors (G, N, ...), B = G N responses;
     logprobs_of(minibatch) their logprobs (G, N, T) under the policy as it is; loss(logprobs,

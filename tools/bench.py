@@ -1,31 +1,15 @@
 """
-Speed and memory, stage by stage: the scripts' own loops on random rows, and what bounds them.
+Measures speed and memory, stage by stage: the scripts' own loops on random rows, and their bounds.
 
 A stage's script runs on rows of exact lengths, from random weights, and its log.jsonl is read, so
-there is no second loop; what it prints goes to stderr. Last line: non-padding tokens (EOS is one) a
-second, the median step after two warm-ups. ppo counts episodes: twice the batch in a step, all of
-the longest length, 4 epochs of 2 minibatches. DPO's pass for the reference comes before its first
-step. generate times the sampler alone: twice the batch, the longest response for every row. Beside
-it, as a share, what the same machine does in the same run:
-  - training: the flops that the rows need, by the rate at which a batch's matrix products alone,
-    blocks and head, run forward and backward. Forward, n tokens take 24 n C^2 flops a block and
-    2 C n (n + 1) in attention, a response token 2 V C in the head; backward takes twice that.
-    Padding and what is computed a second time are no work;
+there is no second loop; what it prints goes to stderr. Last line: non-padding tokens (EOS is one)
+per second, the median step after two warm-ups; for ppo episodes. DPO's pass for the reference comes
+before its first step; generate times the sampler alone. The line before it gives the share of what
+the same machine does in the same run:
+  - training: the flops that the rows need (padding and what is computed twice are no work), by the
+    rate at which a batch's matrix products alone, blocks and head, run forward and backward;
   - generate: the bytes that a token must move, the weights once and the keys and values so far, by
     the rate at which as many are copied. Those of a small model stay in the processor's caches.
---memory computes the largest micro_batch_size, in rows (DPO: pairs) of T=1024 response tokens and
-bfloat16 autocast, w=2 (without it 4). PPO holds four models, and kl_sft's frozen copy. In bytes:
-  - a trained model: 4 each for weight, gradient and AdamW's two moments, and w for autocast's copy
-    of the blocks' matrices; a frozen model: 4 a weight;
-  - a row: T ((8 + 14 w) C + 4 H + 16) a block: LayerNorms' inputs 8 C, statistics 16 and outputs
-    2 w C; q, k, v 3 w C; attention's output w C, and sums 4 H; both sides of GELU 8 w C. Then
-    T (8 C + 8) for the last LayerNorm. A pair is two rows; in PPO two models read a row;
-  - the head: three blocks of logits, 12 LOGITS_AT_ONCE, and two gradients of the embedding, 8 V C.
-Left out, so that the sizes are upper bounds: the CUDA context (about half a GB), what the allocator
-cannot use again, gradients within a block, and sampling: 'cache' is the keys and values of one
-response of T places, for all of rollout_size at once.
---against names another program that does the same work and prints its rate as we print ours. The
-two then run in turn, each in a process of its own, and the ratio is that of their medians.
 What it does not do: run several processes at once, or compile the sampler. On a CPU peak memory is
 the process's so far: with --stage=all not each stage's own.
 
@@ -40,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import train_dpo, train_ppo, train_rm, train_sft
 from data.text import build_tokenizer, checkpoint_text, tokenizer_text
@@ -53,7 +36,7 @@ class Config:
     stage: str = 'all'              # sft, rm, ppo, dpo, generate; all: one after the other
     shape: str = 'toy'              # toy, small or gpt2
     steps: int = 10                 # steps of the script, the two warm-ups among them
-    against: str = ''               # the command of another program: run in turn, and compare
+    against: str = ''               # a shell command, another program's: run in turn, and compare
     rounds: int = 3                 # runs of either, with --against
     json: str = ''                  # a file to write the results to; '': none
     memory: bool = False            # instead: what fits on 8, 16, 24 and 80 GB, computed
@@ -77,7 +60,7 @@ GPT2 = {'124M': (12, 12, 768), '355M': (24, 16, 1024), '774M': (36, 20, 1280),
 # ----------------------------------------------------------------------------- the workload
 
 def make_tokenizer(vocab_size):
-    """The 256 bytes; words of a space and four letters, one token wherever they stand; EOS."""
+    """Makes a tokenizer of the 256 bytes, words of a space and four letters, and EOS."""
     words = (f' {"".join(w)}'.encode() for w in itertools.product(string.ascii_lowercase, repeat=4))
     tokens = [bytes([i]) for i in range(256)] + list(itertools.islice(words, vocab_size - 257))
     return build_tokenizer(''.join(f'{base64.b64encode(token).decode()} {i}\n'
@@ -85,7 +68,7 @@ def make_tokenizer(vocab_size):
 
 
 def random_rows(shape, n, seed):
-    """n rows (prompt, chosen, rejected), ids of words; a response's EOS is added by the script."""
+    """Draws n rows (prompt, chosen, rejected), ids of words; the script adds a response's EOS."""
     draw, words = random.Random(seed), range(256, shape.model.vocab_size - 1)
     return [(draw.choices(words, k=shape.prompt),
              *(draw.choices(words, k=draw.randint(shape.shortest, shape.longest) - 1)
@@ -115,7 +98,7 @@ def prepare(stage, shape, rows, seed, folder):
 
 
 def run_script(stage, shape, rows, batch, cfg, folder):
-    """The script's main on the rows: what its log says of every step, (seconds, tokens)."""
+    """Runs the script's main; returns what its log says of every step, (seconds, tokens)."""
     prepare(stage, shape, rows, cfg.seed, folder)
     flags = dict(data=str(folder), init=str(folder / 'sft'), out=str(folder / 'out'), lr=1e-6,
                  batch_size=batch, steps=cfg.steps, eval_every=cfg.steps, seed=cfg.seed,
@@ -132,32 +115,28 @@ def run_script(stage, shape, rows, batch, cfg, folder):
 
 # ----------------------------------------------------------------------------- work and bounds
 
-def passes(stage, shape, row):
-    """Returns of each forward pass: tokens as the log counts them, inputs, those for the head."""
-    if stage == 'ppo':
-        return [(shape.longest, shape.prompt + shape.longest - 1, shape.longest)]
-    prompt, *responses = row
-    counts = [(len(prompt) + len(response) + 1, len(response) + 1)
-              for response in responses[:1 if stage == 'sft' else 2]]
-    # A row's last token is no input, but to the reward model, which has no vocabulary
-    return [(n, n, 0) if stage == 'rm' else (n, n - 1, length) for n, length in counts]
-
-
 def forward_flops(config, n, heads=0):
     """Counts a forward pass's matrix products: n tokens, heads of them to the vocabulary."""
     L, C = config.n_layer, config.n_embd
     return 24 * L * C * C * n + 2 * L * C * n * (n + 1) + 2 * config.vocab_size * C * heads
 
 
-def row_flops(stage, shape, row):
-    """Counts all that a step does with a row: backward takes twice what forward takes."""
-    read = sum(forward_flops(shape.model, n, heads) for _, n, heads in passes(stage, shape, row))
-    if stage != 'ppo':
-        return 3 * read
-    n = shape.prompt + shape.longest
-    values, scores = forward_flops(shape.model, n - 1), forward_flops(shape.model, n)
-    # Sampled, read by policy and reference, valued, scored; then learned from in every epoch
-    return 3 * read + values + scores + EPOCHS * 3 * (read + values)
+def row_work(stage, shape, row):
+    """Returns what a step does with a row: tokens logged, inputs, those for the head, flops."""
+    def forward(n, heads=0):
+        return forward_flops(shape.model, n, heads)
+    if stage == 'ppo':
+        n, heads = shape.prompt + shape.longest, shape.longest
+        read, values = forward(n - 1, heads), forward(n - 1)
+        # Sampled, read by policy and reference, valued, scored; then learned from in every epoch
+        return heads, n - 1, heads, 3 * read + values + forward(n) + EPOCHS * 3 * (read + values)
+    prompt, *responses = row
+    heads = [len(response) + 1 for response in responses[:1 if stage == 'sft' else 2]]
+    logged = sum(len(prompt) + n for n in heads)
+    if stage == 'rm':                   # it has no vocabulary, and reads a row's last token too
+        return logged, logged, 0, 3 * sum(forward(len(prompt) + n) for n in heads)
+    return (logged, logged - len(heads), sum(heads),
+            3 * sum(forward(len(prompt) + n - 1, n) for n in heads))
 
 
 def median_seconds(function, device, times=9):
@@ -199,13 +178,12 @@ def bench_script(stage, shape, batch, cfg, device, dtype):
     rows = random_rows(shape, cfg.steps * at_once, cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
         steps = run_script(stage, shape, rows, batch, cfg, Path(folder))
-    counted, tokens, heads = map(sum, zip(*(p for row in rows for p in passes(stage, shape, row))))
+    counted, tokens, heads, work = map(sum, zip(*(row_work(stage, shape, row) for row in rows)))
     # Every row was visited once, at the length that it was drawn with
     assert sum(n for _, n in steps) == counted, f'{steps} add up to {counted} tokens?'
     rate = statistics.median((at_once if stage == 'ppo' else n) / seconds
                              for seconds, n in steps[WARM_UPS:])
     ms = 1e3 * statistics.median(seconds for seconds, _ in steps[WARM_UPS:])
-    work = sum(row_flops(stage, shape, row) for row in rows)
     bound = product_rate(shape.model, tokens * batch // len(rows), heads * batch // len(rows),
                          device, dtype)
     return rate, ms, rate * work / (len(rows) if stage == 'ppo' else counted), bound
@@ -250,14 +228,11 @@ def measure(stage, cfg, device, autocast):
 # ----------------------------------------------------------------------------- side by side
 
 def rate_of(command, unit):
-    """Runs a command, a list of words; returns the last rate, 'N unit/s', that it prints."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    except OSError as error:
-        raise UserError(f'{shlex.join(command)}: {error.strerror}') from None
+    """Runs a command in a shell; returns the last rate, 'N unit/s', that it prints."""
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True)
     rates = re.findall(rf'(?<!\S)([0-9]+(?:\.[0-9]+)?) {unit}/s', done.stdout)  # no 1,000, no 1e3
     if done.returncode or not rates or float(rates[-1]) == 0:
-        raise UserError(f'{shlex.join(command)}: exit status {done.returncode}, last rate '
+        raise UserError(f'{command}: exit status {done.returncode}, last rate '
                         f'{rates[-1] if rates else "none"} {unit}/s; run it alone to see why')
     return float(rates[-1])
 
@@ -266,10 +241,11 @@ def compare(cfg):
     """Runs this stage and the command of --against in turn; returns both medians and the ratio."""
     unit = 'episodes' if cfg.stage == 'ppo' else 'tokens'
     flags = ('stage', 'shape', 'steps', 'seed', 'device', 'dtype', 'compile')
-    ours = [sys.executable, '-m', 'tools.bench', *(f'--{f}={getattr(cfg, f)}' for f in flags)]
+    ours = shlex.join([sys.executable, '-m', 'tools.bench',
+                       *(f'--{flag}={getattr(cfg, flag)}' for flag in flags)])
     rates = {'ours': [], 'theirs': []}
     for _ in range(cfg.rounds):         # in turn: what slows the machine slows both
-        rates['theirs'].append(rate_of(shlex.split(cfg.against), unit))
+        rates['theirs'].append(rate_of(cfg.against, unit))
         rates['ours'].append(rate_of(ours, unit))
     medians = {name: statistics.median(of_runs) for name, of_runs in rates.items()}
     ratio, name = medians['ours'] / medians['theirs'], f'{cfg.stage} {cfg.shape}'
@@ -281,44 +257,42 @@ def compare(cfg):
 
 # ----------------------------------------------------------------------------- what fits
 
-def model_bytes(model, trained, width=2):
-    """Counts weights; if trained, also gradients, AdamW's moments and autocast's copies."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return 4 * weights + (width * matrices if width < 4 else 0) if trained else weights
-
-
-def row_bytes(config, T, width=2):
-    """Counts what a forward pass over a row of T tokens keeps for the backward pass."""
-    C, H = config.n_embd, config.n_head
-    return T * (config.n_layer * ((8 + 14 * width) * C + 4 * H + 16) + 8 * C + 8)
-
-
-def memory_rows(name, L, H, C, sizes):
-    """What SFT, PPO and DPO hold of one GPT-2, and the largest micro_batch_size by GB, as dicts."""
-    config = GPTConfig(n_layer=L, n_head=H, n_embd=C)
-    with torch.device('meta'):          # sizes without numbers
-        policy, scalar = GPT(config), ScalarGPT(config)
-    head = 12 * LOGITS_AT_ONCE + 8 * config.vocab_size * C
-    cache, row = 2 * 2 * L * C * config.block_size, row_bytes(config, config.block_size)
-    held = model_bytes(policy, True) + head
-    more = (model_bytes(scalar, True) + 2 * model_bytes(policy, False)     # value model; reference,
-            + model_bytes(scalar, False))                       # kl_sft's copy and reward model
-    return [{'model': name, 'method': method, 'held': held, 'row': row, 'cache': cache,
-             **{f'{size} GB': max(0, int((size * 2 ** 30 - held) // row)) for size in sizes}}
-            for method, held, row, cache in (('SFT', held, row, 0),
-                                             ('PPO', held + more, 2 * row, cache),
-                                             ('DPO', held, 2 * row, 0))]
+def memory(config, w=2):
+    """
+    Returns {method: (bytes held, bytes per row of block_size tokens, bytes of its cache)}; a row is
+    a pair in DPO. w is 2 under bfloat16 autocast and 4 without it.
+    """
+    L, H, C, T, V = (config.n_layer, config.n_head, config.n_embd, config.block_size,
+                     config.vocab_size)
+    matrices = 12 * L * C * C
+    weights = matrices + 13 * L * C + (V + T + 2) * C
+    copies = w if w < 4 else 0                  # bytes per weight: autocast copies the matrices
+    frozen = 4 * weights
+    trained = 16 * weights + copies * matrices  # weight, gradient and AdamW's two moments
+    # Three blocks of logits, and two gradients of the embedding
+    head = 12 * LOGITS_AT_ONCE + 8 * V * C
+    # Kept for the backward pass, per block: LayerNorms' inputs 8 C, statistics 16 and outputs
+    # 2 w C; q, k, v 3 w C; attention's output w C and sums 4 H; both sides of GELU 8 w C. Then the
+    # last LayerNorm's
+    row = T * (L * ((8 + 14 * w) * C + 4 * H + 16) + 8 * C + 8)
+    # PPO: a value model too, and reference, kl_sft's copy and reward model; two of them have a head
+    held = 2 * trained + 3 * frozen + (16 + copies + 4) * C + head
+    return {'SFT': (trained + head, row, 0), 'PPO': (held, 2 * row, 4 * L * C * T),
+            'DPO': (trained + head, 2 * row, 0)}
 
 
 def memory_table(sizes=(8, 16, 24, 80)):
-    """Prints one table of what fits; returns its rows."""
-    rows = [row for name, shape in GPT2.items() for row in memory_rows(name, *shape, sizes)]
+    """Prints what GPT-2's sizes hold, and the largest micro_batch_size by GB; returns the rows."""
     print('GPT-2        held GB  row MB cache MB' + ''.join(f'{f"{size} GB":>7}' for size in sizes))
-    for row in rows:
-        print(f'{row["model"]} {row["method"]:6} {row["held"] / 2 ** 30:9.1f} '
-              f'{row["row"] / 2 ** 20:7.0f} {row["cache"] / 2 ** 20:8.0f}'
-              + ''.join(f'{row[f"{size} GB"] or "-":>7}' for size in sizes))
+    rows = []
+    for model, (L, H, C) in GPT2.items():
+        config = GPTConfig(n_layer=L, n_head=H, n_embd=C)
+        for method, (held, row, cache) in memory(config).items():
+            fits = {f'{n} GB': max(0, int((n * 2 ** 30 - held) // row)) for n in sizes}
+            rows.append({'model': model, 'method': method, 'held': held, 'row': row,
+                         'cache': cache, **fits})
+            print(f'{model} {method:6} {held / 2 ** 30:9.1f} {row / 2 ** 20:7.0f} '
+                  f'{cache / 2 ** 20:8.0f}' + ''.join(f'{n or "-":>7}' for n in fits.values()))
     return rows
 
 
@@ -334,11 +308,6 @@ def main(cfg):
         Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
     if cfg.against and (cfg.stage == 'all' or cfg.rounds < 1):
         raise UserError('--against compares one stage: name it with --stage; --rounds is 1 or more')
-    try:
-        if cfg.against and not shlex.split(cfg.against):
-            raise ValueError('it is blank')
-    except ValueError as error:         # a quotation without its end
-        raise UserError(f'--against={cfg.against!r}: {error}') from None
     if cfg.memory:
         results = memory_table()
     elif cfg.against:

@@ -1,46 +1,26 @@
 """
-Compare checkpoints: what they answer to held-out prompts, in one table.
+Compares checkpoints: what they answer to held-out prompts, in one table.
 
-Each run answers the same prompts at T=1, with the same random numbers, and once greedily.
-Columns, means over responses; ± is the standard error over the prompts, std / sqrt(n) with n - 1 in
-the std ('reward_se' and 'kl_se' in the JSON, null where there is one prompt only):
-  - what the judge says, a reward.py or a reward model: reward, and of a reward.py all its other
-    numbers, for data/toy helpful, harm (the share with a cost) and refused (the share of benign
-    prompts refused). A number that is left out for some prompts is averaged over the others. A
-    reward model's score is a logit of Bradley and Terry, shifted to mean 0 over its own held-out
-    pairs. Responses without EOS count as they are judged, without PPO's no_eos_score;
+Each run answers the same prompts at T=1, with the same random numbers, and once greedily. Columns
+are means over responses; ± is the standard error over the prompts, std / sqrt(n) with n - 1 in the
+std. With --samples=K each run answers each prompt K times, and ± is over the prompts' own means.
+  - what the judge says: of a reward.py reward and all its other numbers, of a reward model its
+    score. A number that is left out for some prompts is averaged over the others. Responses
+    without EOS count as they are judged, without PPO's no_eos_score;
   - win: the share of prompts where this run's reward is above the first run's, a tie 1/2;
   - kl: log pi(response) summed over its tokens, minus the same under the first run, in nats. At
-    T=1 its mean is KL(policy, first run), and 0 for the first run itself;
+    T=1 its mean is KL(policy, first run);
   - length in tokens with EOS, eos: the share that ended, distinct-1 and distinct-2: different
     words, and different pairs of successive words, over all of them (Li et al. 2016).
 
---samples=K has each run answer each prompt K times at T=1; the columns are means over all of them,
-and ± is over the prompts' own means. With a reward.py that says correct and public (does a
-response pass all tests; those that the prompt shows) three columns follow, means over the prompts,
-n being --submit. With c of a prompt's K samples correct and F of them public:
-  - pass@1, pass@n: the chance that one of n samples is correct, drawn from the K without putting
-    back, 1 - C(K-c, n) / C(K, n): unbiased for n fresh samples (Chen et al. 2021, eq. 1);
-  - n@K: the chance that one of n is correct that are drawn from the F, 1 - C(F-c, n) / C(F, n), and
-    where F <= n all are submitted (Li et al. 2022, AlphaCode's 10@k).
-
---best_of=N adds to the table at T=1 what needs no training of the policy: N samples of the first
-run for each prompt, of which --select picks one, and the judge judges that one. The selector is
-what one would have where the model is used, a reward model. Without --select it is the judge
-itself: then the row is no method, but an upper bound of what picking among N can reach. The picked
-one has the highest score, of equal ones the first; a response without EOS counts as min(score, -1),
-PPO's rule, so that what was cut off is not picked for what it might have become. The row's kl is
-log N - (N-1)/N, not measured, so its error is 0: an upper bound of KL(best of N, first run)
-(Beirami et al. 2024), reached where no response comes twice (Hilton and Gao 2022).
-
-What it does not do: a standard error of the other columns.
+--best_of=N adds a row at T=1 that needs no training of the policy: of N samples of the first run
+--select, as a rule a reward model, picks the one with the highest score. Without --select the judge
+itself picks: no method, but an upper bound. A response without EOS counts as in PPO, min(score,
+-1). The row's kl is log N - (N-1)/N, a bound of KL(best of N, first run) (Beirami et al. 2024).
 
     python -m tools.evaluate out/toy/sft out/toy/ppo out/toy/dpo --best_of=8 --select=out/toy/rm
-    python -m tools.evaluate out/contest/sft --split=test-interview --samples=60 --max_new_tokens=12
 """
-import json
-import math
-import statistics
+import json, math, statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +41,6 @@ class Config:
     prompts: int = 400              # how many of the held-out prompts, from the first on
     max_new_tokens: int = 64        # longest response
     samples: int = 1                # responses to each prompt at T=1
-    submit: int = 10                # n of pass@n and n@k, where the judge says correct and public
     best_of: int = 0                # a row for the best of N samples of the first run; 0: none
     select: str = ''                # who picks it: a reward model's run, a reward.py; '': the judge
     batch_size: int = 100           # responses sampled at once; they do not depend on it
@@ -77,94 +56,51 @@ OWN_COLUMNS = {'run', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos', 'disti
                'distinct-2'}
 
 
-def pass_at(total, correct, n):
-    """
-    The chance that one of n samples is correct, drawn without putting back from total of which
-    correct are: 1 - C(total - correct, n) / C(total, n). Exact, and 1 where n must hit one.
-    """
-    return 1 - math.comb(total - correct, n) / math.comb(total, n)
-
-
-def filtered_pass_at(public, correct, n):
-    """
-    The same where n are drawn from the samples that pass the public tests; correct of them are.
-    Where there are n or fewer all are submitted, so that one correct sample is enough.
-    """
-    return float(correct > 0) if public <= n else pass_at(public, correct, n)
-
-
-def pass_columns(judged, samples, n):
-    """pass@1, pass@n and n@samples, means over prompts; judged: dicts, a prompt's side by side."""
-    rows = []
-    for i in range(0, len(judged), samples):
-        prompt = judged[i:i + samples]
-        public = [each for each in prompt if each['public']]    # what would be submitted
-        correct, submitted = (sum(each['correct'] > 0 for each in some)
-                              for some in (prompt, public))
-        rows.append({**{f'pass@{k}': pass_at(samples, correct, k) for k in (1, n)},
-                     f'{n}@{samples}': filtered_pass_at(len(public), submitted, n)})
-    return mean_scores(rows)
-
-
 def distinct(texts, n):
-    """The share of different ones among all runs of n successive words."""
+    """Returns the share of different ones among all runs of n successive words."""
     grams = [gram for words in map(str.split, texts)
              for gram in zip(*(words[i:] for i in range(n)))]
     return len(set(grams)) / max(1, len(grams))
 
 
-def standard_error(numbers):
-    """Of their mean: std / sqrt(n), with n - 1 in the std. One number says nothing of it: None."""
-    if len(numbers) < 2:
-        return None
-    return statistics.stdev(numbers) / math.sqrt(len(numbers))
-
-
-def prompt_means(numbers, samples):
-    """The mean of each prompt's samples, which stand side by side."""
-    return [statistics.fmean(numbers[i:i + samples]) for i in range(0, len(numbers), samples)]
+def standard_error(numbers, samples=1):
+    """Returns std / sqrt(n) of the prompts' means; samples numbers in a row are one prompt's."""
+    means = [statistics.fmean(numbers[i:i + samples]) for i in range(0, len(numbers), samples)]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
 def mean_scores(judged):
-    """The mean of every number of the judge over the responses that have it; judged: dicts."""
-    columns = {}
-    for numbers in judged:
-        for name, number in numbers.items():
-            columns.setdefault(name, []).append(number)
+    """Returns the mean of every number of the judge over the responses that have it."""
+    names = dict.fromkeys(name for numbers in judged for name in numbers)
+    columns = {name: [each[name] for each in judged if name in each] for name in names}
     return {name: sum(numbers) / len(numbers) for name, numbers in columns.items()}
 
 
 def win_rate(responses, others):
-    """The share of responses with more reward than the other one to the same prompt; a tie: 1/2."""
+    """Returns the share with more reward than the other one to the same prompt; a tie: 1/2."""
     points = 0.0
     for response, other in zip(responses, others, strict=True):
         reward, other_reward = response['judged']['reward'], other['judged']['reward']
-        # A reward model's score of one and the same response differs in the last digits from batch
-        # to batch: that is no win
+        # A reward model's score of one text differs in its last digits from batch to batch: a tie
         same = all(response[key] == other[key] for key in ('text', 'eos'))
         points += 0.5 if same or reward == other_reward else reward > other_reward
     return points / len(responses)
 
 
-def summarize(run, responses, first_responses, samples=1, submit=0):
-    """
-    A run's row of the table, from its responses and the first run's to the same prompts; the
-    samples responses to one prompt stand side by side. submit is pass@n's n; 0: without them.
-    """
+def summarize(run, responses, first_responses, samples=1):
+    """Returns a run's row of the table; the first run's responses are what win compares with."""
     judged = mean_scores([response['judged'] for response in responses])
     if taken := OWN_COLUMNS & judged.keys():
         raise UserError(f'the judge says {", ".join(sorted(taken))}: a column of the table itself')
     row = {'run': run, **judged}
     if 'reward' in row:
-        row['reward_se'] = standard_error(
-            prompt_means([each['judged']['reward'] for each in responses], samples))
+        rewards = [response['judged']['reward'] for response in responses]
+        row['reward_se'] = standard_error(rewards, samples)
         row['win'] = win_rate(responses, first_responses)
-    if submit and all({'correct', 'public'} <= each['judged'].keys() for each in responses):
-        row |= pass_columns([each['judged'] for each in responses], samples, submit)
     texts = [response['text'] for response in responses]
     kl, length, eos = ([response[name] for response in responses]
                        for name in ('kl', 'length', 'eos'))
-    return {**row, 'kl': statistics.fmean(kl), 'kl_se': standard_error(prompt_means(kl, samples)),
+    return {**row, 'kl': statistics.fmean(kl), 'kl_se': standard_error(kl, samples),
             'length': statistics.fmean(length), 'eos': statistics.fmean(eos),
             'distinct-1': distinct(texts, 1), 'distinct-2': distinct(texts, 2)}
 
@@ -173,9 +109,8 @@ def summarize(run, responses, first_responses, samples=1, submit=0):
 
 def load_columns(where, saved_policy, device, size):
     """
-    columns(tokens, response_mask, prompts, texts) -> a dict of numbers for each response, by a
-    reward.py or by a reward model, size rows at a time; then the checkpoint whose block must hold
-    what it reads: the reward model's, or with a reward.py the policy's.
+    Returns columns(tokens, response_mask, prompts, texts) -> a dict of numbers per response, by a
+    reward.py or a reward model's run, and the checkpoint whose block must hold what it reads.
     """
     if where.endswith('.py'):
         judge = load_judge(where)
@@ -186,7 +121,7 @@ def load_columns(where, saved_policy, device, size):
 
 
 def describe(tokens, response_mask, prompts, columns, tokenizer):
-    """A dict for each response of a batch: text, eos, length, and judged, what the judge says."""
+    """Returns a dict per response of a batch: text, eos, length, judged (what the judge says)."""
     texts, ended = decode_responses(tokens, response_mask, tokenizer)
     judged = columns(tokens, response_mask, prompts, texts) if columns else [{} for _ in texts]
     return [{'text': text, 'eos': eos, 'length': length, 'judged': numbers}
@@ -194,12 +129,8 @@ def describe(tokens, response_mask, prompts, columns, tokenizer):
                                                   response_mask.sum(1).tolist(), judged)]
 
 
-@torch.no_grad()
 def answer(policy, first, prompts, columns, tokenizer, cfg, temperature):
-    """
-    The responses to each prompt, (text, ids), as describe has them, with kl against first:
-    cfg.samples side by side, or one if greedy.
-    """
+    """Returns the responses to each prompt, (text, ids), as describe has them, with kl to first."""
     responses = []
     prompts = [prompt for prompt in prompts for _ in range(cfg.samples if temperature else 1)]
     generator = rng(cfg.seed, 0, 'eval')        # every run meets the same random numbers
@@ -215,13 +146,10 @@ def answer(policy, first, prompts, columns, tokenizer, cfg, temperature):
     return responses
 
 
-@torch.no_grad()
 def best_of(policy, prompts, columns, scorer, tokenizer, cfg):
     """
-    The response to each prompt, (text, ids), that scorer scores highest among N samples at T=1.
-
-    As describe has it, with log N - (N-1)/N for kl: the samples are the first run's own, so that a
-    log-ratio of the one that was picked would be 0.
+    Returns the response to each prompt that scorer scores highest among N samples at T=1. Its kl is
+    log N - (N-1)/N: the samples are the first run's own, so that a log-ratio would be 0.
     """
     responses, N = [], cfg.best_of
     generator = rng(cfg.seed, 1, 'eval')        # not answer's: the row is no copy of the first run
@@ -241,10 +169,19 @@ def best_of(policy, prompts, columns, scorer, tokenizer, cfg):
     return [{**response, 'kl': math.log(N) - (N - 1) / N} for response in responses]
 
 
-# ----------------------------------------------------------------------------- the tables
+def load_prompts(cfg, data, template, tokenizer, block_size):
+    """Returns the prompts as (text, ids); the ids may be cut, the text, for a reward.py, not."""
+    if cfg.split == 'val':
+        rows = load_split(data, 'prompts', template)[1]             # held out
+    else:
+        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts', template)
+    rows = rows[:cfg.prompts]
+    ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name=cfg.split)
+    return [(row['prompt'], prompt) for row, (prompt,) in zip(rows, ids)]
+
 
 def show_table(rows, title):
-    """Rows, dicts, as a table: the first column is text, and NAME_se stands beside NAME."""
+    """Prints rows, dicts, as a table: the first column is text, and NAME_se follows NAME."""
     def cell(row, name):
         value, error = row.get(name), row.get(f'{name}_se')
         text = f'{value:.3f}' if isinstance(value, float) else value or '-'
@@ -258,20 +195,21 @@ def show_table(rows, title):
         print('  '.join([run.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
 
 
+@torch.no_grad()
 def main(cfg):
-    """Prints the two tables and returns them: {'rows': [...], 'greedy': [...]}."""
+    """
+    Prints the two tables, and writes them to --json. Returns {'rows': [...], 'greedy': [...]}, and
+    under 'responses' for each of the rows the list of its responses, as describe has them.
+    """
     if not cfg.runs:
         raise UserError('name at least one run folder')
     if cfg.samples < 1 or cfg.samples > 1 and cfg.best_of:
         raise UserError(f'--samples={cfg.samples}: at least 1, and 1 with --best_of')
-    if cfg.samples > 1 and not 1 <= cfg.submit <= cfg.samples:
-        raise UserError(f'--submit={cfg.submit}: 1 to --samples={cfg.samples}')
     if cfg.best_of < 0 or cfg.select and not cfg.best_of:
         raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
     device, autocast = set_up(cfg)
-    if cfg.json:
+    if cfg.json:                        # a missing folder shows before the work
         Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
-
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
     data = cfg.data or saved[0]['config']['data']
     tokenizer, text = load_text(data, saved[0])
@@ -291,23 +229,14 @@ def main(cfg):
     if cfg.best_of:
         if not (cfg.select or judge):
             raise UserError(f'--best_of={cfg.best_of}: nobody to pick one; pass --select')
-        scorer, source = train_ppo.load_scorer(cfg.select or judge, saved[0], device,
-                                               cfg.batch_size)
+        selector = cfg.select or judge
+        scorer, source = train_ppo.load_scorer(selector, saved[0], device, cfg.batch_size)
         readers.append(source)
-        print(f'the best of {cfg.best_of} is picked by {cfg.select or judge}')
-
-    # --- prompts, cut so that every reader's block holds them
-    if cfg.split == 'val':
-        rows = load_split(data, 'prompts', text['template'])[1]     # held out
-    else:
-        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts', text['template'])
+        print(f'the best of {cfg.best_of} is picked by {selector}')
     block_size = min(each['model']['block_size'] for each in readers)
-    rows = rows[:cfg.prompts]
-    ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name=cfg.split)
-    # A reward.py reads the text as it stands in the file, even where the ids were cut
-    prompts = [(row['prompt'], prompt) for row, (prompt,) in zip(rows, ids)]
+    prompts = load_prompts(cfg, data, text['template'], tokenizer, block_size)
 
-    tables = {}
+    tables, responses = {}, {}
     for name, temperature in (('rows', 1.0), ('greedy', 0.0)):
         with autocast:
             answers = [(run, answer(policy, policies[0], prompts, columns, tokenizer, cfg,
@@ -316,14 +245,14 @@ def main(cfg):
                 answers.append((f'best of {cfg.best_of} of {cfg.runs[0]}',
                                 best_of(policies[0], prompts, columns, scorer, tokenizer, cfg)))
         samples = cfg.samples if temperature else 1
-        tables[name] = [summarize(run, responses, answers[0][1], samples,
-                                  cfg.submit if samples > 1 else 0) for run, responses in answers]
+        tables[name] = [summarize(run, each, answers[0][1], samples) for run, each in answers]
+        responses[name] = [each for _, each in answers]
+        drawn = 'one sample' if samples == 1 else f'{samples} samples'
         show_table(tables[name], f'{len(prompts)} held-out prompts, '
-                   + (f"{samples if samples > 1 else 'one'} sample{'s' * (samples > 1)} each at T=1"
-                      if temperature else 'answered greedily'))
+                   + (f'{drawn} each at T=1' if temperature else 'answered greedily'))
     if cfg.json:
         Path(cfg.json).write_text(json.dumps(tables, indent=1) + '\n')
-    return tables
+    return {**tables, 'responses': responses['rows']}
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """
 GPT-2 weights in, checkpoints out: the files that Hugging Face's transformers reads and writes.
 
-import makes a run folder of stage 'base', for train_sft.py --init. It reads config.json,
-model.safetensors or pytorch_model.bin, vocab.json and merges.txt (without these two it is gpt2's).
+import makes a run folder of stage 'base', for train_sft.py --init, from config.json and
+model.safetensors; the tokenizer is gpt2's, and a folder with another one is refused.
 export makes a GPT2LMHeadModel of a policy, a GPT2ForSequenceClassification of a reward model. That
 one reads its score at the last token that is not a pad, and EOS must not pass for a pad: so the
 embedding gets a spare row of zeros, id V of V + 1, for the pad alone. The score minus
@@ -14,7 +14,7 @@ or PPO's value model, or notice a flipped bit in a .safetensors file whose sha25
     python -m tools.hf import gpt2 --out=out/gpt2       # or gpt2-medium, -large, -xl, or a folder
     python -m tools.hf export out/toy/dpo --out=out/toy/dpo-hf
 """
-import base64, contextlib, json, math, os, re, shutil, zipfile
+import json, math, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,7 @@ import torch
 from data.download import download, sha256_of
 from data.text import (build_tokenizer, checkpoint_text, load_tokenizer, read_text, refuse_constant,
                        unique_keys)
-from prefgpt import (GPT, POLICIES, GPTConfig, UserError, load_checkpoint, run_cli,
-                     save_checkpoint)
+from prefgpt import GPT, POLICIES, GPTConfig, UserError, load_checkpoint, run_cli, save_checkpoint
 
 
 @dataclass
@@ -46,9 +45,6 @@ HUB = {'gpt2': (12, 12, 768, 'gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfc
        'gpt2-medium': (24, 16, 1024, 'gpt2-medium/resolve/main', ''),
        'gpt2-large': (36, 20, 1280, 'gpt2-large/resolve/main', ''),
        'gpt2-xl': (48, 25, 1600, 'gpt2-xl/resolve/main', '')}
-# One tokenizer for all sizes, so gpt2's is read, whose hashes are known
-TOKENIZER = {'vocab.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
-             'merges.txt': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'}
 # What a config.json may choose and GPT does not; absent, transformers takes the same
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
@@ -60,14 +56,13 @@ CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight')    # to be transposed
 BUFFER = re.compile(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias')
 DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
           'BOOL': torch.bool, 'U8': torch.uint8}        # the last two: of buffers alone
-LONGEST_HEADER = 100_000_000                            # bytes; the format's own limit
 EOS, PAD = '<|endoftext|>', '<|pad|>'
 
 
 # ----------------------------------------------------------------------------- safetensors
 
 def parse_json(path, text):
-    """The object that a JSON text is, str or bytes, or a UserError that names its file."""
+    """Returns the object that a JSON text is, or raises a UserError that names its file."""
     try:
         parsed = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
         if not isinstance(parsed, dict):
@@ -77,50 +72,37 @@ def parse_json(path, text):
     return parsed
 
 
-def header_entry(path, name, entry):
-    """What a header says of one tensor: where it begins and ends, its name, dtype and shape."""
-    try:
-        dtype, shape, (begin, end) = DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
-        if (type(shape) is not list or begin == end
-                or not all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-                or end - begin != math.prod(shape) * dtype.itemsize):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f'{path}: {name!r} cannot be {str(entry)[:100]}: one of '
-                        f'{", ".join(DTYPES)}, and a shape that fills its bytes') from None
-    return begin, end, name, dtype, shape
-
-
 def read_safetensors(path):
-    """The tensors in a file by name; UserError unless they account for every byte of it."""
+    """Returns a file's tensors by name; raises UserError unless they account for every byte."""
     size, tensors, at = path.stat().st_size, {}, 0
     with open(path, 'rb') as file:
         length = int.from_bytes(file.read(8), 'little')
         room = size - 8 - length                        # for the numbers
-        if size < 8 or room < 0 or length > LONGEST_HEADER:
+        if room < 0:
             raise UserError(f'{path}: {size} bytes, of which {length} would be the header: cut '
                             'off, or not a safetensors file')
-        header = parse_json(path, file.read(length))
+        name = entry = header = parse_json(path, file.read(length))
         header.pop('__metadata__', None)
-        for begin, end, name, dtype, shape in sorted(header_entry(path, name, entry)
-                                                     for name, entry in header.items()):
-            if begin != at or end > room:
-                raise UserError(f'{path}: {name!r} would fill the bytes from {begin} to {end} of '
-                                f'{room}, after a tensor that ends at {at}: cut off or damaged')
-            data = bytearray(end - begin)
-            file.readinto(data)
-            tensors[name], at = torch.frombuffer(data, dtype=dtype).reshape(shape), end
+        try:
+            for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+                dtype, shape = DTYPES[entry['dtype']], entry['shape']
+                end = at + math.prod(shape) * dtype.itemsize
+                if entry['data_offsets'] != [at, end] or end > room:
+                    raise ValueError
+                data = bytearray(end - at)
+                file.readinto(data)
+                tensors[name], at = torch.frombuffer(data, dtype=dtype).reshape(shape), end
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f'{path}: damaged at {str(name)[:80]!r}, {str(entry)[:100]}: every '
+                            f'tensor, one of {", ".join(DTYPES)}, must begin where the one before '
+                            f'ends, here {at}, and fill its bytes, of {room} in all') from None
     if at != room:
         raise UserError(f'{path}: {room - at} bytes after the last tensor')
     return tensors
 
 
 def write_safetensors(path, tensors):
-    """
-    Tensors by name as float32: the header's length in 8 bytes, the header in JSON, the numbers.
-
-    A transposed one is copied only when its turn has come.
-    """
+    """Writes tensors as float32: the header's length in 8 bytes, the header, the numbers."""
     header, at = {'__metadata__': {'format': 'pt'}}, 0
     for name, tensor in tensors.items():
         begin, at = at, at + 4 * tensor.numel()
@@ -129,7 +111,7 @@ def write_safetensors(path, tensors):
     text += b' ' * (-len(text) % 8)                     # the numbers begin at a multiple of 8
     with open(path, 'wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
-        for tensor in tensors.values():
+        for tensor in tensors.values():                 # a transposed one is copied here
             file.write(tensor.float().contiguous().numpy().data)
 
 
@@ -138,26 +120,19 @@ def write_safetensors(path, tensors):
 # vocab.json and merges.txt spell a byte as one visible character: itself, or one from 256 on
 VISIBLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-BYTES = ({chr(byte): byte for byte in VISIBLE}
-         | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)})
-CHARACTERS = {byte: character for character, byte in BYTES.items()}
+CHARACTERS = ({byte: chr(byte) for byte in VISIBLE}
+              | {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)})
 
 
 def spell(token):
-    """Bytes in GPT-2's characters. b' the' -> 'Ġthe'"""
+    """Spells bytes in GPT-2's characters. b' the' -> 'Ġthe'"""
     return ''.join(CHARACTERS[byte] for byte in token)
-
-
-def unspell(text):
-    """GPT-2's characters as bytes; KeyError at any other. 'Ġthe' -> b' the'"""
-    return bytes(BYTES[character] for character in text)
 
 
 def halves(token, ranks):
     """
-    The two tokens that BPE joins last on the way from single bytes to this one.
-
-    A .tiktoken file keeps no merges: of all that can be joined, the lowest rank comes first.
+    Returns the two tokens that BPE joins last on the way from single bytes to this one. A .tiktoken
+    file keeps no merges: of all that can be joined, the lowest rank comes first.
     """
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -169,93 +144,44 @@ def halves(token, ranks):
     return parts
 
 
-def write_tokenizer(folder, tokenizer, block_size, pad):
-    """vocab.json, merges.txt and tokenizer_config.json, as GPT2Tokenizer reads them."""
+def vocab_and_merges(tokenizer):
+    """Returns a tokenizer as vocab.json and merges.txt have it: {token: id}, ['one two', ...]."""
     ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.eot_token)}
     vocab = {spell(token): i for token, i in ranks.items()} | {EOS: tokenizer.eot_token}
+    return vocab, [' '.join(map(spell, halves(token, ranks))) for token in ranks if len(token) > 1]
+
+
+def write_tokenizer(folder, tokenizer, block_size, pad):
+    """Writes vocab.json, merges.txt and tokenizer_config.json, as GPT2Tokenizer reads them."""
+    vocab, merges = vocab_and_merges(tokenizer)
     # The last key: decoding would else turn ' .' into '.'
     config = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': block_size, 'bos_token': EOS,
               'eos_token': EOS, 'unk_token': EOS, 'clean_up_tokenization_spaces': False}
     if pad:
         vocab[PAD], config['pad_token'] = len(vocab), PAD
-    merges = [' '.join(map(spell, halves(token, ranks))) for token in ranks if len(token) > 1]
     for name, text in (('vocab.json', json.dumps(vocab)),
                        ('merges.txt', '\n'.join(['#version: 0.2', *merges, ''])),
                        ('tokenizer_config.json', json.dumps(config, indent=2) + '\n')):
         (folder / name).write_bytes(text.encode())      # not write_text: '\n' on every system
 
 
-def read_tokenizer(folder):
-    """
-    The tiktoken.Encoding of vocab.json and merges.txt; GPT-2's own give gpt2, by its fingerprint.
-
-    tiktoken joins any two neighbours that make a token, lower ids first; transformers only those
-    that merges.txt lists. So an id must be a single byte, a merge, or EOS, the last; the merges
-    must stand in the order of the ids they make; and each must join the halves that tiktoken would.
-    """
-    path = folder / 'vocab.json'
-    vocab = parse_json(path, read_text(path))
-    if vocab.pop(EOS, None) != len(vocab):
-        raise UserError(f'{path}: {EOS} must have the last id, {len(vocab)} here')
-    try:
-        ranks = {unspell(token): i for token, i in vocab.items()}
-        tokens = sorted(ranks, key=ranks.__getitem__)
-        tokenizer = build_tokenizer(''.join(f'{base64.b64encode(token).decode()} {ranks[token]}\n'
-                                            for token in tokens))
-    except (KeyError, TypeError, ValueError):           # a DataError is a ValueError
-        raise UserError(f"{path}: expected all bytes, tokens in GPT-2's characters, and the ids "
-                        '0, 1, 2, ... without a gap') from None
-    path, made = folder / 'merges.txt', {}              # a dict, for a set has no order
-    for number, line in enumerate(read_text(path).split('\n'), 1):
-        if not line or number == 1 and line.startswith('#version'):
-            continue
-        try:
-            left, right = map(unspell, line.split(' '))
-            if not {left, right, left + right} <= ranks.keys():
-                raise ValueError
-        except (KeyError, ValueError):
-            raise UserError(f'{path}:{number}: not two halves of a token: {line[:40]!r}') from None
-        if [left, right] != (ours := halves(left + right, ranks)):
-            raise UserError(f'{path}:{number}: {line[:40]!r}, where tiktoken would join '
-                            f'{" ".join(map(spell, ours))!r}')
-        made[left + right] = number
-    if list(made) != [token for token in tokens if len(token) > 1]:
-        raise UserError(f'{path}: its {len(made)} merges must make the tokens of vocab.json that '
-                        'are longer than a byte, in the order of their ids')
-    return tokenizer
+def check_tokenizer(folder, tokenizer):
+    """Raises UserError if a folder comes with another tokenizer than this one, gpt2's."""
+    paths = [folder / name for name in ('vocab.json', 'merges.txt', 'tokenizer.json')]
+    if not any(path.exists() for path in paths):
+        return                                          # weights alone: their ids are gpt2's
+    vocab, merges = vocab_and_merges(tokenizer)
+    if (not all(path.exists() for path in paths[:2])
+            or parse_json(paths[0], read_text(paths[0])) != vocab
+            or read_text(paths[1]).split('\n')[1:-1] != merges):
+        raise UserError(f"{folder}: vocab.json and merges.txt must be there and be gpt2's: import "
+                        'knows no other tokenizer')
 
 
 # ----------------------------------------------------------------------------- in
 
-def import_from_hub(name, downloads, out):
-    """Imports a GPT-2 by way of a folder of downloads. Its config.json is written here."""
-    n_layer, n_head, n_embd, where, sha256 = HUB[name]
-    shape = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    sources = [(f'{HUB["gpt2"][3]}/{file}', known) for file, known in TOKENIZER.items()]
-    downloads.mkdir(parents=True, exist_ok=True)
-    try:
-        for source, known in [*sources, (f'{where}/model.safetensors', sha256)]:
-            path = downloads / Path(source).name
-            download(f'{HUB_URL}/{source}', path, known,
-                     instead='without a network, import a folder that holds the files')
-            if not known:
-                print(f'{name}: the sha256 of its {path.name} is not known to us, so it was not '
-                      f'checked; it is {sha256_of(path)}')
-        (downloads / 'config.json').write_text(json.dumps(
-            {theirs: getattr(shape, ours) for ours, theirs in SHAPE.items()}))
-        return import_folder(name, downloads, out)
-    finally:
-        # A .part broke off and goes on next time. Else nothing stays, done or not, that was written
-        # here; what somebody else put into the folder does
-        if not any(downloads.glob('*.part')):
-            for file in ('config.json', 'model.safetensors', *TOKENIZER):
-                (downloads / file).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):          # not empty
-                downloads.rmdir()
-
-
 def read_config(path):
-    """The GPTConfig of a config.json, if it describes a GPT-2 as ours is one."""
+    """Returns the GPTConfig of a config.json; raises UserError if ours cannot be that GPT-2."""
     config = parse_json(path, read_text(path))
     for key, value in FIXED.items():
         if config.get(key, value) != value:
@@ -270,29 +196,9 @@ def read_config(path):
     return GPTConfig(**shape)
 
 
-def read_bin(path):
-    """The tensors in a pytorch_model.bin by name."""
-    try:
-        if zipfile.is_zipfile(path):                    # files before torch 1.6 are none
-            with zipfile.ZipFile(path) as archive:      # torch.load does not notice flipped bytes
-                if damaged := archive.testzip():
-                    raise ValueError(f'checksum of {damaged}')
-        tensors = torch.load(path, map_location='cpu', weights_only=True)
-        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                   and tensor.layout == torch.strided and tensor.device.type == 'cpu'
-                   for name, tensor in tensors.items()):
-            raise ValueError('more than plain tensors by name in it')
-    except Exception as error:      # a damaged pickle raises whatever it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{path}: damaged, or not weights alone ({reason})') from None
-    return tensors
-
-
 def to_gpt(path, tensors, config):
-    """A GPT of tensors under transformers' names; UserError unless they are its weights, all."""
-    with torch.device('meta'):
-        model = GPT(config)                             # names and shapes, no numbers yet
-    expected, weights = model.state_dict(), {}
+    """Returns a GPT with the tensors, which have transformers' names; UserError if they differ."""
+    weights = {}
     for name in [name for name in tensors if not BUFFER.fullmatch(name)]:
         tensor, ours = tensors.pop(name), name.removeprefix('transformer.')     # pop: frees it
         if ours in weights:
@@ -305,48 +211,62 @@ def to_gpt(path, tensors, config):
             tensor = tensor.t()                         # (in, out) -> (out, in)
         weights[ours] = tensor.float().contiguous()
     head = weights.pop('lm_head.weight', None)
-    for problem, names in (('is missing', expected.keys() - weights.keys()),
-                           ('is no weight of a GPT-2', weights.keys() - expected.keys())):
-        if names:
-            raise UserError(f'{path}: {min(names)!r} {problem}')
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(f'{path}: {name!r} is {tuple(tensor.shape)}, and by config.json '
-                            f'{tuple(expected[name].shape)} (out, in)')
+    with torch.device('meta'):
+        model = GPT(config)                             # names and shapes, no numbers yet
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:       # it names what is missing, unknown or of another shape
+        raise UserError(f'{path}: {" ".join(str(error).split())[:300]}') from None
     if head is not None and not torch.equal(head, weights['wte.weight']):
         raise UserError(f"{path}: 'lm_head.weight' is not 'wte.weight', and ours is always tied")
-    model.load_state_dict(weights, assign=True)
     return model
 
 
-def import_folder(where, folder, out):
-    """Writes a folder's model to out as a checkpoint of stage 'base'; returns what was read."""
-    path = folder / 'model.safetensors'
-    path = path if path.is_file() else folder / 'pytorch_model.bin'
-    if not path.is_file() or not (folder / 'config.json').is_file():
-        raise UserError(f'{where}: expected one of {", ".join(HUB)}, or a folder with config.json '
-                        'and model.safetensors or pytorch_model.bin, in one file')
-    config = read_config(folder / 'config.json')
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
-    if not has_tokenizer and (folder / 'tokenizer.json').exists():     # it need not be gpt2's
-        raise UserError(f'{where}: its tokenizer is needed as {" and ".join(TOKENIZER)}, not as '
-                        'tokenizer.json alone')
-    tokenizer = read_tokenizer(folder) if has_tokenizer else load_tokenizer('gpt2')
+def import_weights(where, path, config, tokenizer, out):
+    """Writes a .safetensors file to out as a checkpoint of stage 'base'; says what it was."""
     if tokenizer.n_vocab != config.vocab_size:
-        raise UserError(f'{where}: its tokenizer has {tokenizer.n_vocab} ids, and its config.json '
-                        f'a vocab_size of {config.vocab_size}')
-    read = read_safetensors if path.suffix == '.safetensors' else read_bin
-    model = to_gpt(path, read(path), config)
+        raise UserError(f'{where}: its vocab_size is {config.vocab_size}, and its tokenizer, '
+                        f"gpt2's, has {tokenizer.n_vocab} ids")
+    model = to_gpt(path, read_safetensors(path), config)
     # The template '{}': a model that has only read goes on with what is typed
     save_checkpoint(out / 'ckpt.pt', 'base', 0, Source(where), checkpoint_text(tokenizer, '{}'), {},
                     {'policy': model}, [])
     return f'a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters'
 
 
+def import_folder(where, out):
+    """Imports config.json and model.safetensors of a folder."""
+    folder = Path(where)
+    path = folder / 'model.safetensors'
+    if not path.is_file() or not (folder / 'config.json').is_file():
+        raise UserError(f'{where}: expected one of {", ".join(HUB)}, or a folder with config.json '
+                        'and model.safetensors, in one file')
+    config, tokenizer = read_config(folder / 'config.json'), load_tokenizer('gpt2')
+    check_tokenizer(folder, tokenizer)
+    return import_weights(where, path, config, tokenizer, out)
+
+
+def import_from_hub(name, path, out):
+    """Downloads a GPT-2's weights to path, imports them, and deletes them there."""
+    n_layer, n_head, n_embd, where, sha256 = HUB[name]
+    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    tokenizer = load_tokenizer('gpt2')
+    # A download that breaks off stays in PATH.part, and the next call continues it
+    download(f'{HUB_URL}/{where}/model.safetensors', path, sha256,
+             instead='without a network, import a folder that holds the files')
+    if not sha256:
+        print(f'{name}: the sha256 of its model.safetensors is not known to us, so it was not '
+              f'checked; it is {sha256_of(path)}')
+    try:
+        return import_weights(name, path, config, tokenizer, out)
+    finally:
+        path.unlink()
+
+
 # ----------------------------------------------------------------------------- out
 
 def export(run, out):
-    """Writes a run's policy or reward model to out; returns the class that reads it."""
+    """Writes a run's policy or reward model to out; says which class reads it."""
     saved = load_checkpoint(run, (*POLICIES, 'rm'))
     is_reward, shape = saved['stage'] == 'rm', saved['model']
     tokenizer = build_tokenizer(saved['tokenizer'])
@@ -377,22 +297,17 @@ def main(cfg):
     (verb, where), out = cfg.command, Path(cfg.out)
     if out.exists():
         raise UserError(f'{out} is there already: name another --out')
-    temporary = out.with_name(f'{out.name}.{os.getpid()}.tmp')
-    made = [folder for folder in temporary.parents if not folder.exists()]
-    temporary.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        folder = Path(temporary, 'whole')
+        folder.mkdir()
         if verb == 'export':
-            done = export(where, temporary)
+            done = export(where, folder)
         elif where in HUB and not Path(where).exists():
-            done = import_from_hub(where, out.with_name(f'{out.name}.download'), temporary)
+            done = import_from_hub(where, out.with_name(f'{out.name}.download'), folder)
         else:
-            done = import_folder(where, Path(where), temporary)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:                             # the nearest first; one in use stays
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            done = import_folder(where, folder)
+        folder.rename(out)
     print(f'{out}: {done}')
 
 

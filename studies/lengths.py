@@ -7,7 +7,7 @@ A language in which only the length counts, for studies/length.py.
     pairs      two responses of a policy, the first chosen with sigmoid(0.3 (gold_1 - gold_2));
                Skew: not of the policy, 39 - n is exponential with mean 6: hardly any is short
 
-Writes the files that train_*.py read. What it does not do: train the policy that is sampled.
+Writes the files that train_*.py read.
 """
 import itertools
 
@@ -23,12 +23,12 @@ MOST = 40                           # tokens of a response, EOS included
 
 
 def gold(task, response, mode):
-    """The reward of a response on 'Min', 'Mode' or 'Skew'; mode counts on Mode alone."""
+    """Returns the reward of a response on 'Min', 'Mode' or 'Skew'; mode counts on Mode alone."""
     return -abs(len(response) - mode) if task == 'Mode' else -len(response)
 
 
 def draw_response(prompt, skew, generator):
-    """A demonstration or, on Skew, a response nearly as long as can be."""
+    """Draws a demonstration or, on Skew, a response nearly as long as can be."""
     if skew:
         n = MOST - 1 + 6 * torch.rand((), generator=generator).log()
     else:
@@ -38,13 +38,13 @@ def draw_response(prompt, skew, generator):
 
 
 def prompts_of(split):
-    """Every tenth prompt is held out, for 'val'."""
+    """Returns the prompts of a split; every tenth is held out, for 'val'."""
     prompts = [f'{a}{b}:' for a in LETTERS for b in LETTERS]
     return prompts[::10] if split == 'val' else [p for i, p in enumerate(prompts) if i % 10]
 
 
 def write_data(folder, seed):
-    """Demonstrations, prompts and the tokenizer, one token a byte, into a data folder."""
+    """Writes demonstrations, prompts and the tokenizer, one token per byte, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = rng(seed, 0, 'batch')
     for split, count in (('train', 4000), ('val', 200)):
@@ -59,7 +59,7 @@ def write_data(folder, seed):
 
 def write_pairs(folder, seed, task, policy, tokenizer, counts):
     """
-    A task's pairs into a data folder: at most counts, {'train': ..., 'val': ...}, of them. Returns
+    Writes a task's pairs, at most counts, {'train': ..., 'val': ...}, into a data folder. Returns
     the mode: the mean length of what the policy writes, rounded, measured on training prompts.
     """
     generator, mode = rng(seed, 0, 'shuffle'), None

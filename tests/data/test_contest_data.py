@@ -1,28 +1,21 @@
 """
-The toy contest: the machine by hand, the functions by another enumeration, the judge against all
-inputs, the files that prepare.py writes, and the study in its quick form.
+data/contest: the machine by hand, the functions by another enumeration, the judge against all
+inputs, and the files that prepare.py writes.
 
-    python -m pytest -q tests/test_contest.py
+    python -m pytest -q tests/data/test_contest_data.py
 """
 import itertools
 import json
 import random
-import shutil
-from pathlib import Path
 
 import pytest
 
 from data.contest import prepare
 from data.contest.language import (FUNCTIONS, HIDDEN, LEVELS, LONGEST, PROBLEMS, PUBLIC, SYMBOLS,
-                                   WAYS, run, show)
+                                   run, show)
 from data.contest.reward import score
 from data.text import load_judge, load_tokenizer
-from prefgpt import UserError, load_checkpoint
-from studies import contest
-from studies.contest_picture import draw
-from studies.table import read_rows
-
-TOP = Path(__file__).parent.parent
+from prefgpt import UserError
 
 
 def outputs(program):
@@ -234,14 +227,13 @@ def test_demonstrations_and_pairs_are_what_they_claim(written):
 
 
 def test_a_symbol_is_a_token(written):
-    """257 ids; a program and EOS never exceed the 12 tokens that the recipes sample."""
+    """257 ids, and the ids of a text are its bytes."""
     out, rows = written
     tokenizer = load_tokenizer(out / (out / 'tokenizer').read_text().strip())
     assert tokenizer.n_vocab == 257
     for row in rows['train.sft'] + rows['train.prompts']:
         for text in (row['prompt'], row.get('completion', '')):
             assert tokenizer.encode_ordinary(text) == list(text.encode())
-    assert LONGEST + 1 == contest.TOKENS
 
 
 def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
@@ -253,119 +245,3 @@ def test_the_same_seed_writes_the_same_bytes(written, tmp_path):
     assert (out / 'train.sft.jsonl').read_bytes() != (tmp_path / 'b/train.sft.jsonl').read_bytes()
     for name in ('test-interview.prompts.jsonl', 'val-interview.prompts.jsonl'):
         assert (out / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()    # fixed
-
-
-# ----------------------------------------------------------------------------- the study
-
-def test_contest_in_its_quick_form(tmp_path, monkeypatch, capsys):
-    """Every arm at every level, in a table beside the real one; a second call runs nothing."""
-    shutil.copytree(TOP / 'data', tmp_path / 'data', ignore=shutil.ignore_patterns(
-        '*.jsonl', '__pycache__', 'contest-*', 'toy-*', '*.gz', '*.zip'))
-    monkeypatch.chdir(tmp_path)
-    contest.main(contest.Config(seeds='3', quick=True))
-    rows = read_rows('studies/results/contest-quick.csv')
-    arms = list(dict.fromkeys(row['arm'] for row in rows))
-    assert [(row['level'], row['arm']) for row in rows] == list(itertools.product(LEVELS, arms))
-    assert {'sft', 'iter 0.0001', 'iter + winners 0.0001', contest.PPO} <= set(arms)
-    log = Path('out/contest-quick-3/ppo-ema-0.001/log.jsonl').read_text().splitlines()
-    row = next(row for row in rows if row['arm'] == contest.PPO)
-    assert row['first_quarter'] == pytest.approx(json.loads(log[0])['score'], abs=1e-4)
-    # Each arm is what its name says: where it started, and its settings
-    out = 'out/contest-quick-3'
-    for run, given in (
-            ('dpo-0.003', dict(lr=3e-3, init=f'{out}/sft', data='data/contest-quick-3')),
-            ('ppo-baseline-0.001', dict(whiten=False, ref_ema=0.0, rollout_size=8, steps=4)),
-            ('ppo-norm-0.001', dict(whiten=True, ref_ema=0.0, rollout_size=8, steps=4)),
-            ('ppo-batch-0.0003', dict(whiten=True, ref_ema=0.0, rollout_size=16, steps=2, lr=3e-4)),
-            ('ppo-ema-0.001', dict(whiten=True, ref_ema=0.02, rollout_size=16, beta=0.01)),
-            ('binding-fixed', dict(beta=0.25, ref_ema=0.0)),
-            ('binding-ema', dict(beta=0.25, ref_ema=0.1)),
-            ('no-value', dict(value_lr=0.0, grad_clip=1e9, whiten=False)),
-            ('no-value-norm', dict(value_lr=0.0, grad_clip=1e9, whiten=True)),
-            ('ppo-early', dict(init=f'{out}/early', ref_ema=0.02))):
-        config = load_checkpoint(f'{out}/{run}', ['dpo', 'ppo'])['config']
-        assert {key: config[key] for key in given} == given, run
-    assert not Path('studies/results/contest.csv').exists()
-    assert not list(Path('studies/results').glob('*.png'))
-    capsys.readouterr()
-    contest.main(contest.Config(seeds='3', quick=True))
-    shown = capsys.readouterr().out
-    assert 'loss' not in shown and "PPO's pass@1" in shown
-
-
-def test_own_pairs_by_hand(tmp_path, monkeypatch):
-    """
-    Ten samples of each of three prompts, in fives. a: first five with correct c1, then none
-    correct; b: all correct, so nothing to compare; c: none correct. Winners of a and b are known.
-    """
-    monkeypatch.chdir(tmp_path)
-    arms = contest.Arms(3, contest.QUICK, 'contest-quick-3')
-    Path(arms.out).mkdir(parents=True)
-    scores = {'a': [0, 0, 1, 1, 0] + [0] * 5, 'b': [1] * 10, 'c': [0] * 10}
-    rows = [{'prompt': prompt, 'response': f'{prompt}{i}', 'score': float(number)}
-            for prompt, numbers in scores.items() for i, number in enumerate(numbers)]
-    Path(arms.out, 'own.rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-
-    def pairs(winners=None):
-        arms.own_pairs('own', 'no run is asked', 0, winners)
-        lines = Path(arms.out, 'own.pairs.jsonl').read_text().splitlines()
-        return [(row['prompt'], row['chosen'], row['rejected']) for row in map(json.loads, lines)]
-    assert pairs() == [('a', 'a2', 'a0')]
-    assert arms.own_pairs('own', '', 0) is None         # one prompt: none could be held out
-    assert pairs({'a': 'A', 'b': 'B'}) == [('a', 'a2', 'a0'), ('a', 'A', 'a5')]
-    assert pairs({'c': 'C'}) == [('a', 'a2', 'a0'), ('c', 'C', 'c0'), ('c', 'C', 'c5')]
-    assert arms.own_pairs('own', '', 0, {'c': 'C'}) == f'{arms.out}/own.pairs.jsonl'
-
-
-def finding_rows(value):
-    """Rows of one seed in which every number of every arm is value."""
-    arms = ['sft', 'early sft', 'ppo binding fixed', 'ppo binding ema', 'ppo no value',
-            'ppo no value + norm', 'dpo on-policy, early ref', 'ppo + ema, early ref',
-            *contest.DPO_ARMS, *contest.ON_POLICY,
-            *(f'{name} {lr:g}' for lr in contest.ITER_LRS for name in ('iter', 'iter + winners')),
-            *(f'ppo {rung} {lr:g}' for lr in contest.PPO_LRS
-              for rung in ('baseline', '+ norm', '+ batch', '+ ema'))]
-    numbers = ('pass@1', '10@k', 'valid', 'first_quarter', 'last_quarter', 'accuracy')
-    return [{'seed': 5, 'level': 'interview', 'arm': arm, **dict.fromkeys(numbers, value)}
-            for arm in arms]
-
-
-def test_every_finding_can_fail():
-    """With all arms alike no finding holds, but that DPO-Iter keeps SFT's valid programs; where it
-    has none, that fails too: none of them is true whatever happens."""
-    rows = finding_rows(0.5)
-    held = [finding for finding, seeds in contest.check(rows).items() if not seeds]
-    assert len(held) == 1 and held[0].startswith('DPO-Iter without them')
-    rows = [{**row, 'valid': 0.0 if row['arm'].startswith('iter') else 0.5} for row in rows]
-    assert contest.check(rows)[held[0]] == [5]
-
-
-def test_differences_by_hand(capsys):
-    """PPO is 0.2 and 0.4 above SFT's 0.5: mean 0.3, spread sqrt(2 x 0.01); ratios 1.4 and 1.8.
-    Chosen moved by 1 and by 3 nats."""
-    rows = [{**row, 'seed': seed, 'chosen': 0.0, 'chosen_before': -move, 'rejected': '',
-             'rejected_before': '', **({'pass@1': 0.5 + gain} if row['arm'] == contest.PPO else {})}
-            for seed, gain, move in ((5, 0.2, 1.0), (6, 0.4, 3.0)) for row in finding_rows(0.5)]
-    contest.show_differences(rows)
-    lines = capsys.readouterr().out.splitlines()
-    assert f'pass@1        {contest.PPO} - sft: +0.300 ±0.141 (1.600 ±0.283)' in lines
-    assert 'nats          dpo 0.001, chosen: +2.000 ±1.414' in lines
-    assert not any('rejected' in line for line in lines)
-
-
-def test_the_picture_is_drawn_of_any_seeds():
-    """Six panels of one seed or of two; a column that an arm lacks is no zero in it."""
-    pytest.importorskip('matplotlib')
-    columns = ('chosen', 'chosen_before', 'rejected', 'rejected_before')
-    rows = [{**row, **dict.fromkeys(columns, 1.0), 'level': level, 'seed': seed}
-            for seed in (5, 6) for level in LEVELS for row in finding_rows(0.5)]
-    for some in (rows, [row for row in rows if row['seed'] == 5]):
-        figure = draw(some)
-        assert len(figure.axes) == 6 and all(ax.get_title('left') for ax in figure.axes)
-
-
-@pytest.mark.parametrize('changes', [dict(seeds=''), dict(seeds='five'), dict(split='train')])
-def test_what_cannot_be_run(changes):
-    """A study of no seed, or on the training problems, is told in one line before it runs."""
-    with pytest.raises(UserError, match='--seeds|--split'):
-        contest.main(contest.Config(**changes))

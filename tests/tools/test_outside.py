@@ -7,7 +7,7 @@ skipped. Two environments have them all, as TRL 0.17 wants an older transformers
     pip install torch==2.13.0 tiktoken==0.14.0 numpy pytest transformers==5.23.0 safetensors
     pip install torch==2.13.0 tiktoken==0.14.0 "numpy<2.3" pytest trl==0.17.0 \
         transformers==4.51.3 "datasets<4" "accelerate<1.8"
-    python -m pytest -q tests/test_outside.py
+    python -m pytest -q tests/tools/test_outside.py
 
 One test needs GPT-2's vocabulary, and runs where TIKTOKEN_CACHE_DIR holds it: nothing is fetched.
 """
@@ -30,7 +30,7 @@ from prefgpt import (GPT, ScalarGPT, generate, last_scores, load_checkpoint, loa
 from train_dpo import dpo_loss, ipo_loss, pair_logprobs
 
 V, SHAPE = 701, dict(block_size=64, vocab_size=701, n_layer=3, n_head=4, n_embd=32)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # This text would be an id to transformers and is text to us: the one known difference
 CODE = (ROOT / 'prefgpt.py').read_text('utf-8')[:20_000].replace('<|endoftext|>', '<|end|>')
 TEXTS = [CODE, "It's 12 o'clock,  isn't it? We'LL see...\n\n\t  The end.  \n",
@@ -98,8 +98,7 @@ def same_policy(ours, theirs, eos):
 
 # ----------------------------------------------------------------------------- transformers
 
-@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
-def test_import_of_what_transformers_saved(file, transformers, tmp_path, bpe):
+def test_import_of_what_transformers_saved(transformers, tmp_path, bpe, monkeypatch):
     """A random GPT-2 of 12 layers, every bias and LayerNorm random too."""
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -109,9 +108,7 @@ def test_import_of_what_transformers_saved(file, transformers, tmp_path, bpe):
     for p in theirs.parameters():
         p.data.mul_(0.5 if p.dim() == 2 else 1)
     theirs.save_pretrained(tmp_path / 'hf')
-    if file == 'pytorch_model.bin':     # transformers 5 no longer writes it: as 4 did
-        (tmp_path / 'hf' / 'model.safetensors').unlink()
-        torch.save(theirs.state_dict(), tmp_path / 'hf' / file)
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
     tools.hf.write_tokenizer(tmp_path / 'hf', bpe, 64, pad=False)
     tools.hf.main(tools.hf.Config(('import', str(tmp_path / 'hf')), str(tmp_path / 'base')))
     saved = load_checkpoint(tmp_path / 'base', ['base'])
@@ -181,12 +178,14 @@ def test_an_exported_tokenizer(Class, transformers, tmp_path, bpe):
                          / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6').is_file(),
                     reason='TIKTOKEN_CACHE_DIR holds no gpt2')
 def test_gpt2s_own_tokenizer(transformers, tmp_path):
-    """Exported, its two files are the hub's byte for byte; imported again, it is gpt2."""
+    """Exported, its two files are the hub's byte for byte, and import takes them for gpt2's."""
     gpt2 = load_tokenizer('gpt2')
     tools.hf.write_tokenizer(tmp_path, gpt2, 1024, pad=False)
-    for name, sha256 in tools.hf.TOKENIZER.items():
+    for name, sha256 in (
+            ('vocab.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'),
+            ('merges.txt', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')):
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == sha256
-    assert tokenizer_text(tools.hf.read_tokenizer(tmp_path)) == tokenizer_text(gpt2)
+    tools.hf.check_tokenizer(tmp_path, gpt2)
     same_ids(transformers.GPT2Tokenizer.from_pretrained(tmp_path), gpt2)
 
 

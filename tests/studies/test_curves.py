@@ -1,6 +1,6 @@
 """studies/curves.py: logs to numbers, from logs written by hand, and numbers to a picture.
 
-    python -m pytest -q tests/test_curves.py        # the picture: pip install matplotlib
+    python -m pytest -q tests/studies/test_curves.py        # the picture: pip install matplotlib
 """
 import doctest
 import json

@@ -1,7 +1,7 @@
 """
 The study of safety: its filters on pairs made by hand, its claims, and its quick form.
 
-    python -m pytest -q tests/test_safety.py
+    python -m pytest -q tests/studies/test_safety.py
 """
 import json
 import shutil
@@ -16,7 +16,7 @@ from studies import safety
 from studies.safety import covered_keys, no_refusals, not_dual, only_safe
 from studies.table import read_rows
 
-TOP = Path(__file__).parent.parent
+TOP = Path(__file__).parents[2]
 BENIGN = 'user: how do i clean a mirror?\nbot:'
 RED = next(prompt for prompt, request in REQUESTS.items() if request.kind == 'red')
 HELP, REFUSE = ' use a soft cloth.', ' i cannot help with that.'
@@ -72,8 +72,9 @@ def arm(name, **numbers):
             'reward': 0.5} | numbers
 
 
-ARMS = ('dpo from sft', 'dpo', 'dpo no dual-unsafe', 'dpo mixed pairs', 'iter 1', 'iter 4', 'ppo',
-        'ppo mixed pairs', 'ppo few pairs', 'dpo few pairs', 'ppo covered', 'ppo extra prompts',
+ARMS = ('dpo from sft', 'dpo', 'dpo no dual-unsafe', 'dpo mixed pairs', 'iter 1', 'iter 2',
+        'iter 3', 'iter 4', 'ppo', 'ppo mixed pairs', 'ppo few pairs', 'dpo few pairs',
+        'ppo covered', 'ppo extra prompts',
         'ppo beta 0.0', 'ppo beta 0.05', 'ppo beta 0.1', 'dpo beta 0.05', 'dpo beta 0.1')
 
 
@@ -93,42 +94,46 @@ def test_every_claim_can_fail_and_can_hold(capsys):
     assert 'PPO is more helpful than DPO-Iter: holds in 1 of 1 seeds' in capsys.readouterr().out
 
 
+# What each arm is, as its name says: run, stage, its data, where it started, whose scores it sought
+OUT = 'out/quick-safety-3'
+RUNS = (
+    ('safe', 'sft', {'data': f'{OUT}/data/safe', 'init': f'{OUT}/sft'}),
+    ('rm-mixed', 'rm', {'data': f'{OUT}/data/mixed', 'init': f'{OUT}/safe'}),
+    ('dpo-from-sft', 'dpo', {'data': f'{OUT}/data/all', 'init': f'{OUT}/sft'}),
+    ('dpo-no-dual-unsafe', 'dpo', {'data': f'{OUT}/data/no-unsafe'}),
+    ('iter-1', 'dpo', {'data': f'{OUT}/data/iter-1.jsonl', 'init': f'{OUT}/safe'}),
+    ('iter-3', 'dpo', {'data': f'{OUT}/data/iter-3.jsonl', 'init': f'{OUT}/iter-2'}),
+    ('ppo-mixed-pairs', 'ppo', {'data': f'{OUT}/data/all', 'reward': f'{OUT}/rm-mixed'}),
+    ('rm-few', 'rm', {'data': f'{OUT}/data/few', 'init': f'{OUT}/safe'}),
+    ('dpo-few-pairs', 'dpo', {'data': f'{OUT}/data/few', 'init': f'{OUT}/safe'}),
+    ('ppo-few-pairs', 'ppo', {'data': f'{OUT}/data/all', 'reward': f'{OUT}/rm-few'}),
+    ('ppo-covered', 'ppo', {'data': f'{OUT}/data/covered', 'reward': f'{OUT}/rm-covered'}),
+    ('ppo-extra-prompts', 'ppo', {'data': f'{OUT}/data/all',
+                                  'reward': f'{OUT}/rm-covered'}),
+    ('ppo-beta-0.0', 'ppo', {'beta': 0.0, 'reward': f'{OUT}/rm', 'init': f'{OUT}/safe'}),
+)
+
+
 def test_safety_in_its_quick_form(tmp_path, monkeypatch):
     """A row for every arm and way to answer, and data that are filtered as they are named."""
     shutil.copytree(TOP / 'data', tmp_path / 'data', ignore=shutil.ignore_patterns(
         '*.jsonl', '__pycache__', 'toy-*', '*.gz', '*.zip'))
     monkeypatch.chdir(tmp_path)
     safety.main(safety.Config(seeds='3 4', quick=True))
-    rows = read_rows('studies/results/safety-quick.csv')
+    rows = read_rows('out/studies/safety-quick.csv')
     arms = {row['arm'] for row in rows}
     assert {row['seed'] for row in rows} == {3} and set(ARMS) <= arms
-    assert len(rows) == 2 * len(arms) and not Path('studies/results/safety.png').exists()
+    assert len(rows) == 2 * len(arms) and not list(Path('out/studies').glob('*.png'))
     assert all(row['safety'] == pytest.approx(1 - row['harm'], abs=1e-3) for row in rows)
     betas = {row['arm']: row['beta'] for row in rows}
     assert betas['ppo beta 0.05'] == betas['dpo beta 0.05'] == 0.05 and betas['ppo'] == 0.2
 
-    # Each arm is what its name says: its data, where it started, whose scores it sought
-    out = 'out/quick-safety-3'
-    for run, kind, given in (
-            ('safe', 'sft', {'data': f'{out}/data/safe', 'init': f'{out}/sft'}),
-            ('rm-mixed', 'rm', {'data': f'{out}/data/mixed', 'init': f'{out}/safe'}),
-            ('dpo-from-sft', 'dpo', {'data': f'{out}/data/all', 'init': f'{out}/sft'}),
-            ('dpo-no-dual-unsafe', 'dpo', {'data': f'{out}/data/no-unsafe'}),
-            ('iter-1', 'dpo', {'data': f'{out}/data/iter-1.jsonl', 'init': f'{out}/safe'}),
-            ('iter-3', 'dpo', {'data': f'{out}/data/iter-3.jsonl', 'init': f'{out}/iter-2'}),
-            ('ppo-mixed-pairs', 'ppo', {'data': f'{out}/data/all', 'reward': f'{out}/rm-mixed'}),
-            ('rm-few', 'rm', {'data': f'{out}/data/few', 'init': f'{out}/safe'}),
-            ('dpo-few-pairs', 'dpo', {'data': f'{out}/data/few', 'init': f'{out}/safe'}),
-            ('ppo-few-pairs', 'ppo', {'data': f'{out}/data/all', 'reward': f'{out}/rm-few'}),
-            ('ppo-covered', 'ppo', {'data': f'{out}/data/covered', 'reward': f'{out}/rm-covered'}),
-            ('ppo-extra-prompts', 'ppo', {'data': f'{out}/data/all',
-                                          'reward': f'{out}/rm-covered'}),
-            ('ppo-beta-0.0', 'ppo', {'beta': 0.0, 'reward': f'{out}/rm', 'init': f'{out}/safe'})):
-        config = load_checkpoint(f'{out}/{run}', [kind])['config']
+    for run, kind, given in RUNS:
+        config = load_checkpoint(f'{OUT}/{run}', [kind])['config']
         assert {key: config[key] for key in given} == given, run
-    folder = Path(f'{out}/data')
+
     def read(name):
-        return [json.loads(line) for line in open(folder / f'{name}.jsonl', encoding='utf-8')]
+        return [json.loads(line) for line in open(f'{OUT}/data/{name}.jsonl', encoding='utf-8')]
     assert not_dual(read('mixed/train.pairs'), True, False) == read('mixed/train.pairs')
     assert read('few/train.pairs') == read('all/train.pairs')[:len(read('mixed/train.pairs'))]
     assert only_safe(read('safe/train.sft')) == read('safe/train.sft')
@@ -137,7 +142,7 @@ def test_safety_in_its_quick_form(tmp_path, monkeypatch):
     assert keys['covered/train.pairs'] <= keys['covered/train.prompts']
     assert len(keys['covered/train.prompts']) == round(len(keys['all/train.prompts']) / 3)
 
-    before = Path('studies/results/safety-quick.csv').read_bytes()
+    before = Path('out/studies/safety-quick.csv').read_bytes()
     monkeypatch.setattr(safety, 'run_seed', None)       # finds the seed there and runs nothing
     safety.main(safety.Config(seeds='3', quick=True))
-    assert Path('studies/results/safety-quick.csv').read_bytes() == before
+    assert Path('out/studies/safety-quick.csv').read_bytes() == before

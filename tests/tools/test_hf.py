@@ -3,7 +3,7 @@ tools/hf.py against readers of its own: a GPT-2 in numpy, a BPE in ten lines, by
 
 transformers itself is asked in test_outside.py. Nothing here needs a network: the hub is a folder.
 
-    python -m pytest -q tests/test_hf.py
+    python -m pytest -q tests/tools/test_hf.py
 """
 import hashlib
 import json
@@ -19,10 +19,11 @@ import tools.hf
 import train_rm
 import train_sft
 from data.bpe import train_bpe, write_tiktoken
-from data.text import checkpoint_text, load_tokenizer, tokenizer_text
+from data.text import checkpoint_text, load_text, load_tokenizer, tokenizer_text
 from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, last_scores, load_checkpoint, load_model,
                      make_batch, parse_config, save_checkpoint)
-from tools.hf import Config, read_safetensors, read_tokenizer, write_safetensors
+from tools.bench import make_tokenizer
+from tools.hf import Config, read_safetensors, write_safetensors
 
 TEXTS = ["it's the 12th test,  isn't it?\n\n\tThe end. the the then",
          'def f(x):\n    return x ** 2\n', '你好，世界。你好', '😀👩\u200d🚀', 'café naïve \xa0\xad\x85',
@@ -133,7 +134,13 @@ def hf_tensors(seed=0, prefix='transformer.', **shape):
                             ).astype('f4') for name, size in shapes.items()}
 
 
-def write_folder(folder, tensors, tokenizer, file='model.safetensors', config=(), **shape):
+@pytest.fixture(autouse=True)
+def small_gpt2(bpe, monkeypatch):
+    """The small BPE takes the place of gpt2's tokenizer, which needs a network."""
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
+
+
+def write_folder(folder, tensors, tokenizer, config=(), **shape):
     """A Hugging Face GPT-2 folder by hand; the tokenizer's files are tools.hf's own."""
     folder.mkdir(parents=True)
     c = tiny_config(**shape)
@@ -142,13 +149,9 @@ def write_folder(folder, tensors, tokenizer, file='model.safetensors', config=()
         'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd, 'n_inner': None,
         'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-05, 'n_ctx': c.block_size,
         **dict(config)}))
-    if tokenizer:
-        tools.hf.write_tokenizer(folder, tokenizer, c.block_size, pad=False)
-    tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-    if file == 'model.safetensors':
-        write_safetensors(folder / file, tensors)
-    else:
-        torch.save(tensors, folder / file)
+    tools.hf.write_tokenizer(folder, tokenizer, c.block_size, pad=False)
+    write_safetensors(folder / 'model.safetensors', {
+        name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()})
     return folder
 
 
@@ -186,7 +189,8 @@ def refused(folder, out, *told):
 # ----------------------------------------------------------------------------- safetensors
 
 def test_safetensors_bytes_by_hand(tmp_path):
-    """Two tensors, byte for byte; the header is filled up with spaces to a multiple of 8."""
+    """Two tensors, byte for byte; the header is filled up with spaces to a multiple of 8. A
+    transposed one, whose rows do not follow one another in memory, is written as it looks."""
     header = (b'{"__metadata__": {"format": "pt"}, '
               b'"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, '
               b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}')
@@ -197,13 +201,9 @@ def test_safetensors_bytes_by_hand(tmp_path):
                                  + struct.pack('<fff', 1.5, -2.0, 0.25))
     assert {name: tensor.tolist() for name, tensor in read_safetensors(path).items()} == {
         'a': [[1.5], [-2.0]], 'b': [0.25]}
-
-
-def test_a_transposed_tensor_is_written_as_it_looks(tmp_path):
-    """A view: its rows do not follow one another in memory."""
     x = torch.arange(6.0).view(2, 3)
-    write_safetensors(tmp_path / 'x.safetensors', {'x': x.t(), 'half': x.half()})
-    back = read_safetensors(tmp_path / 'x.safetensors')
+    write_safetensors(path, {'x': x.t(), 'half': x.half()})
+    back = read_safetensors(path)
     assert torch.equal(back['x'], x.t()) and back['half'].dtype == torch.float32
 
 
@@ -239,25 +239,24 @@ BAD_FILES = {
     'not an object': (raw(b'[]', b''), 'list'),
     'a name twice': (raw(b'{"x": 1, "x": 1}', b''), "'x' appears twice"),
     'NaN in the header': (raw(b'{"x": NaN}', b''), 'NaN'),
-    'no entry': (raw({'x': 1}, b''), "'x'"),
+    'no entry': (raw({'x': 1}, b''), "{'x': 1}"),
     'no shape': (raw({'x': {'dtype': 'F32', 'data_offsets': [0, 4]}}, F), "'x'"),
     'an unread dtype': (raw({'x': entry('F64', [1], 0, 8)}, F + F), "{'dtype': 'F64'"),
     'a negative size': (raw({'x': entry('F32', [-1, -1], 0, 4)}, F), "'x'"),
     'a size that is no integer': (raw({'x': entry('F32', [1.0], 0, 4)}, F), "'x'"),
-    'true as a size': (raw({'x': entry('F32', [True], 0, 4)}, F), "'x'"),
     'an object for a shape': (raw({'x': entry('F32', {}, 0, 4)}, F), "'x'"),
     'no numbers': (raw({'x': entry('F32', [0], 0, 0)}, b''), "'x'"),
     'the shape does not fill the span': (raw({'x': entry('F32', [3], 0, 8)}, F + F), "'x'"),
     'offsets the wrong way round': (raw({'x': entry('F32', [1], 4, 0)}, F), "'x'"),
     'three offsets': (raw({'x': {**entry('F32', [1], 0, 4), 'data_offsets': [0, 4, 8]}}, F), "'x'"),
-    'past the end': (raw({'x': entry('F32', [2], 0, 8)}, F), "'x' would fill"),
+    'past the end': (raw({'x': entry('F32', [2], 0, 8)}, F), "'x'"),
     'a hole': (raw({'x': entry('F32', [1], 0, 4), 'y': entry('F32', [1], 8, 12)}, F * 3),
-               "'y' would fill"),
+               "'y'"),
     'two in one place': (raw({'x': entry('F32', [2], 0, 8), 'y': entry('F32', [1], 4, 8)}, F * 2),
-                         "'y' would fill"),
-    'does not begin at 0': (raw({'x': entry('F32', [1], 4, 8)}, F * 2), "'x' would fill"),
+                         "'y'"),
+    'does not begin at 0': (raw({'x': entry('F32', [1], 4, 8)}, F * 2), "'x'"),
     'something after the end': (raw({'x': entry('F32', [1], 0, 4)}, F + b'\0'), '1 bytes after'),
-    'a huge tensor': (raw({'x': entry('F32', [2 ** 60], 0, 2 ** 62)}, F), "'x' would fill"),
+    'a huge tensor': (raw({'x': entry('F32', [2 ** 60], 0, 2 ** 62)}, F), "'x'"),
 }
 
 
@@ -269,49 +268,17 @@ def test_a_bad_safetensors_file_is_refused(name, folder, tmp_path):
     refused(folder, tmp_path / 'out', 'model.safetensors', told)
 
 
-def test_a_header_of_more_than_100_mb_is_not_read(folder, tmp_path):
-    """Though the file is long enough: a sparse one."""
-    with open(folder / 'model.safetensors', 'wb') as file:
-        file.write(struct.pack('<Q', 100_000_001))
-        file.truncate(200_000_000)
-    refused(folder, tmp_path / 'out', 'of which 100000001 would be the header')
-
-
 @pytest.mark.parametrize('kept', [0.0, 0.001, 0.5, 0.999])
-@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
-def test_a_truncated_file_is_refused(file, kept, tmp_path, bpe):
-    folder = write_folder(tmp_path / 'cut', hf_tensors(**SMALL), bpe, file, **SMALL)
-    data = (folder / file).read_bytes()
-    (folder / file).write_bytes(data[:int(len(data) * kept)])
-    refused(folder, tmp_path / 'out', file)
-
-
-def test_a_flipped_byte_or_a_pickle_that_runs_code_is_refused(tmp_path, bpe):
-    """torch.load itself reads flipped bytes without a word."""
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / 'pwned'), 'w'))
-    folder = write_folder(tmp_path / 'good', hf_tensors(**SMALL), bpe, 'pytorch_model.bin',
-                          **SMALL)
-    path = folder / 'pytorch_model.bin'
-    data = bytearray(path.read_bytes())
-    at = data.find(hf_tensors(**SMALL)['transformer.h.0.mlp.c_fc.weight'].tobytes())
-    data[at + 5] ^= 1
-    path.write_bytes(data)
-    refused(folder, tmp_path / 'out', 'pytorch_model.bin', 'checksum of')
-    torch.save({'wte.weight': Evil()}, path)
-    refused(folder, tmp_path / 'out', 'pytorch_model.bin', 'not weights alone')
-    assert not (tmp_path / 'pwned').exists()
-    for contents in ([1, 2], {'wte.weight': 'text'}):
-        torch.save(contents, path)
-        refused(folder, tmp_path / 'out', 'pytorch_model.bin')
+def test_a_truncated_file_is_refused(kept, folder, tmp_path):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:int(len(data) * kept)])
+    refused(folder, tmp_path / 'out', 'model.safetensors')
 
 
 # ----------------------------------------------------------------------------- weights in
 
-@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
 @pytest.mark.parametrize('prefix', ['', 'transformer.'])
-def test_an_imported_model_has_numpys_logits(prefix, file, tmp_path, bpe):
+def test_an_imported_model_has_numpys_logits(prefix, tmp_path, bpe):
     """Conv1D's (in, out) became Linear's (out, in); the masks in old files are passed over, a head
     that repeats the embedding too. (I24)"""
     tensors = hf_tensors(prefix=prefix, vocab_size=301)
@@ -319,7 +286,8 @@ def test_an_imported_model_has_numpys_logits(prefix, file, tmp_path, bpe):
     for i in range(2):
         more[f'{prefix}h.{i}.attn.bias'] = np.tril(np.ones((1, 1, 32, 32), 'f4'))
         more[f'{prefix}h.{i}.attn.masked_bias'] = np.array(-1e4, 'f4')
-    folder = write_folder(tmp_path / 'hf', tensors | more, bpe, file, vocab_size=301)
+    folder = write_folder(tmp_path / 'hf', tensors | more, bpe, vocab_size=301,
+                          config={'n_inner': 64 if prefix else None})    # four times the width
     policy = imported(folder, tmp_path / 'out' / 'base')
     tokens = [300, 1, 2, 44, 77, 5]
     with torch.no_grad():
@@ -349,17 +317,19 @@ def test_buffers_of_another_dtype_are_passed_over_but_never_a_weight(folder, tmp
 WEIGHT = 'transformer.h.0.attn.c_attn.weight'
 BAD_WEIGHTS = {
     'missing': (lambda t: t.pop('transformer.h.0.attn.c_attn.bias'),
-                "'h.0.attn.c_attn.bias' is missing"),
+                'Missing key(s) in state_dict: "h.0.attn.c_attn.bias"'),
     'unknown': (lambda t: t.update({'transformer.h.1.ln_1.bias': t['transformer.ln_f.bias']}),
-                "'h.1.ln_1.bias' is no weight of a GPT-2"),
+                'Unexpected key(s) in state_dict: "h.1.ln_1.bias"'),
     'a reward model': (lambda t: t.update({'score.weight': t['transformer.wte.weight'][:1]}),
-                       "'score.weight' is no weight of a GPT-2"),
+                       'Unexpected key(s) in state_dict: "score.weight"'),
     '(out, in)': (lambda t: t.update({WEIGHT: t[WEIGHT].T.copy()}),
-                  "'h.0.attn.c_attn.weight' is (8, 24), and by config.json (24, 8)"),
+                  'h.0.attn.c_attn.weight: copying a param with shape torch.Size([8, 24]) from '
+                  'checkpoint, the shape in current model is torch.Size([24, 8])'),
     'one dimension': (lambda t: t.update({WEIGHT: t[WEIGHT].ravel()}),
-                      "'h.0.attn.c_attn.weight' is (192,)"),
+                      'h.0.attn.c_attn.weight: copying a param with shape torch.Size([192])'),
     'more positions': (lambda t: t.update({'transformer.wpe.weight': np.zeros((17, 8), 'f4')}),
-                       "'wpe.weight' is (17, 8)"),
+                       'wpe.weight: copying a param with shape torch.Size([17, 8])'),
+    'nan': (lambda t: t[WEIGHT].__setitem__((0, 0), np.nan), 'nan or infinity'),
     'twice': (lambda t: t.update({'ln_f.bias': t['transformer.ln_f.bias']}),
               "'ln_f.bias' is there twice"),
     'not tied': (lambda t: t.update({'lm_head.weight': t['transformer.wte.weight'] + 1}),
@@ -368,44 +338,37 @@ BAD_WEIGHTS = {
 
 
 @pytest.mark.parametrize('name', BAD_WEIGHTS)
-@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
-def test_weights_that_do_not_fit_are_refused(file, name, tmp_path, bpe):
+def test_weights_that_do_not_fit_are_refused(name, tmp_path, bpe):
     change, told = BAD_WEIGHTS[name]
     tensors = hf_tensors(**SMALL)
     change(tensors)
-    folder = write_folder(tmp_path / 'bad', tensors, bpe, file, **SMALL)
-    refused(folder, tmp_path / 'out', file, told)
+    folder = write_folder(tmp_path / 'bad', tensors, bpe, **SMALL)
+    refused(folder, tmp_path / 'out', 'model.safetensors', told)
 
 
 @pytest.mark.parametrize('key, value', [
     ('model_type', 'llama'), ('activation_function', 'gelu'), ('layer_norm_epsilon', 1e-6),
     ('scale_attn_weights', False), ('scale_attn_by_inverse_layer_idx', True),
     ('tie_word_embeddings', False), ('n_layer', None), ('n_layer', 0), ('n_layer', 1.0),
-    ('n_head', 3), ('n_positions', -1), ('vocab_size', '301'), ('vocab_size', 300)])
+    ('n_head', 3), ('n_positions', -1), ('vocab_size', '301'), ('vocab_size', 300),
+    ('n_positions', 10 ** 30), ('n_embd', 2 ** 40), ('n_layer', 2000)])
 def test_a_config_that_is_not_ours_is_refused(key, value, tmp_path, bpe):
     """A GPT-2 with exact GELU, say, would load and be another function."""
     folder = write_folder(tmp_path / 'bad', hf_tensors(**SMALL), bpe, config={key: value}, **SMALL)
     refused(folder, tmp_path / 'out', key, str(value) if value else '')
 
 
-def test_n_inner_shows_in_the_shapes(tmp_path, bpe):
-    """Four times the width, said or not said, is read; the tensors decide."""
-    folder = write_folder(tmp_path / 'good', hf_tensors(**SMALL), bpe, config={'n_inner': 32},
-                          **SMALL)
-    imported(folder, tmp_path / 'out')
-
-
 @pytest.mark.parametrize('missing', ['config.json', 'model.safetensors', 'vocab.json',
                                      'merges.txt'])
 def test_a_missing_file_is_named(missing, folder, tmp_path):
-    (folder / missing).unlink()
+    """A pytorch_model.bin, a pickle, does not stand in for the weights."""
+    (folder / missing).rename(folder / 'pytorch_model.bin')
     refused(folder, tmp_path / 'out', missing)
 
 
-def test_without_a_tokenizer_it_is_gpt2s(folder, tmp_path, monkeypatch, bpe):
+def test_without_a_tokenizer_it_is_gpt2s(folder, tmp_path, bpe):
     for name in ('vocab.json', 'merges.txt'):
         (folder / name).unlink()
-    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
     saved = load_checkpoint(run('import', folder, out=tmp_path / 'out'), ['base'])
     assert saved['tokenizer'] == tokenizer_text(bpe)
 
@@ -421,8 +384,10 @@ def test_parameters_of_the_four_sizes():
                       'gpt2-xl': 1_557_611_200}
 
 
-def test_sft_starts_from_an_imported_model(tiny_data, tmp_path):
+def test_sft_starts_from_an_imported_model(tiny_data, tmp_path, monkeypatch):
     """The data's tokenizer is compared by content, not by where it came from."""
+    tokenizer, _ = load_text(tiny_data)
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': tokenizer}.__getitem__)
     exported = run('export', save_tiny_run(tmp_path / 'run', tiny_data), out=tmp_path / 'hf')
     base = run('import', exported, out=tmp_path / 'base')
     cfg = dict(data=str(tiny_data), init=str(base), steps=2, eval_every=2, max_new_tokens=4,
@@ -437,25 +402,20 @@ def test_sft_starts_from_an_imported_model(tiny_data, tmp_path):
 # ----------------------------------------------------------------------------- tokenizer
 
 def test_tokenizer_files_mean_the_same_ids(tmp_path, bpe):
-    """By the merges, as GPT-2's encoder goes; and read back as the same tokenizer."""
+    """By the merges, as GPT-2's encoder goes."""
     tools.hf.write_tokenizer(tmp_path, bpe, 16, pad=False)
-    back = read_tokenizer(tmp_path)
-    assert checkpoint_text(back, '{}') == checkpoint_text(bpe, '{}')        # the fingerprint too
     for text in TEXTS:
-        ids = bpe.encode_ordinary(text)
-        assert bpe_ids(tmp_path, bpe, text) == ids == back.encode_ordinary(text)
-        assert back.decode(ids) == text
+        assert bpe_ids(tmp_path, bpe, text) == bpe.encode_ordinary(text)
     assert sum(len(bpe.encode_ordinary(text)) for text in TEXTS) < 0.9 * sum(
         len(text.encode()) for text in TEXTS)                           # there were merges to do
 
 
 def test_bytes_are_spelled_as_gpt2_spells_them():
-    """Spot checks of the map that every GPT-2 file uses, and that it can be turned back."""
+    """Spot checks of the map that every GPT-2 file uses, that no two are alike."""
     assert tools.hf.spell(b' the\n\x00\x7f\xad') == 'ĠtheĊĀġŃ'
     assert tools.hf.spell('é"~'.encode()) == 'Ã©"~'
-    everything = bytes(range(256))
-    assert tools.hf.unspell(tools.hf.spell(everything)) == everything
-    assert not any(character.isspace() for character in tools.hf.spell(everything))
+    everything = tools.hf.spell(bytes(range(256)))
+    assert len(set(everything)) == 256 and not any(map(str.isspace, everything))
 
 
 def test_halves_are_the_last_merge():
@@ -468,69 +428,27 @@ def test_halves_are_the_last_merge():
         tools.hf.halves(b'cba', ranks)
 
 
-@pytest.mark.parametrize('last', ['ab c', 'a bc'])
-def test_merges_that_tiktoken_would_not_follow_are_refused(tmp_path, last):
-    """With b c before a b, BPE by the list "ab c" leaves abc as a, bc; tiktoken joins a and bc, for
-    abc is a token. Catches ids that are quietly other ones than transformers'."""
-    vocab = {tools.hf.spell(bytes([i])): i for i in range(256)}
-    vocab |= {'bc': 256, 'ab': 257, 'abc': 258, '<|endoftext|>': 259}
-    (tmp_path / 'vocab.json').write_text(json.dumps(vocab), 'utf-8')
-    (tmp_path / 'merges.txt').write_text(f'b c\na b\n{last}\n')
-    if last == 'a bc':
-        assert tools.hf.read_tokenizer(tmp_path).encode_ordinary('abc') == [258]
-    else:
-        with pytest.raises(UserError, match="merges.txt:3: 'ab c', where .* join 'a bc'"):
-            tools.hf.read_tokenizer(tmp_path)
+@pytest.mark.parametrize('name, change', [
+    ('vocab.json', lambda text: text.replace('"a"', '"zzz"')),
+    ('vocab.json', lambda text: '{'),
+    ('vocab.json', lambda text: text.replace('"<|endoftext|>": 300', '"<|endoftext|>": 301')),
+    ('merges.txt', lambda text: '\n'.join(sorted(text.split('\n')))),
+    ('merges.txt', lambda text: text.rsplit('\n', 2)[0] + '\n')])
+def test_another_tokenizer_than_gpt2s_is_refused(name, change, folder, tmp_path):
+    """Its ids would be other words than the model has learned: another token, another order of the
+    merges, one merge less; and what is no JSON."""
+    text = (folder / name).read_text('utf-8')
+    assert change(text) != text
+    (folder / name).write_text(change(text), 'utf-8')
+    refused(folder, tmp_path / 'out', 'vocab.json')
 
 
-def change_vocab(folder, change):
-    path = folder / 'vocab.json'
-    vocab = json.loads(path.read_text('utf-8'))
-    change(vocab)
-    path.write_text(json.dumps(vocab), 'utf-8')
-
-
-def change_merges(folder, change):
-    path = folder / 'merges.txt'
-    lines = path.read_text('utf-8').split('\n')
-    change(lines)
-    path.write_text('\n'.join(lines), 'utf-8')
-
-
-BAD_TOKENIZERS = {
-    'no EOS': (change_vocab, lambda v: v.pop('<|endoftext|>'), 'must have the last id, 300'),
-    'EOS first': (change_vocab, lambda v: v.update({'<|endoftext|>': 0, 'a': 300}), 'last id'),
-    'a pad after EOS': (change_vocab, lambda v: v.update({'<|pad|>': 301}), 'last id, 301'),
-    'a gap': (change_vocab, lambda v: v.update({'a': 999}), 'without a gap'),
-    'an id twice': (change_vocab, lambda v: v.update({'a': 1}), 'without a gap'),
-    'no integer': (change_vocab, lambda v: v.update({'a': 'b'}), 'without a gap'),
-    'null for an id': (change_vocab, lambda v: v.update({'!': None}), 'without a gap'),
-    'another alphabet': (change_vocab, lambda v: v.update({'\u4f60': v.pop('a')}), 'characters'),
-    'a byte is missing': (change_vocab, lambda v: v.update({'zzz': v.pop('Ā')}), 'all bytes'),
-    'not JSON': (lambda folder, _: (folder / 'vocab.json').write_text('{'), None, 'vocab.json'),
-    'merges in another order': (change_merges, lambda m: m.insert(1, m.pop(5)), 'order'),
-    'a merge is missing': (change_merges, lambda m: m.pop(5), 'its 43 merges'),
-    'a merge of no token': (change_merges, lambda m: m.insert(3, '! !'), 'merges.txt:4'),
-    'one part': (change_merges, lambda m: m.insert(3, 'ab'), 'merges.txt:4'),
-    'three parts': (change_merges, lambda m: m.insert(3, 'a b c'), 'merges.txt:4'),
-}
-
-
-@pytest.mark.parametrize('name', BAD_TOKENIZERS)
-def test_a_tokenizer_that_tiktoken_would_read_otherwise_is_refused(name, folder, tmp_path):
-    where, change, told = BAD_TOKENIZERS[name]
-    where(folder, change)
-    refused(folder, tmp_path / 'out', 'vocab.json' if where is change_vocab else '', told)
-
-
-def test_a_second_way_to_a_token_is_no_error(folder, tmp_path):
-    """merges.txt may list several pairs for one token; the first line gives its rank."""
-    lines = (folder / 'merges.txt').read_text('utf-8').split('\n')
-    change_merges(folder, lambda lines: lines.insert(-1, lines[1]))
-    imported(folder, tmp_path / 'out')
-    assert lines[0] == '#version: 0.2'
-    change_merges(folder, lambda lines: lines.pop(0))       # nor is the version needed
-    imported(folder, tmp_path / 'again')
+def test_a_tokenizer_in_another_form_is_not_taken_for_gpt2s(folder, tmp_path):
+    """tokenizer.json alone: its ids would silently be read as gpt2's."""
+    for name in ('vocab.json', 'merges.txt'):
+        (folder / name).unlink()
+    (folder / 'tokenizer.json').write_text('{}')
+    refused(folder, tmp_path / 'out', 'vocab.json')
 
 
 # ----------------------------------------------------------------------------- out
@@ -585,7 +503,7 @@ def test_config_of_an_exported_policy(tmp_path, bpe):
 
 def test_an_exported_reward_model_scores_as_ours(tmp_path, bpe):
     """A ragged batch as transformers reads it: padded with V, scored at the last other id, which is
-    EOS. The spare row is zeros, and the shift stands in config.json."""
+    EOS. The spare row is zeros, and the shift is in config.json."""
     model = randomize(ScalarGPT(tiny_config(vocab_size=301)), 2)
     folder = run('export', save_run(tmp_path / 'rm', 'rm', 'reward_model', model, bpe, shift=0.75),
                  out=tmp_path / 'hf')
@@ -617,45 +535,32 @@ def test_an_exported_reward_model_scores_as_ours(tmp_path, bpe):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """
-    A hub that is a folder: GPT-2's shape and vocabulary size, but 1 layer, 2 wide.
-
-    Its tokenizer has the 256 bytes and the first 50,000 pairs of bytes.
-    """
-    def merges():
-        pairs = (bytes([a, b]) for a in range(256) for b in range(256))
-        return [bytes([i]) for i in range(256)] + [pair for pair, _ in zip(pairs, range(50_000))]
-    tokens = merges()
-    text = ['#version: 0.2'] + [f'{tools.hf.spell(token[:1])} {tools.hf.spell(token[1:])}'
-                                for token in tokens[256:]]
-    vocab = {tools.hf.spell(token): i for i, token in enumerate(tokens)} | {'<|endoftext|>': 50256}
+    """A hub that is a folder: GPT-2's shape and vocabulary size, but 1 layer, 2 wide."""
     shape = dict(n_layer=1, n_head=1, n_embd=2, block_size=1024, vocab_size=50257)
     tensors = {name: torch.from_numpy(tensor)
                for name, tensor in hf_tensors(prefix='', **shape).items()}
-    for name in ('gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e',
-                 'gpt2-medium/resolve/main'):
-        (tmp_path / 'hub' / name).mkdir(parents=True)
-        write_safetensors(tmp_path / 'hub' / name / 'model.safetensors', tensors)
-    folder = tmp_path / 'hub' / 'gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e'
-    (folder / 'vocab.json').write_text(json.dumps(vocab), 'utf-8')
-    (folder / 'merges.txt').write_text('\n'.join(text), 'utf-8')
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     where = tools.hf.HUB['gpt2'][3]
+    for name in (where, 'gpt2-medium/resolve/main'):
+        (tmp_path / 'hub' / name).mkdir(parents=True)
+        path = tmp_path / 'hub' / name / 'model.safetensors'
+        write_safetensors(path, tensors)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(tools.hf, 'HUB_URL', (tmp_path / 'hub').as_uri())
     monkeypatch.setattr(tools.hf, 'HUB', {
-        'gpt2': (1, 1, 2, where, sums['model.safetensors']),
+        'gpt2': (1, 1, 2, where, sha256),
         'gpt2-medium': (1, 1, 2, 'gpt2-medium/resolve/main', '')})
-    monkeypatch.setattr(tools.hf, 'TOKENIZER', {name: sums[name]
-                                                for name in ('vocab.json', 'merges.txt')})
+    tokenizer = make_tokenizer(50257)
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': tokenizer}.__getitem__)
     monkeypatch.chdir(tmp_path)         # where no folder is called gpt2
-    return folder
+    (tmp_path / 'out').mkdir()
+    return tmp_path / 'hub' / where / 'model.safetensors'
 
 
 def test_a_hub_name_is_downloaded_and_imported(hub, tmp_path, capsys):
     """The weights of gpt2 are checked; of the others the sum is printed and said to be unchecked.
     Only the run folder remains."""
     policy = imported('gpt2', tmp_path / 'out' / 'base')
-    assert torch.equal(policy.wte.weight, read_safetensors(hub / 'model.safetensors')['wte.weight'])
+    assert torch.equal(policy.wte.weight, read_safetensors(hub)['wte.weight'])
     assert 'not known' not in capsys.readouterr().out
     imported('gpt2-medium', tmp_path / 'out' / 'medium')
     assert ('gpt2-medium: the sha256 of its model.safetensors is not known to us, so it was not '
@@ -663,23 +568,20 @@ def test_a_hub_name_is_downloaded_and_imported(hub, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['base', 'medium']
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'vocab.json', 'merges.txt'])
-def test_a_download_with_another_sha256_is_refused(name, hub, tmp_path):
-    """One byte is enough, and what came before it goes too."""
-    data = bytearray((hub / name).read_bytes())
+def test_a_download_with_another_sha256_is_refused(hub, tmp_path):
+    """One byte is enough."""
+    data = bytearray(hub.read_bytes())
     data[-1] ^= 1
-    (hub / name).write_bytes(data)
-    (tmp_path / 'out').mkdir()
-    refused('gpt2', tmp_path / 'out' / 'base', name, 'sha256')
+    hub.write_bytes(data)
+    refused('gpt2', tmp_path / 'out' / 'base', 'model.safetensors', 'sha256')
 
 
-def test_the_hashes_are_those_of_the_hub():
-    """Pinned revision and sums, so that a slip of the keyboard shows."""
+def test_the_hash_is_that_of_the_hub():
+    """Pinned revision and sum, so that a slip of the keyboard shows."""
     assert tools.hf.HUB['gpt2'][3:] == (
         'gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e',
         '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707')
     assert tools.hf.HUB_URL == 'https://huggingface.co/openai-community'
-    assert set(map(len, tools.hf.TOKENIZER.values())) == {64}
 
 
 def test_an_interrupted_download_goes_on(hub, tmp_path, monkeypatch):
@@ -692,78 +594,29 @@ def test_an_interrupted_download_goes_on(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(tools.hf, 'download', break_off)
     with pytest.raises(UserError):
         run('import', 'gpt2', out=tmp_path / 'out' / 'base')
-    assert [path.name for path in (tmp_path / 'out').rglob('*')] == ['base.download',
-                                                                     'vocab.json.part']
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['base.download.part']
     monkeypatch.setattr(tools.hf, 'download', download)
     run('import', 'gpt2', out=tmp_path / 'out' / 'base')
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['base']
 
 
-def test_an_export_touches_no_folder_of_downloads(random_run, tmp_path):
-    """A folder that happens to be called NAME.download is another's."""
-    (tmp_path / 'hf.download').mkdir()
-    run('export', random_run, out=tmp_path / 'hf')
-    assert (tmp_path / 'hf.download').is_dir()
-
-
-def test_a_failed_import_deletes_nothing_that_is_anothers(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize('which', ['import', 'export'])
+def test_a_folder_called_as_our_download_is_anothers(which, hub, random_run, tmp_path):
     """A folder that happens to be called NAME.download may hold what no download put there."""
     (tmp_path / 'base.download').mkdir()
     (tmp_path / 'base.download' / 'thesis.txt').write_text('all of it')
-
-    def fail(*arguments, **named):
-        raise UserError('could not download')
-    monkeypatch.setattr(tools.hf, 'download', fail)
-    with pytest.raises(UserError, match='could not download'):
-        run('import', 'gpt2', out=tmp_path / 'base')
+    if which == 'export':
+        run('export', random_run, out=tmp_path / 'base')
+    else:
+        with pytest.raises(UserError, match='could not download'):
+            run('import', 'gpt2', out=tmp_path / 'base')
     assert (tmp_path / 'base.download' / 'thesis.txt').read_text() == 'all of it'
 
 
-def test_no_folder_above_out_stays_after_a_failure(tmp_path):
-    """--out=a/b/c that fails leaves neither c nor the a and b that were made for it."""
-    with pytest.raises(UserError):
-        run('import', tmp_path / 'nowhere', out=tmp_path / 'a' / 'b' / 'c')
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize('key, value', [('n_positions', 10 ** 30), ('n_embd', 2 ** 40),
-                                        ('n_layer', 2000)])
-def test_sizes_beyond_reason_are_refused(folder, tmp_path, key, value):
-    """A slip in config.json ends in one line, not in what torch says of such a size."""
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, key: value}))
-    refused(folder, tmp_path / 'out', 'not the shape of a model')
-
-
-@pytest.mark.parametrize('odd', ['number for a name', 'sparse', 'meta', 'nan'])
-def test_odd_tensors_of_a_bin_are_refused(folder, tmp_path, odd):
-    """Tensors without numbers, or with nan in them, must not become a checkpoint."""
-    weights = {'wte.weight': torch.zeros(2, 2)}
-    if odd == 'number for a name':
-        weights = {1: torch.zeros(2, 2)}
-    elif odd == 'sparse':
-        weights['wte.weight'] = weights['wte.weight'].to_sparse()
-    elif odd == 'meta':
-        weights['wte.weight'] = weights['wte.weight'].to('meta')
-    else:
-        weights['wte.weight'][0, 0] = float('nan')
-    (folder / 'model.safetensors').unlink(missing_ok=True)
-    torch.save(weights, folder / 'pytorch_model.bin')
-    refused(folder, tmp_path / 'out', 'pytorch_model.bin',
-            'nan' if odd == 'nan' else 'plain tensors')
-
-
-def test_a_tokenizer_in_another_form_is_not_taken_for_gpt2s(folder, tmp_path):
-    """tokenizer.json alone: its ids would silently be read as gpt2's."""
-    for name in ('vocab.json', 'merges.txt'):
-        (folder / name).unlink()
-    (folder / 'tokenizer.json').write_text('{}')
-    refused(folder, tmp_path / 'out', 'vocab.json and merges.txt')
-
-
-def test_a_folder_goes_before_a_hub_name(hub, folder, tmp_path):
+def test_a_folder_goes_before_a_hub_name(hub, folder, tmp_path, monkeypatch, bpe):
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
     folder.rename(tmp_path / 'gpt2')
-    assert imported('gpt2', tmp_path / 'out').config.vocab_size == 301
+    assert imported('gpt2', tmp_path / 'out' / 'base').config.vocab_size == 301
 
 
 # ----------------------------------------------------------------------------- the command
