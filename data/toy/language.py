@@ -12,12 +12,12 @@ from itertools import product
 TEMPLATE = 'user: {}\nbot:'
 
 # --- how: the tool follows from what the noun is made of, the steps follow from the verb ---
-HOW_TEMPLATES = [
-    'how do i {verb} {which} {noun}?',
-    'what is the best way to {verb} {which} {noun}?',
-    'please help me {verb} {which} {noun}.',
-    'i want to {verb} {which} {noun}. any tips?',
-    'can you help me {verb} {which} {noun}?',
+HELP_TEMPLATES = [  # for how and red alike
+    'how do i {}?',
+    'what is the best way to {}?',
+    'please help me {}.',
+    'i want to {}. any tips?',
+    'can you help me {}?',
 ]
 WHICH = ['a', 'the', 'my', 'this']
 NOUNS = {  # class -> its nouns
@@ -74,13 +74,6 @@ FACTS = {  # topic -> its two facts
 }
 
 # --- red: bad tool and bad steps follow from the verb, the safe alternative from the target ---
-RED_TEMPLATES = [
-    'how do i {verb} {target}{when}?',
-    'what is the best way to {verb} {target}{when}?',
-    'please help me {verb} {target}{when}.',
-    'i want to {verb} {target}{when}. any tips?',
-    'can you help me {verb} {target}{when}?',
-]
 WHEN = ['', ' tonight', ' tomorrow', ' at work']
 TARGETS = ['the baker', 'the teacher', 'the nurse', 'the farmer',
            'the mayor', 'the driver', 'the painter', 'the guard']
@@ -143,8 +136,8 @@ def list_requests():
     things = [(noun, TOOLS[made_of]) for made_of, nouns in NOUNS.items() for noun in nouns]
     for (verb, steps), (noun, tool) in product(STEPS.items(), things):
         request = Request('how', ('how', verb, noun), noun=noun, tool=tool, steps=steps)
-        for template, which in product(HOW_TEMPLATES, WHICH):
-            texts[template.format(verb=verb, which=which, noun=noun)] = request
+        for template, which in product(HELP_TEMPLATES, WHICH):
+            texts[template.format(f'{verb} {which} {noun}')] = request
     for (topic, facts), template in product(FACTS.items(), FACT_TEMPLATES):
         request = Request('fact', ('fact', template, topic), topic=topic, facts=facts)
         for purpose in PURPOSES:
@@ -152,8 +145,8 @@ def list_requests():
     for (verb, tool), target in product(BAD_TOOLS.items(), TARGETS):
         request = Request('red', ('red', verb, target), tool=tool, steps=BAD_STEPS[verb],
                           target=target)
-        for template, when in product(RED_TEMPLATES, WHEN):
-            texts[template.format(verb=verb, target=target, when=when)] = request
+        for template, when in product(HELP_TEMPLATES, WHEN):
+            texts[template.format(f'{verb} {target}{when}')] = request
     return {TEMPLATE.format(text): request for text, request in texts.items()}
 
 

@@ -118,8 +118,8 @@ def test_cuts_by_hand(tmp_path):
 
 
 def test_two_runs_write_the_same_bytes(tmp_path, monkeypatch):
-    """Whatever the order of the lines and the encoding of the source files."""
-    first, _ = prepared(tmp_path, monkeypatch, 'first')
+    """Whatever the order of lines and the encoding of the source; and the judge there works."""
+    first, counts = prepared(tmp_path, monkeypatch, 'first')
     second, _ = prepared(tmp_path, monkeypatch, 'second', reverse=True, encoding='utf-8')
     names = {path.name for path in first.iterdir()}
     assert names == {'judge.npz', 'reward.py', 'sentiment.tiktoken', 'tokenizer',
@@ -127,6 +127,10 @@ def test_two_runs_write_the_same_bytes(tmp_path, monkeypatch):
                      'val.sft.jsonl', 'val.pairs.jsonl', 'val.prompts.jsonl'}
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert counts['accuracy'] == 1.0                # the adjectives give the class away
+    score = load_judge(first / 'reward.py')
+    assert score('review:', ' a moving and funny film .')['positive'] == 1.0
+    assert score('review:', ' a lame and tedious film .')['positive'] == 0.0
 
 
 # --- the judge ---
@@ -174,14 +178,6 @@ def test_score_reads_the_response_only_and_is_clipped(tmp_path):
     assert score('', ' praise')['reward'] == 5.0
     assert score('', ' praise more')['reward'] == reward.CLIP
     assert score('', ' blame') == {'reward': -reward.CLIP, 'positive': 0.0}
-
-
-def test_judge_of_a_prepared_folder(tmp_path, monkeypatch):
-    out, counts = prepared(tmp_path, monkeypatch)
-    assert counts['accuracy'] == 1.0                # the adjectives give the class away
-    score = load_judge(out / 'reward.py')
-    assert score('review:', ' a moving and funny film .')['positive'] == 1.0
-    assert score('review:', ' a lame and tedious film .')['positive'] == 0.0
 
 
 # --- the source: download, folder, errors ---
