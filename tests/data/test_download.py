@@ -34,7 +34,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if held else 200)
         if held:
-            self.send_header('Content-Range', f'bytes {start + server.shift}-{total - 1}/{total}')
+            start += server.shift
+            self.send_header('Content-Range', f'bytes {start}-{total - 1}/{total}')
         if server.etag:
             self.send_header('ETag', server.etag)
         if server.says_length:
@@ -93,7 +94,7 @@ def test_the_next_call_goes_on_where_it_stopped(server, tmp_path, sha256, capsys
     dict(shift=7),                                          # bytes of another place
     dict(ranges=False),                                     # the whole is sent, whatever is asked
     dict(says_length=False)])
-def test_two_halves_are_never_glued_together(server, tmp_path, settings):
+def test_two_halves_are_never_glued_together(server, tmp_path, settings, capsys):
     """Catches the end of a new version, or of another place, after the start of the old one."""
     interrupted(server, tmp_path / 'file')
     vars(server).update(settings)
@@ -106,6 +107,7 @@ def test_two_halves_are_never_glued_together(server, tmp_path, settings):
         download(server.url, tmp_path / 'file')
     assert server.asked[0]['Range'] == 'bytes=30000-'
     assert (tmp_path / 'file').read_bytes() == server.body and names(tmp_path) == ['file']
+    assert 'download 97 / ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('etag', ['', 'W/"one"'])
