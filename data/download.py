@@ -3,7 +3,7 @@ Downloads a file so that an interrupted download goes on where it stopped.
 
 NAME.part holds the bytes that have come, NAME.etag the server's name for their version (ETag), and
 NAME is the whole file or not there. Does not retry by itself. Goes on only where the server names
-versions; where it does not say how long a file is, only a sha256 tells that all of it has come.
+versions. Where it does not say how long a file is, only a sha256 shows that all of it has come.
 """
 import hashlib, http.client, os, sys, urllib.error, urllib.request
 from pathlib import Path
@@ -12,7 +12,7 @@ from data.text import DataError
 
 
 class Unusable(OSError):
-    """What has come is no part of the file that was asked for; the next call starts over."""
+    """Says that what has come is no part of the file asked for: the next call starts over."""
 
 
 def download(url, path, sha256='', instead=''):
@@ -48,7 +48,7 @@ def fetch(url, part, etag):
         if answer.status != 206:            # the file from its start: it is new, or has changed
             held = 0
             part.unlink(missing_ok=True)    # before the new version is noted: they must not mix
-            # A weak one (W/) stands for "about the same file"
+            # A weak one (W/) only says "about the same file"
             etag.write_text('' if theirs.startswith('W/') else theirs)
         elif theirs != version or f'bytes {held}-' not in answer.headers.get('Content-Range', ''):
             raise Unusable('the server sent bytes of another file or place; call again')
