@@ -142,6 +142,7 @@ def test_the_judge_reads_what_the_generator_drew():
         read = [MEANINGS[sentence][0] for sentence in re.findall(r' ([^.]+)\.', text)]
         assert read == [place.replace('aside', 'filler') for place in prepare.PLACES
                         if place in response]
+        assert len(read) == len(response)       # every sentence has a place
         helpful, cost, refused = points(prompt, text)
         assert refused == ('refusal' in response)
         assert helpful - 2 * cost <= MAX_REWARD[REQUESTS[prompt].kind]
