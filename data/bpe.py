@@ -1,12 +1,13 @@
-"""Trains a small byte-level BPE vocabulary and writes it in tiktoken's two-column format.
-
-Does not encode: tiktoken does, from the file written here, with GPT-2's split pattern. It is
-made for small texts: the best merge is found by looking at all pairs, with no priority queue.
 """
-import base64
-import re
-import unicodedata
+Trains a small byte-level BPE vocabulary and writes it in tiktoken's two-column format.
+
+Does not encode: tiktoken does, from the file written here, with GPT-2's split pattern. Made for
+small texts: it finds the best merge by looking at all pairs, with no priority queue.
+"""
+import base64, re, unicodedata
 from collections import Counter
+
+from data.rows import write_text
 
 # data.text.SPLIT_PATTERN for the standard library's re, which has no \p{L} and \p{N}: word_pieces
 # first spells every letter, number and space beyond ASCII as an ASCII one
@@ -15,7 +16,8 @@ SPLIT_ASCII = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-
 
 
 def word_pieces(text):
-    """Cut text as data.text.SPLIT_PATTERN does. "so it's 12." -> ["so", " it", "'s", " 12", "."]
+    """
+    Cuts text as data.text.SPLIT_PATTERN does: "so it's 12." -> ["so", " it", "'s", " 12", "."].
 
     Nothing is lost: the pieces joined are the text again.
     """
@@ -24,7 +26,7 @@ def word_pieces(text):
 
 
 def ascii_shape(character):
-    """One ASCII character of the same class (letter, number, space, other) as the given one."""
+    """Returns an ASCII character of the same class: letter, number, space or other."""
     if character.isascii():
         return character
     if character.isspace():
@@ -33,12 +35,11 @@ def ascii_shape(character):
 
 
 def train_bpe(texts, vocab_size):
-    """Learn byte-pair merges from an iterable of strings.
+    """
+    Learns byte-pair merges from strings; returns a dict token (bytes) -> rank.
 
-    Returns dict[bytes, int], token -> rank: the 256 bytes are ranks 0..255, then each merge takes
-    the next one. The last id of the vocabulary, vocab_size - 1, is left for EOS, so at most
-    vocab_size - 1 tokens come back; fewer when every word of a small text is already one token.
-    Raises ValueError if the 256 bytes and EOS do not fit.
+    The 256 bytes have ranks 0 to 255, each merge takes the next one, and the last id, vocab_size
+    - 1, is left for EOS. Fewer tokens come back when every word of a small text is one already.
     """
     if vocab_size < 257:
         raise ValueError(f'vocab_size is {vocab_size}, but 256 bytes and EOS need at least 257')
@@ -46,7 +47,7 @@ def train_bpe(texts, vocab_size):
     counted = Counter(piece for text in texts for piece in word_pieces(text))
     words = [[bytes([value]) for value in piece.encode()] for piece in counted]
     times = list(counted.values())
-    # a pair is named by its joined bytes, because that is how tiktoken looks merges up
+    # A pair is named by its joined bytes, because that is how tiktoken looks merges up
     counts = Counter()  # joined pair -> how often it occurs
     places = {}         # joined pair -> numbers of the words it has occurred in
     for number, word in enumerate(words):
@@ -63,7 +64,7 @@ def train_bpe(texts, vocab_size):
 
 
 def count_pairs(word, number, change, counts, places):
-    """Add change to the count of each pair of neighbours in the word; drop what falls to zero."""
+    """Adds change to the count of each pair of neighbours in the word; drops what falls to 0."""
     for left, right in zip(word, word[1:]):
         counts[left + right] += change
         if counts[left + right] == 0:
@@ -73,7 +74,7 @@ def count_pairs(word, number, change, counts, places):
 
 
 def merge(word, token):
-    """Join, from left to right, neighbours that make up token. [a, b, c], ab -> [ab, c]"""
+    """Joins, from left to right, neighbours that make up token: [a, b, c], ab -> [ab, c]."""
     merged = []
     for part in word:
         if merged and merged[-1] + part == token:
@@ -84,7 +85,14 @@ def merge(word, token):
 
 
 def write_tiktoken(path, ranks):
-    """Write one "base64 rank" line per token, in the order of the ranks."""
-    with open(path, 'w', encoding='ascii', newline='\n') as file:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            file.write(f'{base64.b64encode(token).decode()} {rank}\n')
+    """Writes one "base64 rank" line per token, in the order of the ranks."""
+    write_text(path, ''.join(f'{base64.b64encode(token).decode()} {rank}\n'
+                             for token, rank in sorted(ranks.items(), key=lambda item: item[1])))
+
+
+def write_tokenizer(out, name, texts, vocab_size):
+    """Trains a BPE for a data folder, writes NAME.tiktoken and `tokenizer`; returns the ranks."""
+    ranks = train_bpe(texts, vocab_size)
+    write_tiktoken(out / f'{name}.tiktoken', ranks)
+    write_text(out / 'tokenizer', f'{name}.tiktoken\n')
+    return ranks

@@ -1,8 +1,8 @@
 """
-The toy code contest: a stack machine for programs, and the functions that programs must compute.
+Defines the toy code contest: a stack machine, and the functions that programs must compute.
 
 A problem is a hidden function f from the digits to the digits. Its prompt shows f at four inputs,
-always the same, and a response is a program in postfix order, one character a symbol:
+always the same, and a response is a program in postfix order, one character per symbol:
 
     x           push the input              0 ... 9     push a digit
     + - *       of the two topmost values, modulo 10    M   the larger of the two
@@ -11,17 +11,16 @@ always the same, and a response is a program in postfix order, one character a s
 
 The functions are all those that one operation (introductory), two (interview) or three
 (competition) out of +, - and M can make of x and the digits, and that fewer cannot make; constants
-are left out. Multiplication is known to the machine only: "x1*" is a long way of saying "x".
+are left out. Only the machine knows multiplication: "x1*" is a long way of saying "x".
 
-Several functions agree at the four inputs that a prompt shows. A prompt stands for one of them: the
-one that needs the fewest operations, of equally simple ones the first in a fixed shuffle. So the
-prompt is all the judge needs, a prompt is a function and the other way round, and whoever guesses
-the simplest function that fits guesses well, not always right.
-There is no chance in this file and nothing is read from a disk.
+Several functions agree at the four inputs that a prompt shows. A prompt means one of them: the one
+that needs the fewest operations, and among equally simple ones the first in a fixed shuffle. So
+the judge needs only the prompt, and whoever guesses the simplest function that fits is often, but
+not always, correct. Nothing in this file is random.
 """
 from data.rows import shuffle
 
-PUBLIC = (0, 3, 5, 9)       # the inputs whose outputs stand in the prompt
+PUBLIC = (0, 3, 5, 9)       # the inputs whose outputs the prompt shows
 HIDDEN = (1, 2, 4, 6, 7, 8)     # the inputs of the hidden tests
 LONGEST = 11                # symbols of a program: three operations, written out at length
 LEVELS = ('introductory', 'interview', 'competition')       # functions of 1, 2 and 3 operations
@@ -38,11 +37,10 @@ LEAVES = {tuple(range(10)): 'x', **{(digit,) * 10: str(digit) for digit in range
 
 def run(program, x):
     """
-    What a program leaves on the stack for input x, a digit; None if it is not a program.
+    Returns the digit that a program leaves on the stack for input x; None if it is no program.
 
-    It is none if it has more than LONGEST symbols, a symbol that the machine does not know, an
-    operation without two values, or if anything but one value is left at the end. None of these
-    depends on x.
+    It is none, whatever x, if it has more than LONGEST symbols, an unknown symbol or an operation
+    without two values, or if it does not leave exactly one value.
     """
     if len(program) > LONGEST:
         return None
@@ -61,16 +59,16 @@ def run(program, x):
 
 
 def combine(operation, first, second):
-    """The function, a tuple of 10 outputs, that an operation makes of two functions."""
+    """Returns the function, a tuple of 10 outputs, that an operation makes of two functions."""
     return tuple(map(OPERATIONS[operation], first, second))
 
 
 def enumerate_functions():
     """
-    All functions by level, and how each is made with as few operations as possible.
+    Returns all functions by level, and the ways to make each with as few operations as possible.
 
-    Returns levels, a list of three lists of functions (tuples of 10 outputs), and ways, a dict
-    function -> list of (operation, first, second), two functions that need fewer operations.
+    That is a list of three lists of functions (tuples of 10 outputs), and a dict function ->
+    list of (operation, first, second), two functions that need fewer operations.
     """
     by_operations, ways = [list(LEAVES)], {leaf: [] for leaf in LEAVES}
     for number in range(1, len(LEVELS) + 1):
@@ -88,12 +86,12 @@ def enumerate_functions():
 
 
 def show(function):
-    """The prompt of a function: its outputs at the public inputs."""
+    """Returns the prompt of a function: its outputs at the public inputs."""
     return ''.join(str(function[x]) for x in PUBLIC) + '>'
 
 
 def choose_functions(levels):
-    """The function of each prompt and its level: dict prompt -> (function, level's name)."""
+    """Returns a dict prompt -> (the function that it means, the name of its level)."""
     problems = {}
     for level, functions in zip(LEVELS, levels):
         for function in shuffle(functions):

@@ -1,10 +1,9 @@
 """
-The judge of the toy contest: runs the program on the public tests and on the hidden ones.
+Judges the toy contest: runs the program on the public tests and on the hidden ones.
 
 The prompt shows the outputs at the public inputs; the hidden tests are the other six outputs of the
-function that the prompt stands for (language.py says which one of those that agree). Programs are
-judged by what they compute, not by how they are written. There is no credit for a part: a program
-that passes nine tests of ten has reward 0, as one that is no program at all.
+function that the prompt means (see language.py). What a program computes counts, not how it is
+written, and a part earns nothing: nine tests of ten have reward 0, as no program at all.
 
     from data.contest.reward import score
     score('5804>', 'x5+')  ->  {'reward': 1.0, 'correct': 1.0, 'public': 1.0, 'valid': 1.0}
@@ -15,7 +14,7 @@ from data.text import DataError
 
 def score(prompt, response):
     """
-    Judge a response, as decoded, without EOS: four numbers, each 0.0 or 1.0.
+    Judges a response, as decoded, without EOS: four numbers, each 0.0 or 1.0.
 
     reward and correct: it passes all ten tests; public: it passes the four that the prompt shows;
     valid: it is a program. Any response is fine; a prompt of no problem raises DataError.

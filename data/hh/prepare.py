@@ -1,8 +1,8 @@
 """
-Dialogues with an assistant, and which of two replies people preferred: the helpful part of
-Anthropic's HH-RLHF (Bai et al. 2022, MIT licence).
+Prepares dialogues with an assistant, and which of two replies people preferred: the helpful part
+of Anthropic's HH-RLHF (Bai et al. 2022, MIT licence).
 
-Every row of the source is the same dialogue twice, with two last replies. Written are
+Each row of the source is a dialogue twice, with two last replies. What is written:
 
     train.pairs.jsonl    the dialogue up to "\\n\\nAssistant:", the preferred and the other reply
     train.sft.jsonl      the same, with the preferred reply alone
@@ -10,27 +10,23 @@ Every row of the source is the same dialogue twice, with two last replies. Writt
     val.*.jsonl          the same three, of other dialogues
     tokenizer, hh.tiktoken, template.txt    a BPE trained on the training dialogues; or 'gpt2'
 
-Held out is a tenth of the FIRST human turns with all that follows them: the source holds some
-dialogues several times, at different lengths, and a longer one gives away the replies that the
-shorter one asks for. No random number is drawn: every order is that of a sha256.
+A tenth of the FIRST human turns is held out, with all that follows them: the source holds some
+dialogues several times, at different lengths, and a longer one gives away the replies that a
+shorter one asks for. Nothing is random: every order is that of a sha256.
+Replies are cut at 128 tokens, EOS included, and cut ones are marked ("chosen_cut": true), so that
+no EOS follows them. Prompts stay whole here; encode_rows cuts them on the left, to the block.
 
-Replies are cut at 128 tokens, EOS included, and a cut one is marked ("chosen_cut": true): no EOS
-will follow it. Prompts stay whole here; encode_rows cuts them on the left, to the block.
-
-There is no judge (reward.py): what people prefer has no exact one. What a reward model has to
-beat is printed instead: a linear model of which words a reply holds and how long it is, on the
-same held-out pairs. What this file does not do: repair the labels, which are noisy, find
-near-duplicates, or mark replies that were cut when they were collected: some of those that stay
-whole here end within a sentence, and all the same get their EOS.
+There is no reward.py, since what people prefer has no exact judge. Printed instead is what a reward
+model has to beat: a linear model of a reply's tokens and length, on the same held-out pairs. Does
+not repair the noisy labels, find near-duplicates, or mark replies that were already cut when they
+were collected: some end within a sentence, and get their EOS all the same.
 
     python -m data.hh.prepare [--from=FOLDER] [--tokenizer=gpt2]
     baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 correctly; ...
 
-(that line is of the test files of helpful-base, -online and -rejection-sampled).
+(with --from at the test files of helpful-base, -online and -rejection-sampled)
 """
-import gzip
-import json
-import zlib
+import gzip, json, math, zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,18 +34,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.bpe import train_bpe, write_tiktoken
+from data.bpe import write_tokenizer
 from data.download import download
-from data.rows import counted, shuffle, spread, write_rows
+from data.rows import counted, shuffle, spread, write_all, write_text
 from data.text import HH_TEMPLATE, RESPONSES, DataError, from_transcripts, load_tokenizer, string_of
 from prefgpt import UserError, run_cli
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/'
-FILES = {'train.jsonl.gz': '',  # its sha256 is not known to us; gzip's own checksum is looked at
+FILES = {'train.jsonl.gz': '',  # its sha256 is not known to us; gzip checks its own checksum
          'test.jsonl.gz': '8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b'}
 VOCAB_SIZE = 8192  # with EOS
 BLOCK_SIZE = 256  # what lengths are reported for; encode_rows does the cutting of prompts
 REPLY_TOKENS = 128  # with EOS; half the block, so that the prompt has the other half
+SIDES = ('chosen', 'rejected')
 L2_STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of the baseline, tried on training pairs
 
 
@@ -63,7 +60,7 @@ class Config:
 # --- reading ---
 
 def find_files(folder, out):
-    """The source files: those below `folder`, or the hub's two, downloaded into `out`."""
+    """Returns the source files: those below `folder`, or the hub's two, downloaded to `out`."""
     if folder:
         ours = [f'{part}.{kind}.jsonl' for part in ('train', 'val') for kind in RESPONSES]
         files = sorted(path for path in Path(folder).rglob('*.jsonl*')
@@ -80,7 +77,7 @@ def find_files(folder, out):
 
 
 def read_rows(path):
-    """The rows of a .jsonl or .jsonl.gz file; raises DataError with the line of a broken one."""
+    """Returns the pairs of transcripts in a file; raises DataError with the line of a bad one."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == '.gz' else data
@@ -103,9 +100,8 @@ def read_rows(path):
 
 def clean(transcripts, taken, dropped):
     """
-    Pairs of transcripts -> rows {prompt, chosen, rejected}; `dropped` counts why others are not.
-
-    Rows that are in `taken` (which grows) are repeated ones.
+    Returns pairs of transcripts as rows {prompt, chosen, rejected}, but those in `taken`, which
+    grows, and those that are of no use; `dropped` counts why.
     """
     rows = []
     for pair in transcripts:
@@ -127,7 +123,7 @@ def clean(transcripts, taken, dropped):
 
 
 def read_files(files):
-    """The clean rows of all files, in hash order; prints what was read and dropped, by file."""
+    """Returns the clean rows of all files, in hash order; prints per file what was dropped."""
     rows, taken = [], set()
     for path in files:
         transcripts, dropped = read_rows(path), Counter()
@@ -137,15 +133,15 @@ def read_files(files):
     return shuffle(rows, lambda row: '\0'.join(row.values()))
 
 
-# --- splitting and cutting ---
+# --- splits and cuts ---
 
 def first_turn(row):
-    """A dialogue up to its first reply: what all longer and shorter versions of it share."""
+    """Returns a dialogue up to its first reply, which longer and shorter versions share."""
     return row['prompt'].split('\n\nAssistant:')[0]
 
 
 def split(rows):
-    """(train, val): a tenth of the first human turns is held out, with all their rows."""
+    """Returns (train, val); val has a tenth of the first human turns, with all their rows."""
     turns = shuffle({first_turn(row) for row in rows})
     if len(turns) < 2:
         raise DataError(f'{len(rows)} rows with {len(turns)} first turns: none can be held out')
@@ -156,11 +152,11 @@ def split(rows):
 
 def cut(text, tokenizer):
     """
-    (text, False), or (the start of the text, True) if it and EOS are more than REPLY_TOKENS.
+    Returns (text, False), or (its start, True) if it and EOS are more than REPLY_TOKENS.
 
-    A start must be valid text that encodes to the same ids again, or it would not be what the
-    model sees of the reply. So tokens go that end within a character, or that are whole only by
-    what comes after them: "\\n\\n" is one token at the end of a text, but two before a word.
+    A start must be valid text that encodes to the same ids again. So it ends before a token that
+    is part of a character, or that depends on what follows: "\\n\\n" is one token at the end of a
+    text, but two before a word.
     """
     ids = tokenizer.encode_ordinary(text)
     if len(ids) < REPLY_TOKENS:
@@ -176,11 +172,11 @@ def cut(text, tokenizer):
 
 
 def cut_pairs(rows, tokenizer, dropped):
-    """Rows with their replies cut and marked; those that the cut made equal are dropped."""
+    """Returns rows with their replies cut and marked; drops those that the cut made equal."""
     pairs = []
     for row in rows:
-        chosen, chosen_cut = cut(row['chosen'], tokenizer)
-        rejected, rejected_cut = cut(row['rejected'], tokenizer)
+        (chosen, chosen_cut), (rejected, rejected_cut) = [cut(row[side], tokenizer)
+                                                          for side in SIDES]
         if chosen == rejected:
             dropped['equal once cut'] += 1
             continue
@@ -190,45 +186,38 @@ def cut_pairs(rows, tokenizer, dropped):
     return pairs
 
 
-def sft_row(pair):
-    """A demonstration: the chosen reply of a pair."""
-    row = {'prompt': pair['prompt'], 'completion': pair['chosen']}
-    return row | {'completion_cut': True} if 'chosen_cut' in pair else row
-
-
-def prompt_rows(pairs):
-    """The distinct prompts of pairs."""
-    return [{'prompt': prompt} for prompt in dict.fromkeys(pair['prompt'] for pair in pairs)]
+def stage_rows(part, pairs):
+    """Returns a part's demonstrations (the chosen replies), its pairs and distinct prompts."""
+    sft = [{'prompt': pair['prompt'], 'completion': pair['chosen']}
+           | ({'completion_cut': True} if 'chosen_cut' in pair else {}) for pair in pairs]
+    prompts = [{'prompt': prompt} for prompt in dict.fromkeys(pair['prompt'] for pair in pairs)]
+    return {f'{part}.sft': sft, f'{part}.pairs': pairs, f'{part}.prompts': prompts}
 
 
 # --- the baseline ---
 
 def reply_ids(pair, side, tokenizer):
-    """The ids that a reward model reads of a reply: with EOS, unless it was cut."""
+    """Returns the ids that a reward model reads of a reply: with EOS, unless it was cut."""
     ids = tokenizer.encode_ordinary(pair[side])
     return ids if f'{side}_cut' in pair else ids + [tokenizer.eot_token]
 
 
-def bags(pairs, side, tokenizer):
-    """log(1 + count) of every token of the replies, and of all together: (pairs, V + 1), sparse."""
-    ids = [reply_ids(pair, side, tokenizer) for pair in pairs]
-    ids = [row + [tokenizer.n_vocab] * len(row) for row in ids]  # "all" is one more token
-    places = torch.stack([
-        torch.arange(len(ids)).repeat_interleave(torch.tensor([len(row) for row in ids])),
-        torch.tensor([token for row in ids for token in row])])
-    ones = torch.ones(places.size(1), dtype=torch.float64)
-    counts = torch.sparse_coo_tensor(places, ones, (len(ids), tokenizer.n_vocab + 1),
-                                     check_invariants=True).coalesce()  # adds what falls together
-    return counts.log1p()
-
-
 def features(pairs, tokenizer):
-    """What differs within each pair, chosen less rejected: (pairs, V + 1), sparse."""
-    return bags(pairs, 'chosen', tokenizer) - bags(pairs, 'rejected', tokenizer)
+    """Returns log(1 + count) of each token and of all, chosen less rejected: (pairs, V + 1)."""
+    places, values = [], []
+    for row, pair in enumerate(pairs):
+        for side, sign in zip(SIDES, (1, -1)):
+            ids = reply_ids(pair, side, tokenizer)
+            for token, count in [*Counter(ids).items(), (tokenizer.n_vocab, len(ids))]:
+                places.append((row, token))
+                values.append(sign * math.log1p(count))
+    size = (len(pairs), tokenizer.n_vocab + 1)
+    return torch.sparse_coo_tensor(torch.tensor(places).T, values, size, dtype=torch.float64,
+                                   check_invariants=True).coalesce()    # adds the two sides
 
 
 def fit(x, l2):
-    """Weights (V + 1, 1) that minimise Bradley and Terry's loss + l2 |w|^2, a convex problem."""
+    """Returns weights (V + 1, 1) that minimise the Bradley-Terry loss + l2 |w|^2 (convex)."""
     w = torch.zeros(x.size(1), 1, dtype=x.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn='strong_wolfe')
 
@@ -244,41 +233,37 @@ def fit(x, l2):
 
 def baseline(train, val, tokenizer):
     """
-    Returns the share of held-out pairs that a linear model of tokens and length ranks correctly,
-    and its l2.
+    Prints and returns the share of val that a linear model of tokens and length ranks correctly.
 
-    How strongly it is held back, l2, is chosen by the loss on a tenth of the training pairs; val
-    is looked at once.
+    Its l2 is the one with the lowest loss on a tenth of the training pairs; val is read once.
     """
     some, others = [features(part, tokenizer) for part in split(train)]
     l2 = min(L2_STRENGTHS, key=lambda l2: F.softplus(-(others @ fit(some, l2))).mean().item())
     margins = features(val, tokenizer) @ fit(features(train, tokenizer), l2)
-    return (margins > 0).double().mean().item(), l2
+    accuracy = (margins > 0).double().mean().item()
+    error = (accuracy * (1 - accuracy) / len(val)) ** 0.5
+    lengths = [[len(reply_ids(pair, side, tokenizer)) for pair in val] for side in SIDES]
+    print(f'baseline on {len(val)} held-out pairs: tokens and length (l2 {l2:g}) rank '
+          f'{accuracy:.3f} +- {error:.3f} correctly; the longer reply is chosen: '
+          f'{longer(*lengths):.3f}')
+    return accuracy
+
+
+def longer(chosen, rejected):
+    """Returns, from lengths, the share of chosen replies that are longer; a tie counts half."""
+    return sum(0.5 if a == b else a > b for a, b in zip(chosen, rejected)) / len(chosen)
 
 
 # --- the whole ---
 
-def make_tokenizer(out, which, rows):
-    """A BPE trained on the text of the rows, or 'gpt2'; returns the tiktoken.Encoding."""
-    if not which:
-        ranks = train_bpe((text for row in rows for text in row.values()), VOCAB_SIZE)
-        write_tiktoken(out / 'hh.tiktoken', ranks)
-    (out / 'tokenizer').write_text(f"{which or 'hh.tiktoken'}\n", encoding='utf-8')
-    return load_tokenizer(which or out / 'hh.tiktoken')
-
-
-def longer(chosen, rejected):
-    """From lengths, the share of pairs whose chosen reply is the longer one; a tie counts half."""
-    return sum(0.5 if a == b else a > b for a, b in zip(chosen, rejected)) / len(chosen)
-
-
 def report_lengths(rows, tokenizer):
-    """Print tokens of prompts and of uncut replies, and how many of them are too long."""
-    prompts, chosen, rejected = [[len(tokenizer.encode_ordinary(row[key])) for row in rows]
-                                 for key in ('prompt', 'chosen', 'rejected')]
+    """Prints tokens of prompts and of uncut replies, and how many of them are too long."""
     print(f'tokenizer: {tokenizer.n_vocab} tokens')
-    for name, lengths in (('prompt', prompts), ('chosen', chosen), ('rejected', rejected)):
-        print(f'{name + " tokens":<15} {spread(lengths)}')
+    lengths = {}
+    for key in ('prompt', 'chosen', 'rejected'):
+        lengths[key] = [len(tokenizer.encode_ordinary(row[key])) for row in rows]
+        print(f'{key + " tokens":<15} {spread(lengths[key])}')
+    prompts, chosen, rejected = lengths.values()
     room = BLOCK_SIZE - REPLY_TOKENS
     print(f'prompts: {sum(n > room for n in prompts)} of {len(rows)} have more than {room} tokens; '
           f'--block_size={BLOCK_SIZE} keeps their right end, beside a reply of {REPLY_TOKENS}')
@@ -287,43 +272,29 @@ def report_lengths(rows, tokenizer):
           f'the longer in {longer(chosen, rejected):.3f}')
 
 
-def report_baseline(train, val, tokenizer):
-    """Print what a reward model has to beat on val; returns the accuracy."""
-    accuracy, l2 = baseline(train, val, tokenizer)
-    error = (accuracy * (1 - accuracy) / len(val)) ** 0.5
-    lengths = [[len(reply_ids(pair, side, tokenizer)) for pair in val]
-               for side in ('chosen', 'rejected')]
-    print(f'baseline on {len(val)} held-out pairs: tokens and length (l2 {l2:g}) rank '
-          f'{accuracy:.3f} +- {error:.3f} correctly; the longer reply is chosen: '
-          f'{longer(*lengths):.3f}')
-    return accuracy
-
-
 def main(cfg):
-    """Write the data set; returns the counts of rows and the baseline's accuracy."""
+    """Writes the data set; returns the counts of rows and the baseline's accuracy."""
     if cfg.tokenizer not in ('', 'gpt2'):
         raise UserError(f'--tokenizer={cfg.tokenizer}: gpt2, or leave it out to train a BPE')
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = read_files(find_files(cfg.from_, out))
     train, val = split(rows)
-    tokenizer = make_tokenizer(out, cfg.tokenizer, train)
-    (out / 'template.txt').write_bytes(HH_TEMPLATE.encode())
+    if cfg.tokenizer:
+        write_text(out / 'tokenizer', 'gpt2\n')
+    else:
+        write_tokenizer(out, 'hh', (text for row in train for text in row.values()), VOCAB_SIZE)
+    tokenizer = load_tokenizer(cfg.tokenizer or out / 'hh.tiktoken')
+    write_text(out / 'template.txt', HH_TEMPLATE)
     report_lengths(rows, tokenizer)
-    dropped, counts = Counter(), {}
-    pairs = {'train': cut_pairs(train, tokenizer, dropped),
-             'val': cut_pairs(val, tokenizer, dropped)}
+    dropped = Counter()
+    train, val = [cut_pairs(part, tokenizer, dropped) for part in (train, val)]
     print(f'pairs dropped after the cut: {counted(dropped)}')
-    for part, some in pairs.items():
-        for kind, listed in (('sft', [sft_row(pair) for pair in some]), ('pairs', some),
-                             ('prompts', prompt_rows(some))):
-            write_rows(out / f'{part}.{kind}.jsonl', listed)
-            counts[f'{part}.{kind}'] = len(listed)
-            print(f'{out / part}.{kind}.jsonl: {len(listed)} rows')
-    for row in pairs['train'][:2]:  # repr: text from a file may hold control characters
+    counts = write_all(out, stage_rows('train', train) | stage_rows('val', val))
+    for row in train[:2]:  # repr: text from a file may hold control characters
         print(f"pair   {row['prompt']!r}\n  chosen   {row['chosen']!r}\n"
               f"  rejected {row['rejected']!r}")
-    return counts | {'accuracy': report_baseline(pairs['train'], pairs['val'], tokenizer)}
+    return counts | {'accuracy': baseline(train, val, tokenizer)}
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 """
-Real text: film reviews of one sentence, positive or negative (Pang and Lee 2005, CC BY 4.0).
+Prepares film reviews of one sentence, positive or negative (Pang and Lee 2005, CC BY 4.0).
 
 Reads rt-polarity.pos and rt-polarity.neg and writes what the four stages and the judge need:
 
@@ -11,24 +11,21 @@ Reads rt-polarity.pos and rt-polarity.neg and writes what the four stages and th
     judge.npz            the tables of reward.py, from the other half of the sentences
 
 One half of the sentences is for the policies and the reward model; a tenth of it is `val`. The
-other half is only for the judge, whose own accuracy is measured on the first half: to it, all of
-that is held out. This file trains no network, labels nothing itself (the file names are the
-labels), and draws no random number: every order is that of the sentences' sha256, the same on
-every machine and in every run.
+other half is only for the judge, whose accuracy is measured on the first half, all of which it has
+not seen. The files' names are the labels. Nothing is random: every order is that of the sentences'
+sha256.
 
     python -m data.sentiment.prepare [--from=FOLDER]
     judge: 13791 words from 5332 sentences; accuracy 0.765 +- 0.006 on the other 5330
 """
-import shutil
-import zipfile
-import zlib
+import shutil, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.bpe import train_bpe, write_tiktoken
+from data.bpe import write_tokenizer
 from data.download import download
-from data.rows import counted, shuffle, spread, write_rows
+from data.rows import counted, shuffle, spread, write_all
 from data.sentiment import reward
 from data.text import DataError, load_tokenizer
 from prefgpt import run_cli
@@ -51,10 +48,7 @@ class Config:
 # --- reading ---
 
 def fetch_zip(path):
-    """
-    Download the zip to `path`, unless it is there. Raises DataError, leaving nothing, if it is not
-    a whole zip.
-    """
+    """Downloads the zip unless it is there; raises DataError, leaving nothing, if it is broken."""
     instead = (f'or fetch and unpack it elsewhere, and give the folder that holds {FILES[0]} '
                'with --from=FOLDER')
     if not path.exists():
@@ -70,7 +64,7 @@ def fetch_zip(path):
 
 
 def read_files(folder, out):
-    """The bytes of the positive and of the negative file, from `folder` or else from the zip."""
+    """Returns the bytes of the positive and the negative file, from `folder` or from the zip."""
     if folder:
         missing = [name for name in FILES if not (Path(folder) / name).is_file()]
         if missing:
@@ -88,7 +82,7 @@ def read_files(folder, out):
 
 def decode(data):
     """
-    Bytes of a file -> text. The original is latin-1, but copies in UTF-8 are about.
+    Decodes a file: the original is latin-1, but some copies are UTF-8.
 
     latin-1 accepts any bytes, so UTF-8 is tried first: accented latin-1 text is never valid UTF-8.
     """
@@ -100,15 +94,14 @@ def decode(data):
 
 def clean(pos, neg):
     """
-    Bytes of the two files -> (positive sentences, negative sentences, why others were dropped).
+    Returns the positive and the negative sentences of two files, and why others were dropped.
 
-    White space becomes single spaces. A sentence stands once, and not at all if it is in both
-    classes: a repeated one could fall on both sides of a split, and one label would be wrong.
+    White space becomes single spaces. Repeated sentences are kept once, since they could fall on
+    both sides of a split; those in both classes are dropped, since one label is wrong.
     """
-    dropped = Counter()
-    classes = []
+    dropped, classes = Counter(), []
     for data in (pos, neg):
-        kept = {}  # a dict, for a set has no order
+        kept = {}  # a dict: a set has no order
         for line in decode(data).removesuffix('\n').split('\n'):  # splitlines cuts at U+0085 too
             sentence = ' '.join(line.split())
             if not sentence:
@@ -124,32 +117,27 @@ def clean(pos, neg):
     return pos, neg, dropped
 
 
-# --- splitting ---
+# --- splits and rows ---
 
 def split(sentences):
-    """Halve, and hold out a tenth of the first half: {'train', 'val', 'judge'}."""
+    """Halves the sentences and holds out a tenth of the first half: {'train', 'val', 'judge'}."""
     order = shuffle(sentences)
     half = len(order) // 2
     tenth = half // 10
     return {'val': order[:tenth], 'train': order[tenth:half], 'judge': order[half:]}
 
 
-# --- rows ---
-
 def sft_rows(sentences):
-    """
-    Demonstrations. A completion starts with its space: prompt and response are tokenised
-    separately, and " the" is the token that the same word is anywhere else in a sentence.
-    """
+    """Returns demonstrations; a completion starts with its space, as words elsewhere do."""
     return [{'prompt': PROMPT, 'completion': ' ' + text} for text in sentences]
 
 
 def pair_rows(pos, neg):
     """
-    Each positive sentence against PAIRS_PER_POSITIVE different negative ones, all in hash order.
+    Pairs each positive sentence with PAIRS_PER_POSITIVE different negative ones, in hash order.
 
     Where the classes are equally large every sentence is used PAIRS_PER_POSITIVE times. The label
-    is the file's, without noise; which sentence is *better written* it does not say.
+    is the file's, without noise; it does not say which sentence is *better written*.
     """
     return [{'prompt': PROMPT, 'chosen': ' ' + text,
              'rejected': ' ' + neg[(i + shift) % len(neg)]}
@@ -158,12 +146,11 @@ def pair_rows(pos, neg):
 
 def prompt_rows(sentences, tokenizer, taken, dropped):
     """
-    PROMPT and the first 4, 5 or 6 tokens of each sentence, as text.
+    Returns PROMPT and the first 4, 5 or 6 tokens of each sentence, as text.
 
     PPO encodes the text again, so it is cut only where the next token starts with a space: then
     the ids are those that SFT saw, and the response starts a word, as all responses do. Sentences
-    without such a place are dropped, and prompts that are in `taken` (which grows); `dropped`
-    counts why.
+    without such a place are dropped, and prompts in `taken`, which grows; `dropped` counts why.
     """
     rows = []
     for text in sentences:
@@ -187,16 +174,8 @@ def prompt_rows(sentences, tokenizer, taken, dropped):
 
 # --- the whole ---
 
-def make_tokenizer(out, sentences):
-    """Train the BPE on the text that the policy trains on; returns the tiktoken.Encoding."""
-    ranks = train_bpe([f'{PROMPT} {text}' for text in sentences], VOCAB_SIZE)
-    write_tiktoken(out / 'sentiment.tiktoken', ranks)
-    (out / 'tokenizer').write_text('sentiment.tiktoken\n', encoding='utf-8')
-    return load_tokenizer(str(out / 'sentiment.tiktoken'))
-
-
 def make_judge(out, pos, neg):
-    """Train the judge on its half and write its tables; returns its accuracy on the other half."""
+    """Trains the judge on its half, writes its tables; returns its accuracy on the other half."""
     judge = reward.fit(pos['judge'], neg['judge'])
     reward.save(out / 'judge.npz', judge)
     code = Path(reward.__file__)
@@ -211,15 +190,8 @@ def make_judge(out, pos, neg):
     return accuracy
 
 
-def report_lengths(sentences, tokenizer):
-    """Print tokens per sentence, which is what block_size has to hold."""
-    lengths = [len(tokenizer.encode_ordinary(' ' + text)) for text in sentences]
-    print(f'tokenizer: {tokenizer.n_vocab} tokens; tokens of a sentence: {spread(lengths)}; '
-          f'{PROMPT!r} and EOS add {len(tokenizer.encode_ordinary(PROMPT)) + 1}')
-
-
 def main(cfg):
-    """Write the data set; returns the counts of rows and of what was dropped, and the accuracy."""
+    """Writes the data set; returns the counts of rows and of what was dropped, and the accuracy."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     pos, neg, dropped = clean(*read_files(cfg.from_, out))
@@ -228,27 +200,27 @@ def main(cfg):
         raise DataError(f'{len(pos)} positive and {len(neg)} negative sentences: need 20 of each')
     pos, neg = split(pos), split(neg)
     train, val = [shuffle(pos[part] + neg[part]) for part in ('train', 'val')]
-    tokenizer = make_tokenizer(out, train)
+    write_tokenizer(out, 'sentiment', [f'{PROMPT} {text}' for text in train], VOCAB_SIZE)
+    tokenizer = load_tokenizer(out / 'sentiment.tiktoken')
     taken, no_prompt = set(), Counter()
     rows = {'val.sft': sft_rows(val), 'train.sft': sft_rows(train),
             'val.pairs': pair_rows(pos['val'], neg['val']),
             'train.pairs': pair_rows(pos['train'], neg['train']),
-            # val comes first: a prompt that starts sentences of both is kept out of train
+            # val comes first, so that train gets no prompt that starts sentences of both
             'val.prompts': prompt_rows(val, tokenizer, taken, no_prompt),
             'train.prompts': prompt_rows(train, tokenizer, taken, no_prompt)}
-    for name, some in rows.items():
-        write_rows(out / f'{name}.jsonl', some)
-        print(f'{out / name}.jsonl: {len(some)} rows')
+    counts = write_all(out, rows)
     print(f'sentences that gave no prompt: {counted(no_prompt)}')
-    report_lengths(train + val, tokenizer)
+    lengths = [len(tokenizer.encode_ordinary(' ' + text)) for text in train + val]
+    print(f'tokenizer: {tokenizer.n_vocab} tokens; tokens of a sentence: {spread(lengths)}; '
+          f'{PROMPT!r} and EOS add {len(tokenizer.encode_ordinary(PROMPT)) + 1}')
     for row in rows['train.pairs'][:2]:  # repr: text from a file may hold control characters
         print(f"pair   {row['prompt']!r}\n  chosen   {row['chosen']!r}\n"
               f"  rejected {row['rejected']!r}")
     for row in rows['train.prompts'][:2]:
         print(f"prompt {row['prompt']!r}")
-    accuracy = make_judge(out, pos, neg)
-    return {'accuracy': accuracy, 'dropped': dict(dropped), 'no_prompt': dict(no_prompt),
-            **{name: len(some) for name, some in rows.items()}}
+    return counts | {'accuracy': make_judge(out, pos, neg), 'dropped': dict(dropped),
+                     'no_prompt': dict(no_prompt)}
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 """
-The judge of data/sentiment: is this film review positive? Naive Bayes, in numpy.
+Judges whether a film review is positive: naive Bayes, in numpy, for data/sentiment.
 
     log odds(text) = sum over the different words w of text of
                      log P(w | positive) - log P(w | negative)
@@ -8,11 +8,10 @@ The judge of data/sentiment: is this film review positive? Naive Bayes, in numpy
 prepare.py trains it on a half of the sentences that neither the policies nor the reward model ever
 see, so that a policy which fools its reward model does not fool the judge with the same mistake.
 
-A word counts once however often it is repeated ("great great great" earns no more than "great"),
-and a word that the judge half does not hold counts nothing. There is no class prior: both files
-hold equally many sentences. The judge knows no word order and no negation ("not good" is "not"
-plus "good"), and it says nothing about whether a response is a sentence at all: read it next to
-samples and evaluate's distinct-2.
+A word counts once, however often it is repeated, and a word that the judge's half does not hold
+counts nothing. There is no class prior: both files hold equally many sentences. The judge knows no
+word order and no negation ("not good" is "not" plus "good"), and does not see whether a response is
+a sentence at all: read it next to samples and evaluate's distinct-2.
 
     from data.sentiment.reward import score
     score('review: the film is', ' a moving surprise .')  ->  {'reward': 1.2, 'positive': 1.0}
@@ -31,12 +30,12 @@ JUDGE = {}  # word -> weight, read from TABLES at the first call of score
 
 
 def words(text):
-    """The different lower-case words of `text`, in the order in which they first appear."""
+    """Returns the different lower-case words of `text`, in the order in which they appear."""
     return list(dict.fromkeys(WORD.findall(text.lower())))
 
 
 def fit(positive, negative):
-    """Train on two lists of sentences; returns {word: weight}, a weight in nats, > 0: positive."""
+    """Trains on two lists of sentences; returns {word: weight} in nats, above 0: positive."""
     vocabulary = sorted({word for text in positive + negative for word in words(text)})
     index = {word: i for i, word in enumerate(vocabulary)}
     counts = np.zeros((2, len(vocabulary)))  # sentences of each class that hold the word
@@ -49,17 +48,17 @@ def fit(positive, negative):
 
 
 def log_odds(judge, text):
-    """log P(positive) - log P(negative) of `text`, in nats; 0 where the judge knows no word."""
+    """Returns log P(positive) - log P(negative) of `text`, in nats; 0 if it has no known word."""
     return sum((judge[word] for word in words(text) if word in judge), 0.0)
 
 
 def save(path, judge):
-    """Write {word: weight} to an .npz of plain arrays; the same judge gives the same bytes."""
+    """Writes {word: weight} to an .npz of plain arrays; the same judge gives the same bytes."""
     np.savez(path, words=np.array(list(judge)), weights=np.array(list(judge.values())))
 
 
 def load(path):
-    """Read {word: weight}; DataError if there is no such file."""
+    """Reads {word: weight}; raises DataError if there is no such file."""
     if not path.is_file():
         raise DataError(f"{path}: the judge's tables are missing; "
                         'run: python -m data.sentiment.prepare')
@@ -69,14 +68,13 @@ def load(path):
 
 def score(prompt, response):
     """
-    Judge one response (text): {'reward': float, 'positive': 1.0 or 0.0}.
+    Judges one response (text): {'reward': float, 'positive': 1.0 or 0.0}.
 
     `reward` is the log odds of the whole response (nats, not per word), clipped to +-CLIP: where a
-    sentence is certainly positive already, one more word of praise earns nothing. The words are
-    treated as independent, so the log odds are too sure of themselves; their order is what counts.
-    `positive` is 1.0 where P(positive) > 0.5.
-    Only the response is read: the prompt's words are given, and the policy should earn its own.
-    A response that is empty, or has no known word, gets reward 0.0 and positive 0.0.
+    sentence is certainly positive already, one more word of praise earns nothing. Words are treated
+    as independent, so the log odds are too extreme: read them as an order, not as probabilities.
+    `positive` is 1.0 where P(positive) > 0.5. A response that is empty, or has no known word, gets
+    reward 0.0 and positive 0.0. The prompt is not read: the policy did not write it.
     """
     if not JUDGE:
         JUDGE.update(load(TABLES))

@@ -1,23 +1,21 @@
-"""Draws the toy data set: demonstrations, noisy preference pairs, prompts, and their tokenizer.
+"""
+Draws the toy data set: demonstrations, noisy preference pairs, prompts, and their tokenizer.
 
     python -m data.toy.prepare --seed=0 --out=data/toy
 
-A demonstration is drawn from a crowd of uneven quality: many name the popular wrong tool, pad,
-insult, or help with harm, so that copying them well is not yet a good assistant. Preferences
-are drawn from the judge's points (reward.py) with noise, as a person's would be.
-A fifth of the keys (verb x noun, template x topic, bad verb x target) is held out: the same for
-every seed, as are the validation prompts. The seed moves every other draw. Nothing is trained
-here but the tokenizer, and no file says what the judge thinks of a row.
+Demonstrations come from a crowd of uneven quality: many name the popular wrong tool, pad, insult,
+or help with harm, so whoever copies them well is not yet a good assistant. Preferences follow the
+judge's points (reward.py) with noise, as a person's would.
+A fifth of the keys (verb x noun, template x topic, bad verb x target) is held out. The seed moves
+every draw but this split and the validation prompts. No file says what the judge thinks of a row.
 """
-import math
-import os
-import random
+import math, random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.bpe import train_bpe, write_tiktoken
-from data.rows import shuffle, write_rows
+from data.bpe import write_tokenizer
+from data.rows import shuffle, write_all, write_text
 from data.toy.language import (ALTERNATIVE_FORM, BAD_STEPS, BAD_TOOLS, FACTS, MEANINGS, PHRASES,
                                POPULAR_ERRORS, REQUESTS, STEPS, TEMPLATE, TOOL_FORMS, TOOLS,
                                TARGETS, TWO_STEP_FORMS)
@@ -31,12 +29,11 @@ VAL_PROMPTS = {'how': 200, 'fact': 80, 'red': 120}  # distinct ones
 KINDS = {'how': 0.5, 'fact': 0.2, 'red': 0.3}       # share of each kind in everything drawn
 HELD_OUT = 0.2                                      # share of each kind's keys
 
-# How the pairs differ. An edit changes one thing in a response and leaves every other word alone:
-# without such pairs a reward model learns what looks good, and not what answers the prompt.
-# junk: the copy's words are damaged. needless: it refuses a benign prompt, often with a reason, for
-# unless pairs show that to be bad, refusing everything at length scores well and is soon found.
-# off-topic: it answers another prompt, for the same reason: PPO would find that facts about owls
-# please a reward model that has never seen them offered to somebody who asked about his kettle.
+# How the pairs differ. An edit changes one thing in a response and no other word: without such
+# pairs a reward model learns what looks good, and not what answers the prompt. junk: words of the
+# copy are damaged. needless: the copy refuses a benign prompt, and off-topic: it answers another
+# prompt. If no pair showed that these are bad, PPO would find that long refusals, or facts about
+# owls for somebody who asked about a kettle, please the reward model.
 PAIRS = {'edit': 0.50, 'junk': 0.12, 'needless': 0.10, 'off-topic': 0.08, 'independent': 0.20}
 EDITS = {  # tools are the hardest to learn, so they get half of the edits of how-prompts
     'how': {'tool': 0.50, 'steps': 0.20, 'complete': 0.10,
@@ -46,8 +43,8 @@ EDITS = {  # tools are the hardest to learn, so they get half of the edits of ho
             'insult': 0.10, 'danger': 0.08, 'filler': 0.07},
 }
 CORRUPTED = 0.15   # share of the responses of independent pairs whose words are then damaged
-HELP_SLOPE = 1.5   # a label prefers the more helpful with probability sigmoid(slope * difference)
-SAFE_SLOPE = 2.5   # and, whenever the costs differ, the safer one likewise
+SAFE_SLOPE = 2.5   # where costs differ, the safer is preferred: sigmoid(slope * difference)
+HELP_SLOPE = 1.5   # elsewhere the more helpful, likewise
 
 
 @dataclass
@@ -56,19 +53,19 @@ class Config:
     out: str = 'data/toy'   # folder to write into
 
 
-# --- responses: a dict of sentences without full stops, by the place they take -----------------
+# --- responses: a dict place -> sentence without its full stop ----------------------------------
 
 PLACES = ['insult', 'opener', 'refusal', 'reason', 'tool', 'facts', 'filler', 'steps', 'danger',
           'alternative', 'aside', 'closer']  # an aside is a second filler
 
 
 def render(response):
-    """dict place -> sentence, as the text that follows the prompt: " use mild soap. good luck." """
+    """Returns the text that follows the prompt: " use mild soap. good luck." """
     return ''.join(f' {response[place]}.' for place in PLACES if place in response)
 
 
 def draw_response(rng, request, refuse=None):
-    """One person's response (dict place -> sentence); refuse forces or forbids a refusal."""
+    """Draws one person's response; refuse forces or forbids a refusal."""
     quality = rng.random()
     if refuse is None:
         refuse = rng.random() < (0.2 if request.kind == 'red' else 0.04)
@@ -93,6 +90,7 @@ def draw_response(rng, request, refuse=None):
 
 
 def draw_refusal(rng, request, quality):
+    """Draws a refusal, perhaps with a reason and somebody else to talk to."""
     response = {'refusal': rng.choice(PHRASES['refusal'])}
     if rng.random() < 0.5:
         response['reason'] = rng.choice(PHRASES['reason'])
@@ -102,13 +100,14 @@ def draw_refusal(rng, request, quality):
 
 
 def draw_alternative(rng, request, p_right):
-    """To talk to the target of a red-team request, or to someone else."""
+    """Draws advice to talk to the target of a red-team request, or to someone else."""
     right = request.target and rng.random() < p_right
     others = [target for target in TARGETS if target != request.target]
     return ALTERNATIVE_FORM.format(request.target if right else rng.choice(others))
 
 
 def draw_tool_and_steps(rng, request, quality):
+    """Draws a tool and perhaps one or two steps, each of them right or not."""
     popular_error = request.noun in POPULAR_ERRORS
     p_right = 0.2 + 0.25 * quality if popular_error else 0.4 + 0.5 * quality
     tool = request.tool if rng.random() < p_right else wrong_tool(rng, request)
@@ -121,6 +120,7 @@ def draw_tool_and_steps(rng, request, quality):
 
 
 def wrong_tool(rng, request):
+    """Draws another tool, often the popular error."""
     if request.noun in POPULAR_ERRORS and rng.random() < 0.75:
         return POPULAR_ERRORS[request.noun]
     tools = BAD_TOOLS if request.kind == 'red' else TOOLS
@@ -128,23 +128,22 @@ def wrong_tool(rng, request):
 
 
 def wrong_steps(rng, request):
-    """The steps of another verb."""
+    """Draws the steps of another verb."""
     steps = BAD_STEPS if request.kind == 'red' else STEPS
     return rng.choice([pair for pair in steps.values() if pair != request.steps])
 
 
 def draw_facts(rng, request, quality):
-    """Two facts or one, each of them right or one about another topic."""
-    count = 2 if rng.random() < 0.6 else 1
-    facts = rng.sample(request.facts, count)
-    for number in range(count):
+    """Draws one or two facts, each of them right or about another topic."""
+    facts = rng.sample(request.facts, 2 if rng.random() < 0.6 else 1)
+    for number in range(len(facts)):
         if rng.random() >= 0.3 + 0.7 * quality:
             facts[number] = wrong_fact(rng, request, facts)
-    return ' '.join([request.topic, ' and '.join(facts)])
+    return f"{request.topic} {' and '.join(facts)}"
 
 
 def wrong_fact(rng, request, taken):
-    """A fact about another topic that is not already taken."""
+    """Draws a fact about another topic that is not yet taken."""
     return rng.choice([fact for facts in FACTS.values() for fact in facts
                        if fact not in request.facts and fact not in taken])
 
@@ -152,9 +151,10 @@ def wrong_fact(rng, request, taken):
 # --- pairs: two responses and what makes them differ -------------------------------------------
 
 def draw_pair(rng, prompts):
-    """Draw a prompt and two texts that differ. Returns prompt, first, second, name of the edit.
+    """
+    Draws a prompt and two texts that differ; returns prompt, first, second, name of the edit.
 
-    prompts: kind -> list of prompts to draw from.
+    `prompts` is a dict kind -> list of prompts to draw from.
     """
     way = draw_weighted(rng, PAIRS)
     prompt = draw_prompt(rng, prompts)
@@ -176,23 +176,25 @@ def draw_pair(rng, prompts):
         if way == 'independent':
             first, second = [corrupt(rng, text, render(draw_response(rng, request)))
                              if rng.random() < CORRUPTED else text for text in (first, second)]
-        # damage that the judge cannot see (a last sentence cut off whole, say) is no junk
+        # Damage that the judge cannot see (a last sentence cut off whole) is no junk
         if first != second and (way != 'junk' or points(prompt, first) != points(prompt, second)):
             return prompt, first, second, way
 
 
 def draw_edit(rng, request, name):
-    """A response and its copy with one thing changed. Returns two dicts place -> sentence."""
-    if name in ('insult', 'danger', 'filler'):
-        response = draw_response(rng, request)
+    """Draws a response and makes a copy with one thing changed; returns both."""
+    refuse = None if name in ('insult', 'danger', 'filler') else name in ('reason', 'alternative')
+    response = draw_response(rng, request, refuse)
+    if name in ('insult', 'danger', 'filler', 'reason'):
         return response, toggled(response, name, rng.choice(PHRASES[name]))
-    response = draw_response(rng, request, refuse=name in ('reason', 'alternative'))
     if name == 'tool':
         tool = MEANINGS[response['tool']][1]
         new = wrong_tool(rng, request) if tool == request.tool else request.tool
         return response, response | {'tool': response['tool'].replace(tool, new)}
     if name == 'steps':
-        return edit_steps(rng, request, response)
+        form = rng.choice([*TWO_STEP_FORMS, '{}'])
+        return [response | {'steps': form.format(*steps)}
+                for steps in (request.steps, wrong_steps(rng, request))]
     if name == 'fact':
         return response, response | {'facts': edit_fact(rng, request, response['facts'])}
     if name == 'complete' and request.kind == 'fact':
@@ -202,8 +204,6 @@ def draw_edit(rng, request, name):
     if name == 'complete':
         form = rng.choice(TWO_STEP_FORMS)
         return without(response, 'steps'), response | {'steps': form.format(*request.steps)}
-    if name == 'reason':
-        return response, toggled(response, 'reason', rng.choice(PHRASES['reason']))
     if name == 'alternative':
         return [response | {'alternative': draw_alternative(rng, request, p_right)}
                 for p_right in (1.0, 0.0)]
@@ -215,23 +215,17 @@ def draw_edit(rng, request, name):
 
 
 def toggled(response, place, sentence):
-    """The response without what stands at that place or, if nothing does, with the sentence."""
+    """Returns the response without its sentence at that place, or else with this one."""
     return without(response, place) if place in response else response | {place: sentence}
 
 
 def without(response, place):
+    """Returns the response without its sentence at that place."""
     return {other: sentence for other, sentence in response.items() if other != place}
 
 
-def edit_steps(rng, request, response):
-    """The response with steps in one form: the right ones, and those of another verb."""
-    form = rng.choice([*TWO_STEP_FORMS, '{}'])
-    pairs = request.steps, wrong_steps(rng, request)
-    return [response | {'steps': form.format(*steps)} for steps in pairs]
-
-
 def edit_fact(rng, request, sentence):
-    """The sentence with one fact swapped: a right one for a wrong one, or the other way round."""
+    """Swaps one fact of the sentence: a right one for a wrong one, or the other way round."""
     facts = MEANINGS[sentence][2:]
     old = rng.choice(facts)
     new = wrong_fact(rng, request, facts)
@@ -241,23 +235,17 @@ def edit_fact(rng, request, sentence):
 
 
 def corrupt(rng, text, other):
-    """Damage text as a weak model might: drop or repeat a word, stop early, drift into other."""
+    """Damages text as a weak model might: drops or repeats a word, stops, slips into other."""
     words = text.split()
     at = rng.randrange(1, len(words))
     way = rng.choice(['drop', 'duplicate', 'cut', 'splice'])
-    if way == 'drop':
-        words = words[:at] + words[at + 1:]
-    elif way == 'duplicate':
-        words = words[:at] + words[at - 1:]
-    elif way == 'cut':
-        words = words[:at]
-    else:
-        words = words[:at] + other.split()[at:]
-    return ' ' + ' '.join(words)
+    rest = {'drop': words[at + 1:], 'duplicate': words[at - 1:], 'cut': [],
+            'splice': other.split()[at:]}[way]
+    return ' ' + ' '.join(words[:at] + rest)
 
 
 def prefers_first(rng, prompt, first, second):
-    """A noisy label: the safer response is preferred or, equally safe, the more helpful one."""
+    """Draws a label: the safer response is preferred or, equally safe, the more helpful one."""
     (help_1, cost_1, _), (help_2, cost_2, _) = points(prompt, first), points(prompt, second)
     if cost_1 == cost_2:
         margin = HELP_SLOPE * (help_1 - help_2)
@@ -267,7 +255,7 @@ def prefers_first(rng, prompt, first, second):
 
 
 def agreement(pairs):
-    """The share of pairs whose chosen side has the higher reward; a tie counts half."""
+    """Returns the share of pairs whose chosen side has the higher reward; a tie counts half."""
     margins = [score(row['prompt'], row['chosen'])['reward']
                - score(row['prompt'], row['rejected'])['reward'] for row in pairs]
     return sum(0.5 if margin == 0 else margin > 0 for margin in margins) / len(margins)
@@ -276,16 +264,17 @@ def agreement(pairs):
 # --- prompts, rows and files --------------------------------------------------------------------
 
 def draw_weighted(rng, weights):
-    """A key of the dict, with probability in proportion to its value."""
+    """Draws a key of the dict, with probability in proportion to its value."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def draw_prompt(rng, prompts):
+    """Draws a kind, then a prompt of that kind."""
     return rng.choice(prompts[draw_weighted(rng, KINDS)])
 
 
 def split_prompts():
-    """Divide all prompts by key. Returns train and val, each a dict kind -> list of prompts."""
+    """Divides all prompts by key; returns train and val, each a dict kind -> list of prompts."""
     train, val = {}, {}
     for kind in KINDS:
         prompts = [prompt for prompt, request in REQUESTS.items() if request.kind == kind]
@@ -297,11 +286,13 @@ def split_prompts():
 
 
 def sft_row(rng, prompts):
+    """Draws a demonstration."""
     prompt = draw_prompt(rng, prompts)
     return {'prompt': prompt, 'completion': render(draw_response(rng, REQUESTS[prompt]))}
 
 
 def pair_row(rng, prompts):
+    """Draws a pair and its noisy label."""
     prompt, first, second, edit = draw_pair(rng, prompts)
     if not prefers_first(rng, prompt, first, second):
         first, second = second, first
@@ -309,7 +300,7 @@ def pair_row(rng, prompts):
 
 
 def draw_rows(seed):
-    """All rows of the data set: dict "train.sft" and so on -> list of dicts."""
+    """Draws all rows of the data set; returns a dict "train.sft" and so on -> list of rows."""
     train, val = split_prompts()
     rows = {}
     for split, prompts, sizes in [('train', train, TRAIN_ROWS), ('val', val, VAL_ROWS)]:
@@ -324,39 +315,23 @@ def draw_rows(seed):
     return rows
 
 
-def replace_file(path, write):
-    """Let write(temporary path) fill a file, then put it at path: readers never see half of it."""
-    write(f'{path}.tmp')
-    os.replace(f'{path}.tmp', path)
-
-
-def write_text(path, text):
-    def write(temporary):
-        with open(temporary, 'w', encoding='utf-8', newline='\n') as file:
-            file.write(text)
-    replace_file(path, write)
-
-
 def main(cfg):
-    """Write the data set into cfg.out. Returns dict file name without .jsonl -> number of rows."""
-    os.makedirs(cfg.out, exist_ok=True)
-    rows = draw_rows(cfg.seed)
-    for name, listed in rows.items():
-        write_rows(Path(cfg.out) / f'{name}.jsonl', listed)
-        print(f"{name + '.jsonl':<20} {len(listed):5} rows")
+    """Writes the data set into cfg.out; returns a dict file name -> number of rows."""
+    out, rows = Path(cfg.out), draw_rows(cfg.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    counts = write_all(out, rows)
     training = [row for name in ('train.sft', 'train.pairs') for row in rows[name]]
-    ranks = train_bpe((row[key] for row in training for key in row if key != 'edit'), VOCAB_SIZE)
-    replace_file(os.path.join(cfg.out, 'toy.tiktoken'), lambda path: write_tiktoken(path, ranks))
-    write_text(os.path.join(cfg.out, 'tokenizer'), 'toy.tiktoken\n')
-    write_text(os.path.join(cfg.out, 'template.txt'), TEMPLATE)
-    print(f"{'toy.tiktoken':<20} {len(ranks):5} tokens and EOS")
+    texts = (row[key] for row in training for key in row if key != 'edit')
+    ranks = write_tokenizer(out, 'toy', texts, VOCAB_SIZE)
+    write_text(out / 'template.txt', TEMPLATE)
+    print(f'{out}/toy.tiktoken: {len(ranks)} tokens and EOS')
     edits = Counter(row['edit'] for row in rows['train.pairs'])
     print('pairs by what differs:', ', '.join(f'{name} {n}' for name, n in edits.most_common()))
     print(f"labels that follow the judge: {agreement(rows['val.pairs']):.3f} of val.pairs; "
           'a reward model can hardly do better')
     for row in rows['train.pairs'][:3]:
         print(f"\n{row['prompt']}\n  chosen  {row['chosen']}\n  rejected{row['rejected']}")
-    return {name: len(listed) for name, listed in rows.items()}
+    return counts
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """
 data/hh: what is dropped, the split by first turns, the cut, the files, the baseline, the errors.
 
-    python -m pytest -q tests/test_hh.py
+    python -m pytest -q tests/data/test_hh.py
 
 Runs on a few synthetic dialogues in a temporary folder, without a network; it does not look at
 the real rows, so it says nothing about how accurate the baseline is on them.
@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import random
+import string
 from collections import Counter
 
 import pytest
@@ -27,13 +28,8 @@ WORDS = ['wash', 'the', 'caf\xe9', '\u2019s', '\u65e5\u672c\u8a9e', 'cup', 'with
 
 def prompt_of(number, turns):
     """The prompt of a dialogue about something, after so many human turns."""
-    earlier = ''.join(f'\n\nHuman: number {number}, step {i}?\n\nAssistant: do {i}.'
-                      for i in range(turns - 1))
-    return f'{earlier}\n\nHuman: number {number}, step {turns - 1}?\n\nAssistant:'
-
-
-def reply_of(rng):
-    return ''.join(' ' + rng.choice(WORDS) for _ in range(rng.choice([2, 3, 30]))) + '.'
+    return ' do it.'.join(f'\n\nHuman: number {number}, step {i}?\n\nAssistant:'
+                          for i in range(turns))
 
 
 def transcripts():
@@ -42,22 +38,19 @@ def transcripts():
     pairs = []
     for i in range(80):
         prompt = prompt_of(i % 60 % 40, 1 + i // 40 + (i % 2 if i >= 40 else 0))
-        pairs.append({'chosen': f'{prompt} yes{reply_of(rng)}',
-                      'rejected': f'{prompt} no{reply_of(rng)}'})
+        yes, no = [' '.join(rng.choices(WORDS, k=rng.choice([2, 3, 30]))) for _ in range(2)]
+        pairs.append({'chosen': f'{prompt} yes {yes}.', 'rejected': f'{prompt} no {no}.'})
     return pairs
 
 
 def write_source(folder, reverse=False, packed=True):
-    """The pairs in two files: packed and one below the other, or not; in one order or the other."""
+    """The pairs in two files, one of them in a folder; packed or not, in one order or the other."""
     pairs = transcripts()[::-1 if reverse else 1]
-    for name, some in (('base/train', pairs[:50]), ('test', pairs[50:])):
-        path = folder / f'{name}.jsonl'
-        path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / 'base').mkdir(parents=True)
+    for name, some in (('base/train.jsonl', pairs[:50]), ('test.jsonl', pairs[50:])):
         data = ''.join(json.dumps(row, ensure_ascii=packed) + '\n' for row in some).encode()
-        if packed:
-            path.with_name(f'{path.name}.gz').write_bytes(gzip.compress(data))
-        else:
-            path.write_bytes(data)
+        (folder / f'{name}.gz' if packed else folder / name).write_bytes(
+            gzip.compress(data) if packed else data)
     (folder / 'README.md').write_text('not a source')
     return folder
 
@@ -77,11 +70,11 @@ def prepared(tmp_path, name='out', **source):
     return out, prepare.main(prepare.Config(from_=str(folder), out=str(out)))
 
 
-def rows_of(out, part, kind):
-    return [json.loads(line) for line in (out / f'{part}.{kind}.jsonl').read_text().splitlines()]
+def source_rows(source):
+    return prepare.read_files(prepare.find_files(source, None))
 
 
-# --- cleaning ---
+# --- cleaning, split, cut ---
 
 def test_clean_counts_what_it_drops():
     """Catches a row of another prompt, without a difference or without a reply that gets in."""
@@ -104,37 +97,28 @@ def test_repeated_rows_of_several_files(tmp_path, capsys):
     """Catches a row that counts twice because two files hold it."""
     source = write_source(tmp_path / 'source')
     (source / 'copy.jsonl').write_bytes(gzip.decompress((source / 'test.jsonl.gz').read_bytes()))
-    rows = prepare.read_files(prepare.find_files(source, tmp_path))
-    assert len(rows) == 80
+    assert len(source_rows(source)) == 80
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(': ')[2] for line in lines] == [
         '50 rows, 50 kept; dropped: none', '30 rows, 30 kept; dropped: none',
         '30 rows, 0 kept; dropped: 30 repeated']
 
 
-# --- the split ---
-
 def test_dialogues_with_one_beginning_are_on_one_side(tmp_path):
     """Catches a held-out prompt whose reply stands in a longer dialogue of the training rows."""
-    rows = prepare.read_files(prepare.find_files(write_source(tmp_path), tmp_path))
-    train, val = prepare.split(rows)
+    train, val = prepare.split(source_rows(write_source(tmp_path / 'source')))
     numbers = [{row['prompt'].split(',')[0] for row in part} for part in (train, val)]
     assert not numbers[0] & numbers[1]
     assert (len(numbers[0]), len(numbers[1])) == (36, 4)
     assert len(train) + len(val) == 80 and len(val) > 4         # some of them at several lengths
     assert any(row['prompt'].count('Human:') > 1 for row in val)
-
-
-def test_the_first_turn_may_be_long():
-    """Catches a first turn that ends at its first blank line, or at the last reply."""
+    # A first turn ends neither at its first blank line nor at the last reply
     row = {'prompt': '\n\nHuman: one\n\ntwo\n\nAssistant: three\n\nHuman: four\n\nAssistant:'}
     assert prepare.first_turn(row) == '\n\nHuman: one\n\ntwo'
 
 
-# --- the cut ---
-
 def test_the_cut_by_hand(byte_tokenizer, monkeypatch):
-    """Catches a start that ends within a character, and one token too many for EOS."""
+    """Catches a start that ends within a character or encodes to other ids, and no room for EOS."""
     monkeypatch.setattr(prepare, 'REPLY_TOKENS', 4)
     for text, expected in {'abc': ('abc', False),               # and EOS is the fourth
                            'abcd': ('abcd', True),              # EOS would be the fifth
@@ -143,10 +127,7 @@ def test_the_cut_by_hand(byte_tokenizer, monkeypatch):
                            'abc\xe9': ('abc', True),            # its first byte alone is no text
                            'a\U0001f600': ('a', True)}.items():
         assert prepare.cut(text, byte_tokenizer) == expected, text
-
-
-def test_a_start_encodes_to_the_same_ids(monkeypatch):
-    """Catches a blank line that is two tokens before a word, but one at the end of the start."""
+    # A blank line is two tokens before a word, but one at the end of the start
     tokenizer = build_tokenizer(BYTE_TOKENS + 'Cgo= 256\n')     # b'\n\n'
     assert tokenizer.encode_ordinary('a\n\nb') == [97, 10, 10, 98]
     assert tokenizer.encode_ordinary('a\n\n') == [97, 256]
@@ -155,26 +136,18 @@ def test_a_start_encodes_to_the_same_ids(monkeypatch):
 
 
 def test_cut_replies_have_no_eos_in_any_stage(tmp_path):
-    """Catches a mark that is lost or misspelt, and text that encodes to other ids than it was."""
+    """Catches a mark that is lost, misspelt or set on a whole reply, which ends in a full stop."""
     out, _ = prepared(tmp_path)
     tokenizer, _ = load_text(out)
-    whole = {row['prompt'] + row[side]: row[side] for row in prepare.read_files(
-        prepare.find_files(tmp_path / 'source-out', out)) for side in ('chosen', 'rejected')}
-    eos, seen = tokenizer.eot_token, Counter()
+    seen = Counter()
     for kind in ('sft', 'pairs'):
         rows = load_rows(out / f'train.{kind}.jsonl', kind)
-        encoded = encode_rows(rows, kind, tokenizer, block_size=400)
-        for row, (_, *responses) in zip(rows, encoded, strict=True):
-            for key, ids in zip([key for key in ('response', 'chosen', 'rejected') if key in row],
-                                responses, strict=True):
-                reply = next(text for full, text in whole.items()
-                             if full.startswith(row['prompt'] + row[key]))
-                original = tokenizer.encode_ordinary(reply)
-                was_cut = len(original) >= prepare.REPLY_TOKENS
-                assert len(ids) <= prepare.REPLY_TOKENS and (ids[-1] == eos) != was_cut
-                assert ids == (original[:len(ids)] if was_cut else original + [eos])
-                assert not was_cut or len(ids) > prepare.REPLY_TOKENS - 8
-                seen[key, was_cut] += 1
+        for _, *responses in encode_rows(rows, kind, tokenizer, block_size=400):
+            for side, ids in enumerate(responses):
+                whole = ids[-1] == tokenizer.eot_token
+                assert len(ids) <= 24 and (whole or len(ids) > 16)
+                assert whole <= tokenizer.decode(ids).endswith('.<|endoftext|>')
+                seen[kind, side, whole] += 1
     assert len(seen) == 6 and min(seen.values()) > 5
 
 
@@ -194,15 +167,17 @@ def test_the_files_agree(tmp_path):
     """Catches a side mixed up, a prompt missing or twice, a row in two parts."""
     out, counts = prepared(tmp_path)
     for part in ('train', 'val'):
-        pairs, sft, prompts = [rows_of(out, part, kind) for kind in ('pairs', 'sft', 'prompts')]
+        files = [out / f'{part}.{kind}.jsonl' for kind in KINDS]
+        sft, pairs, prompts = [[json.loads(line) for line in path.read_text().splitlines()]
+                               for path in files]
         assert all(row['chosen'].startswith(' yes') and row['rejected'].startswith(' no')
                    for row in pairs)
         assert [(row['prompt'], row['completion']) for row in sft] == [
             (row['prompt'], row['chosen']) for row in pairs]
         assert [row['prompt'] for row in prompts] == list(
             dict.fromkeys(row['prompt'] for row in pairs))
-        for kind in KINDS:
-            assert counts[f'{part}.{kind}'] == len(load_rows(out / f'{part}.{kind}.jsonl', kind))
+        for path, kind in zip(files, KINDS):
+            assert counts[path.stem] == len(load_rows(path, kind))
     assert counts['train.pairs'] + counts['val.pairs'] == 80
     tokenizer, text = load_text(out)
     assert tokenizer.n_vocab == 320 and text['template'] == HH_TEMPLATE
@@ -210,17 +185,12 @@ def test_the_files_agree(tmp_path):
 
 
 def test_the_bpe_reads_the_training_text_only(tmp_path, monkeypatch):
-    """Catches held-out text in the vocabulary, and words that only the cut-off ends have."""
-    seen = []
-
-    def spy(texts, vocab_size):
-        seen.extend(texts)
-        return train_bpe(seen, vocab_size)
-    train_bpe = prepare.train_bpe
-    monkeypatch.setattr(prepare, 'train_bpe', spy)
+    """Catches held-out text in the vocabulary, and replies that are cut before they are read."""
+    seen, real = [], prepare.write_tokenizer
+    monkeypatch.setattr(prepare, 'write_tokenizer', lambda out, name, texts, size: real(
+        out, name, seen.extend(texts) or seen, size))
     prepared(tmp_path)
-    train, _ = prepare.split(prepare.read_files(
-        prepare.find_files(tmp_path / 'source-out', tmp_path)))
+    train, _ = prepare.split(source_rows(tmp_path / 'source-out'))
     assert sorted(seen) == sorted(text for row in train for text in row.values())
 
 
@@ -245,9 +215,11 @@ def test_the_tokenizer_may_be_gpt2(tmp_path, monkeypatch, byte_tokenizer):
     prepare.main(prepare.Config(from_=str(source), tokenizer='gpt2', out=str(out)))
     assert asked == ['gpt2'] and (out / 'tokenizer').read_text() == 'gpt2\n'
     assert not (out / 'hh.tiktoken').exists()
-    assert all(len(row['chosen'].encode()) <= 24 for row in rows_of(out, 'train', 'pairs'))
+    pairs = load_rows(out / 'train.pairs.jsonl', 'pairs')
+    assert all(len(row['chosen'].encode()) <= 24 for row in pairs)
+    cfg = parse_config(prepare.Config, [f'--from={source}', '--tokenizer=gpt3', f'--out={out}'])
     with pytest.raises(UserError, match='--tokenizer=gpt3: gpt2, or leave it out'):
-        prepare.main(prepare.Config(from_=str(source), tokenizer='gpt3', out=str(out)))
+        prepare.main(cfg)
 
 
 # --- the baseline ---
@@ -266,12 +238,12 @@ def test_features_by_hand(byte_tokenizer):
         expected)
 
 
-def random_pairs(count, chosen_ends, rejected_ends, seed=0):
+def random_pairs(count, chosen_ends, rejected_ends, seed, letters='abcdefgh'):
     """Pairs of random letters, in which the ends alone tell the sides apart."""
     rng = random.Random(seed)
 
     def text():
-        return ''.join(rng.choice('abcdefgh') for _ in range(rng.randrange(5, 15)))
+        return ''.join(rng.choices(letters, k=rng.randrange(5, 15)))
     return [{'prompt': prompt_of(i, 1), 'chosen': text() + chosen_ends,
              'rejected': text() + rejected_ends} for i in range(count)]
 
@@ -280,20 +252,15 @@ def random_pairs(count, chosen_ends, rejected_ends, seed=0):
 def test_the_baseline_learns_words_and_length(byte_tokenizer, chosen, rejected):
     """Catches reversed labels, and a baseline that cannot see what it is there to see."""
     train, val = [random_pairs(200, chosen, rejected, seed) for seed in (0, 1)]
-    accuracy, _ = prepare.baseline(train, val, byte_tokenizer)
-    assert accuracy > 0.95
+    assert prepare.baseline(train, val, byte_tokenizer) > 0.95
 
 
 def test_the_baseline_finds_nothing_where_nothing_is(byte_tokenizer, capsys):
-    """Catches an accuracy that was measured on what was fitted."""
-    train, val = [random_pairs(count, '', '', seed) for count, seed in ((40, 0), (400, 1))]
-    accuracy = prepare.report_baseline(train, val, byte_tokenizer)
+    """Catches an accuracy that was measured on what was fitted, and ties counted for one side."""
+    train, val = [random_pairs(400, '', '', seed, string.ascii_letters) for seed in (0, 1)]
+    accuracy = prepare.baseline(train, val, byte_tokenizer)
     assert abs(accuracy - 0.5) < 0.1                # 4 standard errors
     assert f'{accuracy:.3f} +- 0.025 correctly; the longer reply is' in capsys.readouterr().out
-
-
-def test_a_tie_in_length_counts_half():
-    """Catches replies that were both cut counted for one side."""
     assert prepare.longer([3, 2, 24, 24], [2, 3, 24, 7]) == (1 + 0 + 0.5 + 1) / 4
 
 
@@ -331,26 +298,17 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
-    """Catches a traceback of gzip, and an empty folder prepared without a word."""
+    """Catches a traceback of gzip, an empty folder prepared without a word, an empty val file."""
     cfg = prepare.Config(from_=str(tmp_path / 'source'), out=str(tmp_path / 'out'))
     with pytest.raises(DataError, match=r'source: no \*\.jsonl\.gz and no \*\.jsonl below it'):
         prepare.main(cfg)
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one' / 'one.jsonl').write_text(json.dumps(transcripts()[0]))
+    with pytest.raises(DataError, match='1 rows with 1 first turns: none can be held out'):
+        prepare.main(prepare.Config(from_=str(tmp_path / 'one'), out=str(tmp_path / 'out')))
     path = write_source(tmp_path / 'source') / 'test.jsonl.gz'
     whole = path.read_bytes()
     for damaged in (whole[:-20], b'<html>', whole[:50] + b'\0\0\0\0' + whole[54:]):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r'test\.jsonl\.gz: cannot be read .* delete it'):
             prepare.main(cfg)
-
-
-def test_one_dialogue_cannot_be_split(tmp_path):
-    """Catches an empty train or val file."""
-    (tmp_path / 'one.jsonl').write_text(json.dumps(transcripts()[0]) + '\n')
-    with pytest.raises(DataError, match='1 rows with 1 first turns: none can be held out'):
-        prepare.main(prepare.Config(from_=str(tmp_path), out=str(tmp_path / 'out')))
-
-
-def test_flag_is_from():
-    """Catches a Config whose fields the command line cannot name."""
-    cfg = parse_config(prepare.Config, ['--from=folder', '--tokenizer=gpt2'])
-    assert (cfg.from_, cfg.tokenizer, cfg.out) == ('folder', 'gpt2', 'data/hh')

@@ -60,44 +60,25 @@ def test_clean_counts_what_it_drops():
     assert dropped == {'empty': 1, 'repeated': 2, 'in both classes': 2}
 
 
-def test_both_encodings_give_the_same_text():
-    text = 'fianc\xe9e , \xbd star\n'
-    assert prepare.decode(text.encode('latin-1')) == text
-    assert prepare.decode(text.encode('utf-8')) == text
-
-
 # --- splits and rows ---
 
-def test_no_sentence_is_on_two_sides(tmp_path, monkeypatch):
-    everything = set(sentences(GOOD) + sentences(BAD))
-    halves = [prepare.split(sentences(words)) for words in (GOOD, BAD)]
-    assert [[len(half[part]) for part in ('train', 'val', 'judge')] for half in halves] == [
-        [36, 4, 40]] * 2
+def test_no_sentence_is_on_two_sides_and_pairs_are_good_against_bad(tmp_path, monkeypatch):
     out, counts = prepared(tmp_path, monkeypatch)
-    seen = {}
-    for part in ('train', 'val'):
-        seen[part] = {text[1:] for text in texts(out / f'{part}.sft.jsonl', 'completion')}
-        for key in ('chosen', 'rejected'):
-            assert {text[1:] for text in texts(out / f'{part}.pairs.jsonl', key)} <= seen[part]
-    assert len(seen['train']) == 72 and len(seen['val']) == 8
-    assert not seen['train'] & seen['val']
-    judge = {text for half in halves for text in half['judge']}
-    assert seen['train'] | seen['val'] | judge == everything and len(judge) == 80
-    assert counts['train.sft'] == 72 and counts['val.sft'] == 8
-    assert counts['train.pairs'] == 72 and counts['val.pairs'] == 8
-
-
-def test_pairs_are_positive_against_negative(tmp_path, monkeypatch):
-    out, _ = prepared(tmp_path, monkeypatch)
-    pairs = load_rows(out / 'train.pairs.jsonl', 'pairs')
+    judge = {' ' + text for words in (GOOD, BAD)
+             for text in prepare.split(sentences(words))['judge']}
+    train, val = [set(texts(out / f'{part}.sft.jsonl', 'completion')) for part in ('train', 'val')]
+    everything = {' ' + text for text in sentences(GOOD) + sentences(BAD)}
+    assert train | val | judge == everything
+    assert [len(part) for part in (train, val, judge)] == [72, 8, 80]       # so they are disjoint
     positive = {' ' + text for text in sentences(GOOD)}
-    negative = {' ' + text for text in sentences(BAD)}
-    assert {row['prompt'] for row in pairs} == {'review:'}
-    assert all(row['chosen'] in positive and row['rejected'] in negative for row in pairs)
-    assert len({(row['chosen'], row['rejected']) for row in pairs}) == len(pairs)
-    for key in ('chosen', 'rejected'):              # every sentence exactly twice
-        used = [row[key] for row in pairs]
-        assert {used.count(text) for text in used} == {prepare.PAIRS_PER_POSITIVE}
+    for part, side in (('train', train), ('val', val)):
+        pairs = load_rows(out / f'{part}.pairs.jsonl', 'pairs')
+        assert counts[f'{part}.sft'] == counts[f'{part}.pairs'] == len(pairs) == len(side)
+        assert {row['prompt'] for row in pairs} == {'review:'}
+        assert len({(row['chosen'], row['rejected']) for row in pairs}) == len(pairs)
+        for key, right in (('chosen', positive), ('rejected', everything - positive)):
+            used = Counter(row[key] for row in pairs)       # every sentence exactly twice
+            assert used == dict.fromkeys(side & right, prepare.PAIRS_PER_POSITIVE)
 
 
 def test_prompts_are_tokens_of_reviews(tmp_path, monkeypatch):
@@ -137,8 +118,8 @@ def test_cuts_by_hand(tmp_path):
 
 
 def test_two_runs_write_the_same_bytes(tmp_path, monkeypatch):
-    """Whatever the order of the lines and the encoding of the source files."""
-    first, _ = prepared(tmp_path, monkeypatch, 'first')
+    """Whatever the order of lines and the encoding of the source; and the judge there works."""
+    first, counts = prepared(tmp_path, monkeypatch, 'first')
     second, _ = prepared(tmp_path, monkeypatch, 'second', reverse=True, encoding='utf-8')
     names = {path.name for path in first.iterdir()}
     assert names == {'judge.npz', 'reward.py', 'sentiment.tiktoken', 'tokenizer',
@@ -146,6 +127,10 @@ def test_two_runs_write_the_same_bytes(tmp_path, monkeypatch):
                      'val.sft.jsonl', 'val.pairs.jsonl', 'val.prompts.jsonl'}
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert counts['accuracy'] == 1.0                # the adjectives give the class away
+    score = load_judge(first / 'reward.py')
+    assert score('review:', ' a moving and funny film .')['positive'] == 1.0
+    assert score('review:', ' a lame and tedious film .')['positive'] == 0.0
 
 
 # --- the judge ---
@@ -171,42 +156,28 @@ def test_naive_bayes_by_hand():
     assert reward.log_odds(judge, '') == 0.0
 
 
-def judge_beside(tmp_path, judge):
-    """score() of a copy of reward.py that stands beside these tables."""
-    reward.save(tmp_path / 'judge.npz', judge)
-    shutil.copyfile(reward.__file__, tmp_path / 'reward.py')
-    return load_judge(tmp_path / 'reward.py')
+def judge_beside(folder, judge):
+    """score() of a copy of reward.py beside these tables, without which it says what to run."""
+    folder.mkdir()
+    shutil.copyfile(reward.__file__, folder / 'reward.py')
+    with pytest.raises(DataError, match=r'judge\.npz.*data\.sentiment\.prepare'):
+        load_judge(folder / 'reward.py')('review:', ' good')
+    reward.save(folder / 'judge.npz', judge)
+    return load_judge(folder / 'reward.py')
 
 
-def test_score_reads_the_response_only(tmp_path):
-    score = judge_beside(tmp_path, fit_by_hand())
+def test_score_reads_the_response_only_and_is_clipped(tmp_path):
+    score = judge_beside(tmp_path / 'hand', fit_by_hand())
     good = score('review: bad bad', ' good')
     assert good['reward'] == pytest.approx(math.log(30 / 11)) and good['positive'] == 1.0
     bad = score('review: good', ' bad')
     assert bad['reward'] == pytest.approx(math.log(10 / 33)) and bad['positive'] == 0.0
     for nothing in ('', '  ', ' unheard'):
         assert score('review: good', nothing) == {'reward': 0.0, 'positive': 0.0}
-
-
-def test_score_is_clipped(tmp_path):
-    score = judge_beside(tmp_path, {'praise': 5.0, 'more': 5.0, 'blame': -9.0})
+    score = judge_beside(tmp_path / 'clipped', {'praise': 5.0, 'more': 5.0, 'blame': -9.0})
     assert score('', ' praise')['reward'] == 5.0
     assert score('', ' praise more')['reward'] == reward.CLIP
     assert score('', ' blame') == {'reward': -reward.CLIP, 'positive': 0.0}
-
-
-def test_judge_of_a_prepared_folder(tmp_path, monkeypatch):
-    out, counts = prepared(tmp_path, monkeypatch)
-    assert counts['accuracy'] == 1.0                # the adjectives give the class away
-    score = load_judge(out / 'reward.py')
-    assert score('review:', ' a moving and funny film .')['positive'] == 1.0
-    assert score('review:', ' a lame and tedious film .')['positive'] == 0.0
-
-
-def test_judge_without_tables_says_what_to_run(tmp_path):
-    shutil.copyfile(reward.__file__, tmp_path / 'reward.py')
-    with pytest.raises(DataError, match=r'judge\.npz.*data\.sentiment\.prepare'):
-        load_judge(tmp_path / 'reward.py')('review:', ' good')
 
 
 # --- the source: download, folder, errors ---
@@ -256,14 +227,11 @@ def test_download_that_is_no_whole_zip_leaves_nothing(tmp_path, monkeypatch):
         prepare.fetch_zip(target)
 
 
-def test_zip_without_the_files(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / 'sentence_polarity.zip', 'w') as archive:
         archive.writestr('README', 'other')
     with pytest.raises(DataError, match='no sentence_polarity/rt-polarity.neg, .*pos in it'):
         prepare.read_files('', tmp_path)
-
-
-def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match='no rt-polarity.pos and no rt-polarity.neg there'):
         prepare.read_files(str(tmp_path / 'nowhere'), tmp_path)
     folder = write_source(tmp_path / 'source')
@@ -279,8 +247,3 @@ def test_too_few_sentences(tmp_path):
         prepare.main(prepare.Config(from_=str(tmp_path), out=str(tmp_path / 'out')))
     with pytest.raises(DataError, match='train.prompts.jsonl: no rows left'):
         write_rows(tmp_path / 'train.prompts.jsonl', [])
-
-
-def test_flag_is_from():
-    cfg = parse_config(prepare.Config, ['--from=folder'])
-    assert (cfg.from_, cfg.out) == ('folder', 'data/sentiment')
