@@ -401,23 +401,10 @@ def test_the_examples_in_docstrings_are_true():
 
 # ----------------------------------------------------------------------------- splits
 
-def test_load_split_of_a_folder(tmp_path):
-    """A folder's files are read, messages by the template; rows='pairs' is SFT on chosen sides."""
-    write_jsonl(tmp_path / 'train.sft.jsonl', [{'messages': turns('hi', 'yes')}])
-    write_jsonl(tmp_path / 'val.sft.jsonl', [sft_row('P', 'v')])
-    write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
-    write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
-    assert load_split(tmp_path, 'sft', BOT) == ([sft_row('user: hi\nbot:', ' yes')],
-                                                [sft_row('P', 'v')])
-    assert load_split(tmp_path, 'sft', BOT, 'pairs') == ([sft_row('P', 'c')],
-                                                         [sft_row('Q', 'd')])
-    with pytest.raises(DataError, match='train.prompts.jsonl'):
-        load_split(tmp_path, 'prompts', BOT)
-
-
 def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokenizer, capsys):
-    """Training and held-out rows come back as ids, by the template of the checkpoint's text, and
-    one line per split is printed."""
+    """A folder's training and held-out rows come back as ids, messages by the checkpoint's template;
+    rows='pairs' is SFT on the chosen sides; one line per split is printed; a missing file is
+    named."""
     write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
     write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
     write_jsonl(tmp_path / 'train.prompts.jsonl', [{'messages': turns('hi', 'yes')}])
@@ -433,6 +420,8 @@ def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokeni
         [(ids('user: hi\nbot:'),)], [(ids('abcdefgh' * 2),)])
     assert capsys.readouterr().out.splitlines() == [
         'train: 1 prompts kept', 'val: 1 prompts kept, 1 prompts cut on the left']
+    with pytest.raises(DataError, match='train.sft.jsonl: no such file'):
+        load_examples(tmp_path, 'sft', byte_tokenizer, text, 16)
 
 
 def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):

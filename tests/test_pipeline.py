@@ -17,7 +17,7 @@ TOP = Path(__file__).resolve().parent.parent
 
 
 def copy_of_the_project(folder, *patterns):
-    """Copies the project, or the files that match; its toy data becomes a tenth of the size."""
+    """Copies the project, or the files that match; the copy draws a hundred rows of toy data."""
     if patterns:
         for path in (path for pattern in patterns for path in TOP.glob(pattern)):
             (folder / path.relative_to(TOP)).parent.mkdir(parents=True, exist_ok=True)
@@ -26,9 +26,9 @@ def copy_of_the_project(folder, *patterns):
         shutil.copytree(TOP, folder, ignore=shutil.ignore_patterns(
             'out', '.git', '.venv', '__pycache__', '*.jsonl', 'toy-*'))
     prepare = folder / 'data' / 'toy' / 'prepare.py'
-    text, changed = re.subn(r"(?m)^TRAIN_ROWS = \{.*", "TRAIN_ROWS = {'sft': 500, 'pairs': 800, "
-                            "'prompts': 400}", prepare.read_text())
-    assert changed == 1
+    text, changed = re.subn(r"(?m)^(TRAIN_ROWS|VAL_ROWS) = .*",
+                            r"\1 = {'sft': 100, 'pairs': 100, 'prompts': 100}", prepare.read_text())
+    assert changed == 2
     prepare.write_text(text)
     return folder
 
@@ -48,25 +48,26 @@ def test_run_sh(tmp_path):
     the end: all files are there, and the table has its rows and columns.
     """
     folder = copy_of_the_project(tmp_path / 'clone')
-    flags = {'FLAGS_SFT': '--steps=8', 'FLAGS_RM': '--steps=4', 'FLAGS_DPO': '--steps=4',
+    flags = {'FLAGS_SFT': '--steps=4 --n_layer=1 --n_embd=32 --max_new_tokens=8',
+             'FLAGS_RM': '--steps=2', 'FLAGS_DPO': '--steps=2 --max_new_tokens=8',
              'FLAGS_PPO': '--steps=2 --rollout_size=16 --batch_size=8 --max_new_tokens=8',
              'FLAGS_EVALUATE': '--prompts=40 --max_new_tokens=16'}
     stages = ['== data/toy', '== 1. supervised fine-tuning', '== 2. reward model', '== 3. PPO',
               '== 4. DPO', '== Before and after']
-    status, printed, errors = run_sh(folder, **{**flags, 'FLAGS_PPO': '--temperature=0'})
-    assert status == 1 and errors.startswith('error: --temperature=0')
-    assert [line for line in printed if line.startswith('== ')] == stages[:4]
+    status, printed, errors = run_sh(folder, **{**flags, 'FLAGS_RM': '--steps=0'})
+    assert status == 1 and errors.startswith('error: --steps=0')
+    assert [line for line in printed if line.startswith('== ')] == stages[:3]
     out = folder / 'out' / 'toy-3'
-    kept = {stage: (out / stage / 'ckpt.pt').stat().st_mtime_ns for stage in ('sft', 'rm')}
+    kept = (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns
 
     status, printed, errors = run_sh(folder, **flags)
     assert status == 0, errors
     assert [line for line in printed if line.startswith('== ')] == stages
     assert [line for line in printed if 'is finished' in line] == [
-        'out/toy-3/sft is finished: 8 steps', 'out/toy-3/rm is finished: 4 steps']
+        'out/toy-3/sft is finished: 4 steps']
+    assert (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns == kept
     for stage in ('sft', 'rm', 'ppo', 'dpo'):
         assert {'ckpt.pt', 'log.jsonl'} <= set(os.listdir(out / stage))
-    assert kept == {stage: (out / stage / 'ckpt.pt').stat().st_mtime_ns for stage in kept}
     rows = json.loads((out / 'evaluate.json').read_text())['rows']
     assert [row['run'] for row in rows] == ['out/toy-3/sft', 'out/toy-3/ppo', 'out/toy-3/dpo']
     for row in rows:
