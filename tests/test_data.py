@@ -402,9 +402,9 @@ def test_the_examples_in_docstrings_are_true():
 # ----------------------------------------------------------------------------- splits
 
 def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokenizer, capsys):
-    """A folder's training and held-out rows come back as ids, messages by the checkpoint's template;
-    rows='pairs' is SFT on the chosen sides; one line per split is printed; a missing file is
-    named."""
+    """A folder's training and held-out rows come back as ids, messages by the template of the
+    checkpoint. rows='pairs' is SFT on the chosen sides, one line per split is printed, and a
+    missing file is named."""
     write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
     write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
     write_jsonl(tmp_path / 'train.prompts.jsonl', [{'messages': turns('hi', 'yes')}])
