@@ -608,13 +608,13 @@ def rollout_of(result):
 @torch.no_grad()
 def test_rollout_against_loops(sft_run, byte_tokenizer):
     """I3: logprobs and reference logprobs, at the rollout's temperature and with micro-batches of
-    4, are those of a loop over rows alone. Catches a temperature missing in one of them, and the
-    two models swapped."""
+    4, are those of a loop over rows alone. Catches a temperature missing in one of them, the two
+    models swapped, and an EOS in a prompt that counts as an end."""
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
     ref = tiny_gpt(seed=1, vocab_size=257, n_embd=32)
-    prompts = [byte_tokenizer.encode_ordinary(f'{verb} {letter}:')
+    prompts = [[EOS] * (letter == 'c') + byte_tokenizer.encode_ordinary(f'{verb} {letter}:')
                for verb in ('say', 'now say', 'do') for letter in 'abc']
-    cfg = train_ppo.Config(max_new_tokens=5, temperature=0.7, micro_batch_size=4)
+    cfg = train_ppo.Config(max_new_tokens=4, temperature=0.7, micro_batch_size=4)
 
     def scorer(tokens, response_mask, prompt_texts, response_texts):
         assert prompt_texts == [byte_tokenizer.decode(prompt) for prompt in prompts]
@@ -624,7 +624,8 @@ def test_rollout_against_loops(sft_run, byte_tokenizer):
                                        torch.Generator().manual_seed(0))) for _ in range(2))
     assert batch.pop('texts') == again['texts']
     assert all(torch.equal(batch[key], again[key]) for key in batch)    # I13: bit-equal
-    assert batch['scores'].tolist() == list(range(9))       # as the scorer said, before the rule
+    assert batch['scores'].tolist() == list(range(9))       # the scorer's, before the no-EOS rule
+    assert 0 < batch['ended'].sum() < 9 and not batch['ended'][2::3].all()
     for b, prompt in enumerate(prompts):
         n = int(batch['mask'][b].sum())
         row = torch.cat([batch['x'][b, :1], batch['y'][b]])[:len(prompt) + n]
@@ -664,26 +665,6 @@ def test_rollouts_follow_the_logprobs_they_keep(temperature):
     assert expected.sum().item() == pytest.approx(N, rel=1e-5) and expected.min() > 50
     # 23.5 is exceeded once in 10,000 by a chi-square of 4 degrees of freedom
     assert ((counts - expected) ** 2 / expected).sum().item() < 23.5
-
-
-def test_responses_without_eos(sft_run, byte_tokenizer):
-    """I16: a response without EOS scores no_eos_score at most: a worse score stays, a better one
-    falls to it. One with EOS keeps its score, and an EOS in the prompt does not count. Catches max
-    for min, and EOS searched for in the prompt."""
-    policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
-    prompts = [[EOS] * (i % 2) + byte_tokenizer.encode_ordinary('say c:') for i in range(24)]
-    raw = [2.0, -3.0, 0.5, -0.5] * 6
-    batch = rollout_of(rollout(policy, policy, lambda *_: torch.tensor(raw), prompts,
-                               byte_tokenizer, train_ppo.Config(max_new_tokens=4),
-                               torch.Generator().manual_seed(0)))
-    responses = [y[mask].tolist() for y, mask in zip(batch['y'], batch['mask'])]
-    ended = [EOS in response for response in responses]
-    for odd in (0, 1):                  # both kinds happen, with EOS in the prompt and without
-        assert 0 < sum(ended[odd::2]) < 12
-    assert batch['ended'].tolist() == ended
-    close(cap_unfinished(batch['scores'], batch['ended'], -1.0),
-          [z if end else min(z, -1.0) for z, end in zip(raw, ended)])
-    close(batch['scores'], raw)
 
 
 @torch.no_grad()
@@ -874,23 +855,6 @@ def value_head(monkeypatch, rm_run):
                                           'reward_model', 'cpu'))
 
 
-@pytest.mark.parametrize('micro_batch_size', [0, 5])
-def test_values_are_those_of_the_states_before_each_token(stage, monkeypatch, value_head,
-                                                          micro_batch_size):
-    """I3: values[:, t] is the value model's number where token t + 1 is still unknown, by a loop
-    over rows alone, also with micro-batches of 5. Catches values one column off, or of another
-    row."""
-    rollouts = record(monkeypatch, train_ppo, 'rollout')
-    stage('ppo', steps=1, eval_every=10, micro_batch_size=micro_batch_size)
-    batch, model = rollout_of(rollouts[0][1]), value_head()
-    assert batch['values'][batch['mask']].unique().numel() > 20
-    for b, mask in enumerate(batch['mask']):
-        for t in mask.nonzero().flatten().tolist():
-            state = torch.cat([batch['x'][b, :1], batch['y'][b, :t]])       # all but token t + 1
-            assert batch['values'][b, t].item() == pytest.approx(
-                model(state[None])[0, -1].item(), abs=1e-5)
-
-
 def test_evaluations_leave_the_value_model_alone(stage, monkeypatch, tmp_path):
     """PPO's value model runs once for the values of a rollout batch, once per micro-batch, and
     never in an evaluation, which reads no values: the forward passes are counted."""
@@ -900,20 +864,24 @@ def test_evaluations_leave_the_value_model_alone(stage, monkeypatch, tmp_path):
     assert len(calls) == 2 * (1 + 2 * 3)        # 2 steps, 2 epochs of 3 minibatches
 
 
-def test_value_gradient_against_autograd_over_loops(stage, monkeypatch, value_head):
-    """I7: the value model's first gradient, of every tensor and with a head that is not 0, is that
-    of half the squares (V - R)^2 / tokens, as a loop over rows alone. Catches prompts and padding
-    in the loss, where V is not 0, and values one column off."""
+def test_values_and_their_gradient_against_loops(stage, monkeypatch, value_head):
+    """I3, I7: with a head that is not 0, values[:, t] is the value model's number where token t + 1
+    is still unknown, by a loop over rows alone, and its first gradient, in every tensor, is that of
+    half the squares (V - R)^2 / tokens. Catches values one column off or of another row, and
+    prompts and padding in the loss."""
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
                   eval_every=10)
     batch, model = rollout_of(rollouts[0][1]), value_head()
     _, returns = loop_advantages(batch, saved['config'])
+    assert batch['values'][batch['mask']].unique().numel() > 20
     loss = 0.0
     for b, mask in enumerate(batch['mask']):
-        last = int(mask.nonzero().max())
-        values = model(batch['x'][b:b + 1, :last + 1])[0]
-        loss += sum((values[t] - returns[b, t]) ** 2 / 2 for t in mask.nonzero().flatten().tolist())
+        for t in mask.nonzero().flatten().tolist():
+            state = torch.cat([batch['x'][b, :1], batch['y'][b, :t]])       # all but token t + 1
+            value = model(state[None])[0, -1]
+            assert batch['values'][b, t].item() == pytest.approx(value.item(), abs=1e-5)
+            loss += (value - returns[b, t]) ** 2 / 2
     (loss / len(returns)).backward()
     assert_first_gradient(saved['optimizers']['value_model'], model, 1e-4)
 

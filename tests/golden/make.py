@@ -5,9 +5,10 @@ Writes the golden trace: every number of the four stages on a tiny model and one
 
 The files are model, batch, sample, sft, rm, dpo and ppo.npz beside this one, in the order in which
 a port compares them; README.md says what each array is. The project's own functions compute every
-number, in float64, and it is stored as float32: then the files hardly depend on the CPU (two of 711
-arrays may differ in a last bit), and a port in float32 differs from them by its own rounding. The
-rates are large, so that one step shows in every weight, and do not train well.
+number, in float64, and it is stored as float32: then the files are the same on every CPU, but for
+numbers near 1e-17 that would be 0 without rounding, and a port in float32 differs from them only by
+its own rounding. The rates are large, so that one step shows in every weight, and do not train
+well.
 """
 import copy
 import sys
