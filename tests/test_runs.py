@@ -124,17 +124,14 @@ def test_parse_config_refuses(argv, words, capsys):
     assert [word for word in words if word not in last_line] == []
 
 
-def test_a_switch_never_takes_the_next_word(capsys):
-    """--resume False, without a '=', would resume: a Config that takes no words refuses it."""
+def test_words_are_refused_where_no_runs_are_taken(capsys):
+    """--resume False, without a '=', would resume: a Config that takes no words refuses it, and
+    only one that takes them has [RUN ...] in the first line of --help."""
     assert parse_config(FlagsAlone, ['--resume=False']).resume is False
     assert parse_config(FlagsAlone, ['--resume', '--steps', '5']) == FlagsAlone(5, True)
     with pytest.raises(SystemExit) as error:
         parse_config(FlagsAlone, ['--resume', 'False'])
     assert error.value.code == 2 and 'unknown argument False' in capsys.readouterr().err
-
-
-def test_usage_names_runs_only_where_they_are_taken(capsys):
-    """[RUN ...] is in the first line of --help only if there is a field for the RUNs."""
     for Config, shown in ((Flags, True), (FlagsAlone, False)):
         with pytest.raises(SystemExit):
             parse_config(Config, ['--help'])
@@ -486,15 +483,17 @@ def test_log_is_cut_where_the_run_resumes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['log.jsonl']
 
 
-def test_log_survives_a_sample_that_looks_like_its_own_rows(tmp_path):
+def test_log_survives_any_sample(tmp_path, capsys):
     """A model may write anything, even line ends and rows of a log: resuming neither fails nor
-    loses samples."""
+    loses samples, and escape sequences do not reach the terminal."""
     samples = ['a\n{"step": 9}\nb', '{"step": 99, "lo', 'a\u2028b\x85c\r', '\ud800 \x1b[2J']
     Log(str(tmp_path), 0, 10).eval(2, {'loss': 1.0}, samples)
     written = (tmp_path / 'log.jsonl').read_bytes()
     Log(str(tmp_path), 2, 10)
     assert (tmp_path / 'log.jsonl').read_bytes() == written
     assert json.loads(written)['samples'] == samples
+    printed = capsys.readouterr().out
+    assert '\x1b' not in printed and '[2J' in printed and '| b' in printed
 
 
 def test_log_line(tmp_path, monkeypatch, capsys):
@@ -528,13 +527,6 @@ def test_log_prints_fifty_lines_and_writes_every_row(tmp_path, capsys):
     assert 50 <= len(printed) <= 52
     assert '1/200' in printed[0] and '200/200' in printed[-1]
     assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 200
-
-
-def test_log_strips_control_characters_from_samples(tmp_path, capsys):
-    """A sample reaches the terminal without its escape sequence."""
-    Log(str(tmp_path), 0, 10).eval(1, {'loss': 1.0}, ['a\x1b[2Jb\nc'])
-    out = capsys.readouterr().out
-    assert '\x1b' not in out and '[2Jb' in out and '| c' in out
 
 
 # ----------------------------------------------------------------------------- resuming
