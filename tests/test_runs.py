@@ -396,7 +396,7 @@ def test_a_number_that_cannot_work_is_refused(config, flag, value):
 
 @pytest.mark.parametrize('changes', [{'beta': 0.0}, {'ipo': True, 'label_smoothing': 0.1}])
 def test_dpo_refuses_settings_without_a_meaning(config, changes):
-    """beta 0 divides by zero or learns nothing; IPO has no label smoothing, and says so."""
+    """beta 0 divides by zero or learns nothing, IPO has no label smoothing: an error says so."""
     with pytest.raises(UserError, match='--beta.*--label_smoothing'):
         STAGES['dpo'].main(config('dpo', 'run', **changes))
 

@@ -55,12 +55,12 @@ def test_sft_overfits_four_rows(tiny_data, tmp_path, byte_tokenizer):
 
 
 def test_sft_loss_falls(shared_data, tmp_path):
-    """I23: the held-out loss falls from about ln 257 to below 1 nat per token."""
+    """I23: the loss falls from about ln 257 to below 1 nat per token, on held-out rows too."""
     metrics = run(train_sft, tmp_path / 'sft', shared_data, steps=80, lr=1e-2, n_embd=32,
-                  n_head=2, block_size=32, eval_every=1)
-    losses = [row['eval_loss'] for row in read_log(tmp_path / 'sft', 'eval_loss')]
-    assert losses[0] > 3 and losses[-1] < 1
-    assert metrics['loss'] == losses[-1]
+                  n_head=2, block_size=32)
+    losses, evaluations = read_log(tmp_path / 'sft'), read_log(tmp_path / 'sft', 'eval_loss')
+    assert losses[0]['loss'] > 5 and losses[-1]['loss'] < 1
+    assert [row['eval_loss'] for row in evaluations] == [metrics['loss']] and metrics['loss'] < 1
 
 
 def test_sft_on_pairs_learns_the_chosen_side(shared_data, tmp_path, byte_tokenizer):
@@ -185,7 +185,7 @@ def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
     ("def score(prompt, response):\n    return {'points': 1.0}", "not finite .* 'reward'"),
     ("def score(prompt, response):\n    return {'reward': float('nan')}", 'nan.*not finite')],
     ids=['missing', 'no function', 'no reward', 'nan'])
-def test_a_judge_that_cannot_judge_is_told_before_the_first_step(
+def test_a_broken_judge_fails_before_the_first_step(
         shared_data, sft_run, rm_run, tmp_path, text, words):
     """A broken judge fails before the first step, and not in the first evaluation, where the steps
     before it would be lost."""
