@@ -1,16 +1,19 @@
 """
-What the tests share: a byte tokenizer, a toy data set, and tiny models with fixed weights.
+Holds what the tests share: tiny models with fixed weights, a byte tokenizer, a toy data set, runs.
 
-Fixtures give folders; tiny_gpt and tiny_scalar are plain functions (`from conftest import ...`)
-and fixtures of the same name.
+Fixtures return folders. tiny_gpt and tiny_scalar are plain functions (`from conftest import ...`)
+and also fixtures of the same name.
 """
 import base64
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import train_dpo
+import train_ppo
 import train_rm
 import train_sft
 from data.text import build_tokenizer, load_text
@@ -19,18 +22,20 @@ from prefgpt import GPT, GPTConfig, ScalarGPT, save_checkpoint
 EOS = 256           # of the byte tokenizer: the id after the 256 bytes
 TEMPLATE = 'user: {}\nbot:'
 BYTE_TOKENS = ''.join(f'{base64.b64encode(bytes([i])).decode()} {i}\n' for i in range(256))
+AB_MERGED = BYTE_TOKENS + f"{base64.b64encode(b'ab').decode()} 256\n"      # EOS is 257 then
+STAGES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
 
 
 # ----------------------------------------------------------------------------- tiny models
 
 def tiny_config(**shape):
-    """2 layers, 16 wide, 17 words; weights large enough that the logits are not flat."""
+    """Returns 2 layers, 16 wide, 17 words; init_std is large, so that logits are not flat."""
     return GPTConfig(**{**dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=16,
                                init_std=0.3), **shape})
 
 
 def randomize(model, seed):
-    """Fixed random weights everywhere: zero biases and unit LayerNorms would hide mistakes."""
+    """Sets all weights at random, by seed: zero biases, unit LayerNorms would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -42,45 +47,61 @@ def randomize(model, seed):
 
 
 def tiny_gpt(seed=0, **shape):
-    """A GPT with fixed random weights, biases and LayerNorms included."""
+    """Returns a GPT with fixed random weights, biases and LayerNorms included."""
     return randomize(GPT(tiny_config(**shape)), seed)
 
 
 def tiny_scalar(seed=0, **shape):
-    """A ScalarGPT with fixed random weights, its head included (a fresh one has a zero head)."""
+    """Returns a ScalarGPT with fixed random weights, its head included (at first it is zero)."""
     return randomize(ScalarGPT(tiny_config(**shape)), seed)
 
 
 @pytest.fixture(name='tiny_gpt')
 def tiny_gpt_fixture():
-    """The function tiny_gpt(seed=0, **shape)."""
+    """Returns the function tiny_gpt(seed=0, **shape)."""
     return tiny_gpt
 
 
 @pytest.fixture(name='tiny_scalar')
 def tiny_scalar_fixture():
-    """The function tiny_scalar(seed=0, **shape)."""
+    """Returns the function tiny_scalar(seed=0, **shape)."""
     return tiny_scalar
+
+
+class Table:
+    """A fake model whose logits are looked up: p(next | this) is a row of a table."""
+
+    def __init__(self, probabilities):
+        self.table = torch.tensor(probabilities, dtype=torch.double).log()
+        self.config = GPTConfig(vocab_size=len(probabilities))
+
+    def __call__(self, tokens):
+        return tokens[..., None]                    # the "hidden state" is the token itself
+
+    def logits(self, hidden):
+        return self.table[hidden[..., 0]]
 
 
 # ----------------------------------------------------------------------------- tokenizer and data
 
 @pytest.fixture(scope='session')
 def byte_tokenizer():
-    """One token per byte, and EOS = 256."""
+    """Returns a tokenizer with one token per byte, and EOS = 256."""
     return build_tokenizer(BYTE_TOKENS)
 
 
 def write_jsonl(path, rows):
+    """Writes rows as JSON Lines; returns the path."""
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return path
 
 
 def toy_rows(prompts):
     """
-    Rows of a toy task by kind: say a letter one to three times. What people like is the '!'.
+    Returns rows of a toy task by kind: say a letter one to three times. People like the '!'.
 
-    Demonstrations end in '!' or '?' alike; of a pair the chosen response ends in '!', the rejected
-    one in '?'. How often the letter is said differs within a pair, but on average says nothing.
+    Demonstrations end in '!' or '?' alike. In a pair the chosen response ends in '!', the rejected
+    one in '?'. How often a letter is said differs within a pair, but predicts nothing on average.
     """
     sft, pairs = [], []
     for number, prompt in enumerate(prompts):
@@ -94,7 +115,7 @@ def toy_rows(prompts):
 
 
 def write_toy_data(folder):
-    """The toy task as a data folder: 18 prompts to learn from, 6 others held out."""
+    """Writes the toy task as a data folder: 18 prompts to learn from, 6 others held out."""
     prompts = [f'{verb} {letter}:' for letter in 'abcdefgh' for verb in ('say', 'now say', 'do')]
     held_out = prompts[1::4]
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,20 +130,20 @@ def write_toy_data(folder):
 
 @pytest.fixture(scope='session')
 def shared_data(tmp_path_factory):
-    """The toy data folder; shared by all tests, so not to be changed."""
+    """Returns the toy data folder; all tests share it, so none may change it."""
     return write_toy_data(tmp_path_factory.mktemp('data') / 'letters')
 
 
 @pytest.fixture
 def tiny_data(shared_data, tmp_path):
-    """A copy of the toy data folder that a test may change."""
+    """Returns a copy of the toy data folder that a test may change."""
     return shutil.copytree(shared_data, tmp_path / 'letters')
 
 
 # ----------------------------------------------------------------------------- runs
 
 def save_tiny_run(folder, data, seed=0, **shape):
-    """A run folder with an untrained policy for the data's tokenizer, as an SFT run leaves it."""
+    """Writes a run folder as SFT leaves it: an untrained policy for the data's tokenizer."""
     tokenizer, text = load_text(data)
     policy = tiny_gpt(seed, **{**dict(vocab_size=tokenizer.n_vocab), **shape})
     folder.mkdir(parents=True)
@@ -133,13 +154,13 @@ def save_tiny_run(folder, data, seed=0, **shape):
 
 @pytest.fixture(scope='session')
 def random_run(shared_data, tmp_path_factory):
-    """A run folder with an untrained, but not flat, policy; shared, so not to be changed."""
+    """Returns a run folder with an untrained, but not flat, policy; no test may change it."""
     return save_tiny_run(tmp_path_factory.mktemp('runs') / 'random', shared_data)
 
 
 @pytest.fixture(scope='session')
 def sft_run(shared_data, tmp_path_factory):
-    """A run folder with a policy that has learned the toy task by SFT; not to be changed."""
+    """Returns a run folder with a policy that SFT taught the toy task; no test may change it."""
     out = tmp_path_factory.mktemp('runs') / 'sft'
     train_sft.main(train_sft.Config(
         data=str(shared_data), out=str(out), n_layer=2, n_head=2, n_embd=32, block_size=32,
@@ -149,7 +170,7 @@ def sft_run(shared_data, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def rm_run(shared_data, sft_run, tmp_path_factory):
-    """A run folder with a reward model that has learned to like '!'; not to be changed."""
+    """Returns a run folder with a reward model that likes '!'; no test may change it."""
     out = tmp_path_factory.mktemp('runs') / 'rm'
     train_rm.main(train_rm.Config(
         data=str(shared_data), init=str(sft_run), out=str(out), steps=60, warmup=5, lr=6e-3,
@@ -158,6 +179,37 @@ def rm_run(shared_data, sft_run, tmp_path_factory):
 
 
 def read_log(out, key='loss'):
-    """The rows of a run's log.jsonl that hold the key: the steps, or with 'eval_...' the rest."""
+    """Reads a run's log.jsonl: the rows that hold the key, steps or, with 'eval_...', the rest."""
     return [row for line in (out / 'log.jsonl').read_text().splitlines()
             if key in (row := json.loads(line))]
+
+
+def log_rows(out):
+    """Reads a run's log.jsonl without the numbers that depend on the clock."""
+    return [{key: value for key, value in row.items() if key not in ('ms', 'tok_per_s')}
+            for row in read_log(Path(out), 'step')]
+
+
+# ----------------------------------------------------------------------------- comparing, recording
+
+def same(a, b):
+    """Returns whether two nests of dicts, lists and tensors are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+def record(monkeypatch, module, name):
+    """Lets a function of a module run as it is, and lists (arguments, result) of every call."""
+    calls, function = [], getattr(module, name)
+
+    def recording(*arguments, **options):
+        result = function(*arguments, **options)
+        calls.append((arguments, result))
+        return result
+    monkeypatch.setattr(module, name, recording)
+    return calls

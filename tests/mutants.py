@@ -1,15 +1,15 @@
 """
-I25: would the suite notice? One-line mistakes, each made in a fresh copy of the project.
+Plants one-line mistakes, each in its own copy of the project, and checks that tests notice (I25).
 
     python tests/mutants.py                             # all of them, two at a time: minutes
     python tests/mutants.py prefgpt/shift-forgotten     # some of them
 
-In each copy every stage still has to take two steps: a mutant that crashes proves nothing. Then the
-invariants are run, the tests whose docstring carries a number I1 to I24, those named with the
-mutant first, until one fails. The mutant is killed if that is one of the named ones, and if it
-failed by an assertion of its own. Ends with a table, and with status 1 if a mutant is not killed.
-What it does not do: several mistakes at once, mistakes in tools or tests, and mistakes without
-effect (a mask that is applied a second time).
+In each copy every stage must still take two steps: a mutant that crashes proves nothing. Then the
+invariants run, the core's tests whose docstrings have a number I1 to I24, those named with the
+mutant first, until one fails. The mutant is killed if that one is among the named ones and failed
+by an assertion of its own. Prints a table; the exit status is 1 if a mutant is not killed.
+Left out: several mistakes at once, mistakes in tools or tests, and mistakes without effect (a mask
+that is applied a second time).
 """
 import argparse
 import contextlib
@@ -31,8 +31,8 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 Mutant = namedtuple('Mutant', 'file name invariants line replacement')
 
-# Blocks of: file, name, the invariants that must notice; the line as it is, the line as it becomes.
-# The - or the + takes the place of their first space. Comments after a line do not count
+# Each block: file, name, the invariants that must notice; the line before, and what replaces it.
+# The - or + is in place of the first space. Comments after a line do not count
 MUTANTS = r'''
 prefgpt.py shift-forgotten I6 I7
 -   return tokens[:, :-1], tokens[:, 1:]
@@ -404,7 +404,7 @@ train_ppo.py rollouts-drawn-anew-on-resuming I22
 
 
 def parse(text):
-    """The mutants of a text of blocks."""
+    """Returns the mutants of a text of blocks."""
     mutants = []
     for block in text.strip().split('\n\n'):
         head, line, *replacement = block.split('\n')
@@ -421,7 +421,7 @@ def code(line):
 
 
 def mutated(mutant):
-    """Returns the file's text with the mutant in it, whose line must be there exactly once."""
+    """Returns the file's text with the mutant in it; its line must occur exactly once."""
     lines = (TOP / mutant.file).read_text().split('\n')
     found = [i for i, line in enumerate(lines) if code(line) == code(mutant.line)]
     assert len(found) == 1, f'{mutant.name}: its line is {len(found)} times in {mutant.file}'
@@ -432,39 +432,37 @@ def mutated(mutant):
 # ----------------------------------------------------------------------------- inside the copy
 
 def take_two_steps(folder):
-    """Two steps of every stage on a tiny model; raises what they raise."""
-    import train_dpo, train_ppo, train_rm, train_sft                # the copy's, with the mutant
-    from conftest import save_tiny_run, write_toy_data
+    """Takes two steps of every stage on a tiny model; raises what they raise."""
+    from conftest import STAGES, save_tiny_run, write_toy_data      # the copy's, with the mutant
     data, init, rm = write_toy_data(folder / 'data'), folder / 'init', str(folder / 'rm')
     save_tiny_run(init, data)
-    for module in (train_sft, train_rm, train_dpo, train_ppo):
-        own = {train_rm: {}, train_ppo: dict(max_new_tokens=4, reward=rm, rollout_size=8)}
-        name = module.__name__.removeprefix('train_')
+    for name, module in STAGES.items():
+        own = {'rm': {}, 'ppo': dict(max_new_tokens=4, reward=rm, rollout_size=8)}
         module.main(module.Config(
             data=str(data), init=str(init), out=str(folder / name), steps=2, batch_size=4,
-            device='cpu', **own.get(module, dict(max_new_tokens=4))))
+            device='cpu', **own.get(name, dict(max_new_tokens=4))))
 
 
 def numbers_of(item):
-    """The invariants that a collected test names in its docstring."""
+    """Returns the invariants that a collected test names in its docstring."""
     return set(re.findall(r'\bI\d+\b', item.function.__doc__ or ''))
 
 
 class Judge:
-    """A pytest plugin: runs the invariants alone, the expected ones first, and notes what fails."""
+    """Makes pytest run the invariants alone, the expected ones first, and notes what fails."""
 
     def __init__(self, expected):
         self.expected, self.failure = set(expected), {}
 
     def pytest_collection_modifyitems(self, items):
-        # Of the expected ones first those that need no trained model: they are quick
+        # Among the expected ones, those without a trained model come first: they are quick
         items[:] = sorted(filter(numbers_of, items), key=lambda item: (
             not numbers_of(item) & self.expected, 'sft_run' in item.fixturenames))
 
     def pytest_exception_interact(self, node, call):
         error, here = call.excinfo, [entry.path for entry in call.excinfo.traceback
                                      if TOP in Path(entry.path).parents]
-        # An assertion of the test's own: not one of a fixture, and none of those in prefgpt.py
+        # The test's own assertion: not one of a fixture, and none of those in prefgpt.py
         own = (call.when == 'call' and here[-1].parent.name == 'tests'
                and isinstance(error.value, (AssertionError, pytest.fail.Exception)))
         self.failure = {'test': node.name, 'own': own, 'error': error.exconly().split('\n')[0],
@@ -472,12 +470,12 @@ class Judge:
 
 
 def judge(expected, folder):
-    """Prints, as JSON, what the first invariant to fail was; an empty object if none did."""
+    """Prints the first invariant that failed as JSON, an empty object if none did."""
     with contextlib.redirect_stdout(io.StringIO()):
         take_two_steps(Path(folder) / 'two_steps')
     plugin = Judge(expected)
     files = [str(path) for path in sorted((TOP / 'tests').glob('test_*.py'))
-             if path.stem not in ('test_golden', 'test_mutants')]
+             if path.stem != 'test_mutants']
     status = pytest.main(['-x', '-q', '--tb=short', '-p', 'no:cacheprovider',
                           f'--basetemp={folder}/pytest', *files], plugins=[plugin])
     assert plugin.failure or status == 0, status
@@ -488,7 +486,7 @@ def judge(expected, folder):
 
 def check(mutant):
     """
-    Tries one mutant in a copy of its own. Returns (killed, by, test, seconds): the invariants that
+    Tries one mutant in its own copy. Returns (killed, by, test, seconds): the invariants that
     noticed and the test, or what happened instead.
     """
     began = time.time()
@@ -516,7 +514,7 @@ def check(mutant):
 
 
 def main(names, jobs):
-    """Prints the table, a row as soon as it is known, and returns how many were not killed."""
+    """Prints the table, row by row, and returns how many mutants were not killed."""
     mutants = parse(MUTANTS)
     unknown = set(names) - {mutant.name for mutant in mutants}
     if unknown:

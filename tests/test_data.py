@@ -1,12 +1,11 @@
 """
-Text, rows, tokenizers, batches and randomness: all that lies between a file and the first step.
+Checks what happens between a file and the first step: rows, tokenizers, batches, randomness.
 
     python -m pytest -q tests/test_data.py
 
-Every expected row, id and mask is written by hand. The byte tokenizer makes that easy: the ids of
+Every expected row, id and mask is written by hand. With the byte tokenizer this is easy: the ids of
 a text are its bytes, and EOS is 256.
 """
-import base64
 import doctest
 import hashlib
 import itertools
@@ -16,6 +15,8 @@ import random
 import pytest
 import tiktoken
 import torch
+from conftest import AB_MERGED, BYTE_TOKENS, EOS, write_jsonl
+from conftest import TEMPLATE as BOT        # it does not begin on a new line, as HH_TEMPLATE does
 
 import prefgpt
 from data.text import (HH_TEMPLATE, DataError, build_tokenizer, checkpoint_text, decode_responses,
@@ -23,33 +24,30 @@ from data.text import (HH_TEMPLATE, DataError, build_tokenizer, checkpoint_text,
                        load_tokenizer, mark_ends, tokenizer_text)
 from prefgpt import UserError, batches, make_batch, printable, rng
 
-EOS = 256
-BOT = 'user: {}\nbot:'          # a template that does not begin on a new line
-BYTE_LINES = [f'{base64.b64encode(bytes([i])).decode()} {i}\n' for i in range(256)]
+BYTE_LINES = BYTE_TOKENS.splitlines(True)
+SWAPPED = 'AQ== 0\nAA== 1\n' + ''.join(BYTE_LINES[2:])      # the same tokens under other ids
 
 
 def ids(text):
-    """The byte tokenizer's ids of a text, without the tokenizer."""
+    """Returns the byte tokenizer's ids of a text, without the tokenizer."""
     return list(text.encode())
 
 
-def write_jsonl(path, rows):
-    """Rows as JSON Lines; returns the path."""
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return path
+def sft_row(prompt, response):
+    return {'prompt': prompt, 'response': response}
 
 
 # ----------------------------------------------------------------------------- shapes of rows
 
 def safe_rlhf(better, safer, safe_0, safe_1):
-    """A row of Safe-RLHF: two axes, helpfulness and safety."""
+    """Returns a row of Safe-RLHF: two axes, helpfulness and safety."""
     return {'prompt': 'P', 'response_0': 'zero', 'response_1': 'one',
             'better_response_id': better, 'safer_response_id': safer,
             'is_response_0_safe': safe_0, 'is_response_1_safe': safe_1}
 
 
 def turns(*contents):
-    """Turns of a chat that ends with the assistant's, user and assistant in turn."""
+    """Returns the turns of a chat: user, assistant, user, ..."""
     roles = itertools.cycle(['user', 'assistant'])
     return [{'role': role, 'content': content} for role, content in zip(roles, contents)]
 
@@ -57,88 +55,74 @@ def turns(*contents):
 SYSTEM = {'role': 'system', 'content': 'Be kind.'}
 DIALOGUE = '\n\nHuman: hi\n\nAssistant: yes\n\nHuman: why\n\nAssistant:'
 TRANSCRIPTS = {'chosen': DIALOGUE + ' so', 'rejected': DIALOGUE + ' because'}
+PAIR = {'prompt': 'P', 'chosen': ' c', 'rejected': ' r'}
 
-# name, kind, template, the row as it comes, what must become of it
+# name, kind, the row as it comes, what must become of it
 SHAPES = [
-    ('completion', 'sft', HH_TEMPLATE, {'prompt': 'P', 'completion': ' c'},
-     {'prompt': 'P', 'response': ' c'}),
-    ('response', 'sft', HH_TEMPLATE, {'prompt': 'P', 'response': ' r'},
-     {'prompt': 'P', 'response': ' r'}),
-    ('more keys than needed', 'sft', HH_TEMPLATE,
-     {'id': 7, 'prompt': 'P', 'response': ' r', 'source': None},
-     {'prompt': 'P', 'response': ' r'}),
-    ('empty prompt', 'sft', HH_TEMPLATE, {'prompt': '', 'response': ' r'},
-     {'prompt': '', 'response': ' r'}),
-    ('messages', 'sft', HH_TEMPLATE, {'messages': turns('hi', 'yes')},
-     {'prompt': '\n\nHuman: hi\n\nAssistant:', 'response': ' yes'}),
-    ('messages, a system and four turns', 'sft', HH_TEMPLATE,
-     {'messages': [SYSTEM, *turns('hi', 'yes', 'why', 'so')]},
-     {'prompt': 'Be kind.' + DIALOGUE, 'response': ' so'}),
-    ('messages, a template without a leading newline', 'sft', BOT,
-     {'messages': [SYSTEM, *turns('hi', 'yes', 'why', 'so')]},
-     {'prompt': 'Be kind.\nuser: hi\nbot: yes\nuser: why\nbot:', 'response': ' so'}),
-    ('messages with braces in them', 'sft', BOT, {'messages': turns('a {} b', 'c {} d')},
-     {'prompt': 'user: a {} b\nbot:', 'response': ' c {} d'}),
-    ('messages as prompts', 'prompts', BOT, {'messages': turns('hi', 'yes')},
-     {'prompt': 'user: hi\nbot:'}),
-    ('pairs', 'pairs', HH_TEMPLATE, {'prompt': 'P', 'chosen': ' c', 'rejected': ' r'},
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r'}),
-    ('pairs with an empty rejected', 'pairs', HH_TEMPLATE,
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ''},
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ''}),
-    ('transcripts, split at the last assistant turn', 'pairs', HH_TEMPLATE, TRANSCRIPTS,
+    ('completion', 'sft', {'prompt': 'P', 'completion': ' c'}, sft_row('P', ' c')),
+    ('response', 'sft', sft_row('P', ' r'), sft_row('P', ' r')),
+    ('more keys than needed', 'sft', {'id': 7, **sft_row('P', ' r'), 'source': None},
+     sft_row('P', ' r')),
+    ('empty prompt', 'sft', sft_row('', ' r'), sft_row('', ' r')),
+    ('pairs', 'pairs', PAIR, PAIR),
+    ('pairs with an empty rejected', 'pairs', {**PAIR, 'rejected': ''}, {**PAIR, 'rejected': ''}),
+    ('transcripts, split at the last assistant turn', 'pairs', TRANSCRIPTS,
      {'prompt': DIALOGUE, 'chosen': ' so', 'rejected': ' because'}),
-    ('two axes, both safe: the better one', 'pairs', HH_TEMPLATE, safe_rlhf(1, 0, True, True),
+    ('two axes, both safe: the better one', 'pairs', safe_rlhf(1, 0, True, True),
      {'prompt': 'P', 'chosen': 'one', 'rejected': 'zero'}),
-    ('two axes, one unsafe: the safer one', 'pairs', HH_TEMPLATE, safe_rlhf(1, 0, True, False),
+    ('two axes, one unsafe: the safer one', 'pairs', safe_rlhf(1, 0, True, False),
      {'prompt': 'P', 'chosen': 'zero', 'rejected': 'one'}),
-    ('two axes, both unsafe: the safer one', 'pairs', HH_TEMPLATE, safe_rlhf(0, 1, False, False),
+    ('two axes, both unsafe: the safer one', 'pairs', safe_rlhf(0, 1, False, False),
      {'prompt': 'P', 'chosen': 'one', 'rejected': 'zero'}),
-    ('pairs as sft', 'sft', HH_TEMPLATE, {'prompt': 'P', 'chosen': ' c', 'rejected': ' r'},
-     {'prompt': 'P', 'response': ' c'}),
-    ('transcripts as sft', 'sft', HH_TEMPLATE, TRANSCRIPTS,
-     {'prompt': DIALOGUE, 'response': ' so'}),
-    ('two axes as sft', 'sft', HH_TEMPLATE, safe_rlhf(1, 1, True, True),
-     {'prompt': 'P', 'response': 'one'}),
-    ('a completion marked as cut', 'sft', HH_TEMPLATE,
+    ('pairs as sft', 'sft', PAIR, sft_row('P', ' c')),
+    ('transcripts as sft', 'sft', TRANSCRIPTS, sft_row(DIALOGUE, ' so')),
+    ('two axes as sft', 'sft', safe_rlhf(1, 1, True, True), sft_row('P', 'one')),
+    ('a completion marked as cut', 'sft',
      {'prompt': 'P', 'completion': ' c', 'completion_cut': True},
-     {'prompt': 'P', 'response': ' c', 'response_cut': True}),
-    ('one side marked as cut', 'pairs', HH_TEMPLATE,
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'chosen_cut': False, 'rejected_cut': True},
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'rejected_cut': True}),
-    ('pairs as sft, the rejected side cut', 'sft', HH_TEMPLATE,
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'rejected_cut': True},
-     {'prompt': 'P', 'response': ' c'}),
-    ('pairs as sft, the chosen side cut', 'sft', HH_TEMPLATE,
-     {'prompt': 'P', 'chosen': ' c', 'rejected': ' r', 'chosen_cut': True},
-     {'prompt': 'P', 'response': ' c', 'response_cut': True}),
-    ('two axes, one response cut', 'pairs', HH_TEMPLATE,
-     {**safe_rlhf(1, 0, True, True), 'response_1_cut': True},
+     {**sft_row('P', ' c'), 'response_cut': True}),
+    ('one side marked as cut', 'pairs', {**PAIR, 'chosen_cut': False, 'rejected_cut': True},
+     {**PAIR, 'rejected_cut': True}),
+    ('pairs as sft, the rejected side cut', 'sft', {**PAIR, 'rejected_cut': True},
+     sft_row('P', ' c')),
+    ('pairs as sft, the chosen side cut', 'sft', {**PAIR, 'chosen_cut': True},
+     {**sft_row('P', ' c'), 'response_cut': True}),
+    ('two axes, one response cut', 'pairs', {**safe_rlhf(1, 0, True, True), 'response_1_cut': True},
      {'prompt': 'P', 'chosen': 'one', 'rejected': 'zero', 'chosen_cut': True}),
-    ('prompts', 'prompts', HH_TEMPLATE, {'prompt': 'P'}, {'prompt': 'P'}),
-    ('sft as prompts', 'prompts', HH_TEMPLATE, {'prompt': 'P', 'completion': ' c'},
-     {'prompt': 'P'}),
-    ('pairs as prompts', 'prompts', HH_TEMPLATE, {'prompt': 'P', 'chosen': 'c', 'rejected': 'r'},
-     {'prompt': 'P'}),
-    ('transcripts as prompts', 'prompts', HH_TEMPLATE, TRANSCRIPTS, {'prompt': DIALOGUE}),
+    ('prompts', 'prompts', {'prompt': 'P'}, {'prompt': 'P'}),
+    ('sft as prompts', 'prompts', {'prompt': 'P', 'completion': ' c'}, {'prompt': 'P'}),
+    ('pairs as prompts', 'prompts', PAIR, {'prompt': 'P'}),
+    ('transcripts as prompts', 'prompts', TRANSCRIPTS, {'prompt': DIALOGUE}),
 ]
 
 
-@pytest.mark.parametrize('kind, template, row, expected', [case[1:] for case in SHAPES],
+@pytest.mark.parametrize('kind, row, expected', [case[1:] for case in SHAPES],
                          ids=[case[0] for case in SHAPES])
-def test_shapes(tmp_path, kind, template, row, expected):
-    """Every accepted shape of a row comes out as prompt and responses, nothing more."""
-    path = write_jsonl(tmp_path / 'rows.jsonl', [row])
-    assert load_rows(path, kind, template) == [expected]
+def test_shapes(tmp_path, kind, row, expected):
+    """Every accepted shape of a row becomes a prompt and its responses, and nothing more."""
+    assert load_rows(write_jsonl(tmp_path / 'rows.jsonl', [row]), kind) == [expected]
+
+
+@pytest.mark.parametrize('template, messages, prompt, response', [
+    (HH_TEMPLATE, turns('hi', 'yes'), '\n\nHuman: hi\n\nAssistant:', ' yes'),
+    (HH_TEMPLATE, [SYSTEM, *turns('hi', 'yes', 'why', 'so')], 'Be kind.' + DIALOGUE, ' so'),
+    (BOT, [SYSTEM, *turns('hi', 'yes', 'why', 'so')],
+     'Be kind.\nuser: hi\nbot: yes\nuser: why\nbot:', ' so'),
+    (BOT, turns('a {} b', 'c {} d'), 'user: a {} b\nbot:', ' c {} d')],
+    ids=['HH', 'HH, a system and four turns', 'a template without a newline in front', 'braces'])
+def test_messages(tmp_path, template, messages, prompt, response):
+    """Turns of a chat are put into the template; the last one is the response."""
+    path = write_jsonl(tmp_path / 'rows.jsonl', [{'messages': messages}])
+    assert load_rows(path, 'sft', template) == [sft_row(prompt, response)]
+    assert load_rows(path, 'prompts', template) == [{'prompt': prompt}]
 
 
 def with_messages(*messages):
-    """The JSON text of a row of chat turns."""
+    """Returns the JSON text of a row of chat turns."""
     return json.dumps({'messages': list(messages)})
 
 
 def without(row, key):
-    """The JSON text of a row that lacks one key."""
+    """Returns the JSON text of a row that lacks one key."""
     return json.dumps({name: value for name, value in row.items() if name != key})
 
 
@@ -220,7 +204,7 @@ MALFORMED = [
 @pytest.mark.parametrize('kind, line, words', [case[1:] for case in MALFORMED],
                          ids=[case[0] for case in MALFORMED])
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, kind, line, words):
-    """A bad row on line 4, after blank lines, gives DataError('...rows.jsonl:4: ...'), one line."""
+    """A bad row on line 4, after blank lines, raises DataError('...rows.jsonl:4: ...')."""
     good = b'{"prompt": "P", "response": "r", "chosen": "c", "rejected": "r"}\n'
     bad = line if isinstance(line, bytes) else line.encode()
     path = tmp_path / 'rows.jsonl'
@@ -243,17 +227,13 @@ def test_bom_crlf_blank_lines_and_unicode_line_ends(tmp_path):
                                       {'prompt': 'e', 'response': 'f'}]
 
 
-@pytest.mark.parametrize('contents', [b'', b'\n \n', b'\xef\xbb\xbf'])
-def test_a_file_without_rows_is_an_error(tmp_path, contents):
-    """An empty file is an error, not a run of 0 rows."""
+def test_a_file_without_rows_is_an_error(tmp_path):
+    """An empty file, a missing one, or a folder in its place raises DataError with the path."""
     path = tmp_path / 'rows.jsonl'
-    path.write_bytes(contents)
-    with pytest.raises(DataError, match='rows.jsonl: no rows'):
-        load_rows(path, 'sft')
-
-
-def test_a_missing_file_is_named(tmp_path):
-    """A missing file, or a folder in its place, gives DataError with its path."""
+    for contents in (b'', b'\n \n', b'\xef\xbb\xbf'):
+        path.write_bytes(contents)
+        with pytest.raises(DataError, match='rows.jsonl: no rows'):
+            load_rows(path, 'sft')
     with pytest.raises(DataError, match='nowhere.jsonl: no such file'):
         load_rows(tmp_path / 'nowhere.jsonl', 'sft')
     with pytest.raises(DataError, match='is a directory'):
@@ -262,14 +242,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 # ----------------------------------------------------------------------------- ids of rows
 
-def sft_row(prompt, response):
-    return {'prompt': prompt, 'response': response}
-
-
 def test_i9_prompt_and_response_are_encoded_apart():
-    """I9: 'a' + 'b' stays two ids where a merge 'ab' exists; joining the texts first would make
-    the prompt's ids depend on the response."""
-    merges = build_tokenizer(''.join(BYTE_LINES) + f"{base64.b64encode(b'ab').decode()} 256\n")
+    """I9: 'a' + 'b' stays two ids where a merge 'ab' exists. Catches texts joined before they are
+    encoded: the prompt's ids would depend on the response."""
+    merges = build_tokenizer(AB_MERGED)
     assert merges.encode_ordinary('ab') == [256]
     sft = encode_rows([sft_row('a', 'b')], 'sft', merges, 16)
     assert sft == [([97], [98, 257])]
@@ -279,17 +255,17 @@ def test_i9_prompt_and_response_are_encoded_apart():
 
 
 def test_eos_is_appended_and_an_empty_prompt_is_eos(byte_tokenizer):
-    """I10: a whole response ends with the EOS id; an empty prompt is [EOS], or there would be no
-    state to emit the first token from; an empty rejected response is EOS alone. Catches EOS left
-    out, after which a model never stops."""
+    """I10: a whole response ends with the EOS id; an empty prompt is [EOS], because some token must
+    emit the first one; an empty rejected response is EOS alone. Catches EOS left out, after which
+    a model never stops."""
     rows = [{'prompt': '', 'chosen': 'hi', 'rejected': ''}]
     assert encode_rows(rows, 'pairs', byte_tokenizer, 16) == [([EOS], [104, 105, EOS], [EOS])]
     assert encode_rows([{'prompt': ''}], 'prompts', byte_tokenizer, 16, 8) == [([EOS],)]
 
 
 def test_text_never_becomes_a_special_token(byte_tokenizer):
-    """I9: '<|endoftext|>' in a prompt or a response stays 13 bytes: user text cannot end a
-    response. Catches encode with special tokens allowed."""
+    """I9: '<|endoftext|>' in a prompt or a response stays 13 bytes. Catches encode with special
+    tokens allowed: user text could end a response."""
     text = '<|endoftext|>'
     [(prompt, response)] = encode_rows([sft_row(text, text)], 'sft', byte_tokenizer, 64)
     assert prompt == ids(text) and len(prompt) == 13
@@ -313,16 +289,16 @@ CUTS = [
                          [case[1:] for case in CUTS], ids=[case[0] for case in CUTS])
 def test_cuts_at_the_edge_of_the_block(byte_tokenizer, prompt, response, kept_prompt,
                                        kept_response):
-    """I10: the prompt loses its left end, down to half the block; only then the response is cut,
-    and a cut response has no EOS (a fake one would teach to stop in mid-sentence). Catches a
-    prompt cut on the right, away from its question."""
+    """I10: the prompt loses its left end, down to half the block; only then is the response cut,
+    and a cut response has no EOS. Catches an EOS after a cut, which would teach to stop in
+    mid-sentence, and a prompt cut on the right, where its question is."""
     [row] = encode_rows([sft_row(prompt, response)], 'sft', byte_tokenizer, 8)
     assert row == (ids(kept_prompt), kept_response)
 
 
 def test_a_response_marked_as_cut_gets_no_eos(byte_tokenizer, capsys):
-    """I10: what was cut before it came here ends without EOS: a fake one would teach to stop in
-    mid-sentence. The two sides of a pair are marked apart, and equal text may differ by EOS."""
+    """I10: what was cut before it came here gets no EOS. The two sides of a pair are marked
+    separately, and equal texts may differ by EOS."""
     rows = [{'prompt': 'p', 'response': 'ab', 'response_cut': True}]
     assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
     capsys.readouterr()
@@ -333,8 +309,8 @@ def test_a_response_marked_as_cut_gets_no_eos(byte_tokenizer, capsys):
 
 
 def test_a_pair_shares_one_prompt_after_cutting(byte_tokenizer):
-    """I9: the longer response decides how much of the prompt stays; both sides keep the same
-    one. Catches two sides cut apart, whose logprobs are of different questions."""
+    """I9: the longer response decides how much of the prompt stays, and both sides keep the same.
+    Catches two sides that are cut apart: their logprobs would be for different questions."""
     rows = [{'prompt': 'abcde', 'chosen': 'v', 'rejected': 'xyz'}]
     assert encode_rows(rows, 'pairs', byte_tokenizer, 8) == [
         (ids('bcde'), [118, EOS], ids('xyz') + [EOS])]
@@ -344,32 +320,31 @@ def test_a_pair_shares_one_prompt_after_cutting(byte_tokenizer):
 
 
 def test_prompts_leave_room_for_max_new_tokens(byte_tokenizer):
-    """A prompt to sample from keeps block_size - max_new_tokens ids, its right end; where that is
-    no room at all, an error says so."""
+    """A prompt to sample from keeps block_size - max_new_tokens ids, its right end; if that leaves
+    no room, or a block of 1 none for prompt and response, an error says so."""
     rows = [{'prompt': 'abcd'}, {'prompt': 'abcde'}, {'prompt': 'abcdef'}]
     assert encode_rows(rows, 'prompts', byte_tokenizer, 8, 3) == [
         (ids('abcde'[:4]),), (ids('abcde'),), (ids('bcdef'),)]
     assert encode_rows(rows[:1], 'prompts', byte_tokenizer, 8, 7) == [(ids('d'),)]
     with pytest.raises(UserError, match='max_new_tokens=8'):
         encode_rows(rows, 'prompts', byte_tokenizer, 8, 8)
+    with pytest.raises(UserError):
+        encode_rows([sft_row('p', 'r')], 'sft', byte_tokenizer, 1)
 
 
 def test_i10_every_example_has_a_response_token_and_cuts_are_counted(byte_tokenizer, capsys):
-    """I10: prompts and responses of 0 to 20 bytes in blocks of 2 to 12, both sides of a pair too:
-    at least one token of each, at most the block together. A row whose response was cut away
-    gives a loss of 0 / 0."""
-    rows = [sft_row('p' * i, 'r' * j) for i in range(21) for j in range(1, 21)]
+    """I10: prompts and responses of 0 to 20 bytes in blocks of 2 to 12, pairs too: at least one
+    token remains of each, at most the block of both together. Catches a response that is cut away:
+    its loss is 0 / 0."""
+    sft = [sft_row('p' * i, 'r' * j) for i in range(21) for j in range(1, 21)]
+    pairs = [{'prompt': 'p' * i, 'chosen': 'c' * j, 'rejected': 'r' * (20 - j)}
+             for i in range(21) for j in range(1, 21)]              # the rejected side: 0 to 19
     for block_size in range(2, 13):
-        examples = encode_rows(rows, 'sft', byte_tokenizer, block_size, name='train')
-        assert len(examples) == 420
-        assert all(prompt and response and len(prompt) + len(response) <= block_size
-                   for prompt, response in examples)
-        pairs = [{'prompt': 'p' * i, 'chosen': 'c' * j, 'rejected': 'r' * (20 - j)}
-                 for i in range(21) for j in range(1, 21)]          # the rejected side: 0 to 19
-        examples = encode_rows(pairs, 'pairs', byte_tokenizer, block_size, name='train')
-        assert len(examples) == 420
-        assert all(prompt and response and len(prompt) + len(response) <= block_size
-                   for prompt, *responses in examples for response in responses)
+        for kind, rows in (('sft', sft), ('pairs', pairs)):
+            examples = encode_rows(rows, kind, byte_tokenizer, block_size, name='train')
+            assert len(examples) == 420
+            assert all(prompt and response and len(prompt) + len(response) <= block_size
+                       for prompt, *responses in examples for response in responses)
     capsys.readouterr()
     # fits; prompt cut; response cut; both cut
     cases = [('ab', 'v'), ('abcdefgh', 'v'), ('a', 'qrstuvwx'), ('abcdefgh', 'qrstuvwx')]
@@ -380,15 +355,10 @@ def test_i10_every_example_has_a_response_token_and_cuts_are_counted(byte_tokeni
     assert '2 prompts cut' in line and '2 responses cut' in line and 'dropped' not in line
 
 
-def test_a_block_too_small_for_a_row_is_a_clear_error(byte_tokenizer):
-    """block_size=1 holds no prompt and response: UserError before the first step, no empty row."""
-    with pytest.raises(UserError):
-        encode_rows([sft_row('p', 'r')], 'sft', byte_tokenizer, 1)
-
-
 def test_i11_pairs_that_are_equal_after_cutting_are_dropped(byte_tokenizer, capsys):
     """I11: a pair whose responses differ only in what was cut off, or not at all, is dropped and
-    counted: it would pull a response up and down at once."""
+    counted: it would pull one response up and down at once. If none is left, that is an error.
+    Catches texts compared in place of ids."""
     rows = [{'prompt': 'p', 'chosen': 'good', 'rejected': 'bad'},
             {'prompt': 'p', 'chosen': 'same', 'rejected': 'same'},
             {'prompt': 'p', 'chosen': 'abcdefgX', 'rejected': 'abcdefgY'},     # cut to 7 bytes
@@ -398,40 +368,13 @@ def test_i11_pairs_that_are_equal_after_cutting_are_dropped(byte_tokenizer, caps
                     ([112], ids('abcdefX'), ids('abcdefY'))]
     line = capsys.readouterr().out
     assert 'train: 2 pairs kept' in line and '2 dropped (chosen == rejected)' in line
-
-
-def test_i11_no_pair_left_is_an_error(byte_tokenizer):
-    """I11: if every pair is a tie the run stops before the first step, with the count."""
-    rows = [{'prompt': 'p', 'chosen': 'same', 'rejected': 'same'}] * 3
-    with pytest.raises(DataError, match='val: none of the 3 rows is left'):
-        encode_rows(rows, 'pairs', byte_tokenizer, 8, name='val')
-
-
-def test_make_batch_by_hand():
-    """I6: the one shift: y is x a token later, the mask is true on response tokens of y alone, EOS
-    included, whatever the ids are; the row order stays."""
-    rows = [([1, 2], [3, EOS]), ([5], [6]), ([EOS], [7, 8, 9])]
-    tokens, x, y, response_mask = make_batch(rows)
-    assert tokens.shape == (3, 4)
-    assert tokens[0].tolist() == [1, 2, 3, EOS]
-    assert tokens[1, :2].tolist() == [5, 6]
-    assert x[0].tolist() == [1, 2, 3] and y[0].tolist() == [2, 3, EOS]
-    assert x[2].tolist() == [EOS, 7, 8] and y[2].tolist() == [7, 8, 9]
-    assert response_mask.dtype == torch.bool
-    assert response_mask.tolist() == [[False, True, True], [True, False, False],
-                                      [True, True, True]]
-
-
-def test_make_batch_refuses_an_empty_prompt_or_response():
-    """A row without a response has no loss, one without a prompt no state to start from."""
-    for row in (([], [1]), ([1], [])):
-        with pytest.raises(AssertionError, match='empty'):
-            make_batch([([1], [2]), row])
+    with pytest.raises(DataError, match='val: none of the 2 rows is left'):
+        encode_rows(rows[1:3], 'pairs', byte_tokenizer, 8, name='val')
 
 
 def test_decode_responses_by_hand(byte_tokenizer):
-    """I16: text without EOS, and whether the RESPONSE ended: an EOS in the prompt does not count,
-    or the rule for responses without EOS would never be applied."""
+    """I16: returns the text without EOS, and whether the RESPONSE ended. Catches an EOS in the
+    prompt that counts: the rule for responses without EOS would not be applied."""
     tokens, _, _, response_mask = make_batch([
         ([112], ids('hi') + [EOS]), ([112, EOS], ids('yo')), ([112], [EOS]), ([112], [0xff, EOS])])
     texts, ended = decode_responses(tokens, response_mask, byte_tokenizer)
@@ -451,30 +394,17 @@ def test_printable_strips_control_characters():
 
 
 def test_the_examples_in_docstrings_are_true():
-    """A worked example in a docstring is run: it cannot say what the code does not do."""
+    """The examples in prefgpt's docstrings run and give what they say."""
     failed, tried = doctest.testmod(prefgpt)
     assert failed == 0 and tried >= 2
 
 
 # ----------------------------------------------------------------------------- splits
 
-def test_load_split_of_a_folder(tmp_path):
-    """A folder's files are read, messages by the template; rows='pairs': SFT's chosen side."""
-    write_jsonl(tmp_path / 'train.sft.jsonl', [{'messages': turns('hi', 'yes')}])
-    write_jsonl(tmp_path / 'val.sft.jsonl', [sft_row('P', 'v')])
-    write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
-    write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
-    assert load_split(tmp_path, 'sft', BOT) == ([sft_row('user: hi\nbot:', ' yes')],
-                                                [sft_row('P', 'v')])
-    assert load_split(tmp_path, 'sft', BOT, 'pairs') == ([sft_row('P', 'c')],
-                                                         [sft_row('Q', 'd')])
-    with pytest.raises(DataError, match='train.prompts.jsonl'):
-        load_split(tmp_path, 'prompts', BOT)
-
-
 def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokenizer, capsys):
-    """Training rows, then held-out rows, as ids, by the template of the checkpoint's text; one
-    line is printed of each split."""
+    """A folder's training and held-out rows come back as ids, messages by the template of the
+    checkpoint. rows='pairs' is SFT on the chosen sides, one line per split is printed, and a
+    missing file is named."""
     write_jsonl(tmp_path / 'train.pairs.jsonl', [{'prompt': 'P', 'chosen': 'c', 'rejected': 'r'}])
     write_jsonl(tmp_path / 'val.pairs.jsonl', [{'prompt': 'Q', 'chosen': 'd', 'rejected': 's'}])
     write_jsonl(tmp_path / 'train.prompts.jsonl', [{'messages': turns('hi', 'yes')}])
@@ -490,11 +420,13 @@ def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokeni
         [(ids('user: hi\nbot:'),)], [(ids('abcdefgh' * 2),)])
     assert capsys.readouterr().out.splitlines() == [
         'train: 1 prompts kept', 'val: 1 prompts kept, 1 prompts cut on the left']
+    with pytest.raises(DataError, match='train.sft.jsonl: no such file'):
+        load_examples(tmp_path, 'sft', byte_tokenizer, text, 16)
 
 
 def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
-    """40 prompts with two rows each: 4 prompts are held out, with both rows, and the same ones
-    for every kind: else the reward model would be tested on prompts that SFT was trained on."""
+    """Of 40 prompts with two rows each, 4 are held out with both rows, the same ones for every
+    kind. Catches a reward model that is tested on prompts that SFT was trained on."""
     rows = [{'prompt': f'p{i}', 'chosen': f'c{i} {j}', 'rejected': f'r{i} {j}'}
             for j in range(2) for i in range(40)]
     path = write_jsonl(tmp_path / 'all.jsonl', rows)
@@ -517,7 +449,7 @@ def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
 
 
 def test_load_split_of_a_file_with_few_prompts(tmp_path):
-    """Two prompts: one is held out. One prompt only: an error, not an empty side."""
+    """Of two prompts one is held out; a single prompt is an error, not an empty side."""
     two = write_jsonl(tmp_path / 'two.jsonl', [sft_row('a', 'x'), sft_row('b', 'y')])
     train, val = load_split(two, 'sft', HH_TEMPLATE)
     assert len(train) == len(val) == 1
@@ -529,9 +461,8 @@ def test_load_split_of_a_file_with_few_prompts(tmp_path):
 # ----------------------------------------------------------------------------- tokenizers
 
 def test_tokenizer_text_round_trip():
-    """A tokenizer's text builds the same tokenizer again; EOS is the id after the last rank."""
-    text = ''.join(BYTE_LINES) + (f"{base64.b64encode(b'he').decode()} 256\n"
-                                  f"{base64.b64encode(b'hel').decode()} 257\n")
+    """A tokenizer's text builds the same tokenizer; EOS is the id after the last rank."""
+    text = BYTE_TOKENS + 'aGU= 256\naGVs 257\n'          # 'he' and 'hel' in base64
     tokenizer = build_tokenizer(text)
     assert tokenizer_text(tokenizer) == text
     assert tokenizer.eot_token == 258 and tokenizer.n_vocab == 259
@@ -555,15 +486,15 @@ BAD_TOKENIZERS = [
 @pytest.mark.parametrize('text, words', [case[1:] for case in BAD_TOKENIZERS],
                          ids=[case[0] for case in BAD_TOKENIZERS])
 def test_a_malformed_tokenizer_is_refused(text, words):
-    """Broken lines are named by number; gaps in the ranks and missing bytes are refused, or some
-    text could not be encoded, and some id not decoded."""
+    """A broken line is named by its number; gaps in the ranks and missing bytes are refused: some
+    text could not be encoded, or some id not decoded."""
     with pytest.raises(DataError, match=words):
         build_tokenizer(text)
 
 
 def test_any_bytes_can_be_encoded_and_any_ids_decoded(byte_tokenizer):
-    """Text in any script comes back; ids that are not UTF-8 decode to U+FFFD, never an error: a
-    model may sample anything."""
+    """Text in any script comes back; ids that are not UTF-8 decode to U+FFFD and raise no error:
+    a model may sample anything."""
     text = 'naïve 世界 \U0001f600 \x00\t\n'
     assert byte_tokenizer.decode(byte_tokenizer.encode_ordinary(text)) == text
     assert byte_tokenizer.decode([0xff, 104, 0xc3]) == '\ufffdh\ufffd'
@@ -573,19 +504,18 @@ def test_any_bytes_can_be_encoded_and_any_ids_decoded(byte_tokenizer):
 
 
 def test_fingerprint():
-    """A checkpoint keeps the tokenizer's text, the template, and 16 hex digits: the same for the
-    same text, others for the same tokens in another order."""
-    text = ''.join(BYTE_LINES)
-    kept = checkpoint_text(build_tokenizer(text), BOT)
-    assert kept == {'tokenizer': text, 'template': BOT,
-                    'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16]}
-    other = build_tokenizer('AQ== 0\nAA== 1\n' + ''.join(BYTE_LINES[2:]))
-    assert checkpoint_text(other, BOT)['fingerprint'] != kept['fingerprint']
-    assert checkpoint_text(build_tokenizer(text), '{}')['fingerprint'] == kept['fingerprint']
+    """A checkpoint keeps the tokenizer's text, the template, and 16 hex digits that depend on the
+    text alone: the same tokens in another order give others."""
+    kept = checkpoint_text(build_tokenizer(BYTE_TOKENS), BOT)
+    assert kept == {'tokenizer': BYTE_TOKENS, 'template': BOT,
+                    'fingerprint': hashlib.sha256(BYTE_TOKENS.encode()).hexdigest()[:16]}
+    for text, template in ((SWAPPED, BOT), (BYTE_TOKENS, '{}')):
+        fingerprint = checkpoint_text(build_tokenizer(text), template)['fingerprint']
+        assert (fingerprint == kept['fingerprint']) == (text == BYTE_TOKENS)
 
 
 def test_load_tokenizer_gpt2_without_a_network(monkeypatch):
-    """Offline, 'gpt2' gives one line that says what to set, not the download's traceback."""
+    """Offline, 'gpt2' raises one line that says what to set, not the download's traceback."""
     def no_network(name):
         raise ConnectionError('could not resolve the name of the host\nand so on')
     monkeypatch.setattr(tiktoken, 'get_encoding', no_network)
@@ -594,28 +524,31 @@ def test_load_tokenizer_gpt2_without_a_network(monkeypatch):
     assert '\n' not in str(error.value)
 
 
-def text_folder(folder, lines=BYTE_LINES):
-    """A data folder with nothing but a tokenizer and a template."""
+@pytest.fixture
+def folder(tmp_path):
+    """Returns a data folder with nothing but a tokenizer and a template."""
+    folder = tmp_path / 'data'
     folder.mkdir()
     (folder / 'tokenizer').write_text('my.tiktoken\n')
-    (folder / 'my.tiktoken').write_text(''.join(lines))
+    (folder / 'my.tiktoken').write_text(BYTE_TOKENS)
     (folder / 'template.txt').write_text(BOT)
     return folder
 
 
 def saved_text(text):
-    """What load_text reads of a checkpoint, of a run on a folder called data/old."""
-    return {'tokenizer': text, 'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16],
-            'template': 'Q: {} A:', 'config': {'data': 'data/old'}}
+    """Returns what load_text reads of a checkpoint, of a run on a folder called data/old."""
+    return {**checkpoint_text(build_tokenizer(text), 'Q: {} A:'), 'config': {'data': 'data/old'}}
 
 
-def test_load_text_of_a_folder(tmp_path):
-    """A folder brings its tokenizer and template; a checkpoint on the same tokenizer agrees."""
-    folder = text_folder(tmp_path / 'data')
-    for saved in (None, saved_text(''.join(BYTE_LINES))):
+def test_load_text_of_a_folder(folder):
+    """A folder has its own tokenizer and template. A checkpoint with the same tokenizer is fine; if
+    its ids mean other words, an error names both."""
+    for saved in (None, saved_text(BYTE_TOKENS)):
         tokenizer, text = load_text(folder, saved)
         assert tokenizer.n_vocab == 257 and text['template'] == BOT
-        assert text['tokenizer'] == ''.join(BYTE_LINES)
+        assert text['tokenizer'] == BYTE_TOKENS
+    with pytest.raises(UserError, match=f'{folder}.*tokenizer.*data/old'):
+        load_text(folder, saved_text(SWAPPED))
     (folder / 'template.txt').unlink()
     assert load_text(folder)[1]['template'] == '{}'     # what is typed is the prompt
     (folder / 'template.txt').write_text('user:')
@@ -623,19 +556,10 @@ def test_load_text_of_a_folder(tmp_path):
         load_text(folder)
 
 
-def test_load_text_refuses_another_tokenizer(tmp_path):
-    """A checkpoint trained with other ids for the same words is refused, and both are named."""
-    folder = text_folder(tmp_path / 'data')
-    swapped = 'AQ== 0\nAA== 1\n' + ''.join(BYTE_LINES[2:])
-    with pytest.raises(UserError, match='tokenizer') as error:
-        load_text(folder, saved_text(swapped))
-    assert str(folder) in str(error.value) and 'data/old' in str(error.value)
-
-
 def test_load_text_of_a_single_file(tmp_path):
-    """A single file takes tokenizer and template of the checkpoint; without one it is an error."""
+    """A single file takes tokenizer and template from the checkpoint and cannot do without one."""
     path = write_jsonl(tmp_path / 'all.jsonl', [sft_row('a', 'b')])
-    saved = saved_text(''.join(BYTE_LINES))
+    saved = saved_text(BYTE_TOKENS)
     tokenizer, text = load_text(path, saved)
     assert tokenizer.n_vocab == 257
     assert text == {key: saved[key] for key in ('tokenizer', 'fingerprint', 'template')}
@@ -643,11 +567,10 @@ def test_load_text_of_a_single_file(tmp_path):
         load_text(path)
 
 
-def test_load_text_of_what_is_not_there(tmp_path):
+def test_load_text_of_what_is_not_there(folder, tmp_path):
     """A missing folder says to run prepare.py; a folder without a tokenizer names the file."""
     with pytest.raises(DataError, match='prepare.py'):
         load_text(tmp_path / 'nowhere')
-    folder = text_folder(tmp_path / 'data')
     (folder / 'my.tiktoken').unlink()
     with pytest.raises(DataError, match='my.tiktoken'):
         load_text(folder)
@@ -659,7 +582,11 @@ def test_load_text_of_what_is_not_there(tmp_path):
 # ----------------------------------------------------------------------------- randomness, batches
 
 def test_rng_is_a_function_of_seed_step_and_stream():
-    """The same three give the same numbers, whatever was drawn before: nothing has state."""
+    """The same three give the same numbers, whatever was drawn before: nothing has state. The seeds
+    are the first four bytes of sha256('0 0 batch') and so on, little-endian: a change here would
+    silently change every run ever reported."""
+    assert rng(0, 0, 'batch').initial_seed() == 1843628841
+    assert rng(1, 2, 'eval').initial_seed() == 236783993
     torch.manual_seed(1)
     first = torch.rand(5, generator=rng(3, 7, 'rollout'))
     torch.rand(100)
@@ -669,13 +596,6 @@ def test_rng_is_a_function_of_seed_step_and_stream():
     assert len(seeds) == 64
     # '1 11 ...' and '11 1 ...' must not meet
     assert rng(1, 11, 'batch').initial_seed() != rng(11, 1, 'batch').initial_seed()
-
-
-def test_rng_pinned():
-    """The first four bytes of sha256('0 0 batch') and of '1 2 eval', as little-endian numbers: a
-    change here would silently change every run ever reported."""
-    assert rng(0, 0, 'batch').initial_seed() == 1843628841
-    assert rng(1, 2, 'eval').initial_seed() == 236783993
 
 
 LENGTHS = [5, 3, 9, 1, 7, 2, 8, 4, 6, 5, 3, 9, 1, 7, 2, 8, 4]      # 17 rows
@@ -700,7 +620,7 @@ def test_every_epoch_visits_each_row_once(batch_size):
 @pytest.mark.parametrize('batch_size', [1, 4, 17, 40])
 def test_batches_resume_from_any_step(batch_size):
     """I22: batches(start=k) is batches(start=0) without its first k, over several epochs: a resumed
-    run sees the rows that it would have seen. Catches an epoch begun anew."""
+    run sees the rows that it would have seen. Catches an epoch that begins anew."""
     whole = list(itertools.islice(batches(LENGTHS, batch_size, seed=3), 60))
     for start in range(45):
         tail = list(itertools.islice(batches(LENGTHS, batch_size, 3, start), 60 - start))

@@ -1,7 +1,8 @@
 """
-What holds on average over a distribution, by adding up all of it instead of sampling.
+Checks what holds on average over a distribution, by adding up all of it instead of sampling.
 
-Five words, responses of one token: the expectation is a sum of five terms, exact to rounding.
+There are five words, and responses have one token: an expectation is a sum of five terms, exact to
+rounding.
 """
 import pytest
 import torch
@@ -28,13 +29,13 @@ class OneStep:
 
 
 def all_logprobs(model):
-    """Logprobs of the five responses there are, (5, 1), with the mask: after a prompt of one id."""
+    """Returns the logprobs of all five responses to a prompt of one id, (5, 1), and the mask."""
     _, x, y, response_mask = make_batch([([0], [word]) for word in range(V)])
     return token_logprobs(model, x, y, response_mask), response_mask
 
 
 def exact_kl(p, q):
-    """KL of two models, from their logits alone."""
+    """Computes the KL of two models from their logits."""
     p, q = p.scores.log_softmax(0), q.scores.log_softmax(0)
     return (p.exp() * (p - q)).sum()
 
@@ -45,15 +46,15 @@ def gradient(loss, model):
 
 @pytest.fixture
 def both():
-    """Policy and reference, which differ, and the probabilities of the policy (5, 1), fixed."""
+    """Returns policy and reference, which differ, and the policy's probabilities (5, 1), fixed."""
     policy, ref = OneStep(0), OneStep(1)
     return policy, ref, all_logprobs(policy)[0].exp().detach()
 
 
 def test_kl_estimators_by_enumeration(both):
     """I18: over the policy's own samples the means of k1 = logprobs - ref_logprobs and of
-    k3 = r - 1 - log r, r = ref / policy, are KL(policy, ref). Shows which way round the ratio goes:
-    the other way its mean is no KL, and KL(ref, policy) is another number."""
+    k3 = r - 1 - log r, r = ref / policy, are KL(policy, ref). Catches the inverse ratio, whose mean
+    is no KL; KL(ref, policy) is another number."""
     policy, ref, p = both
     (logprobs, _), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
     log_r = ref_logprobs - logprobs
@@ -67,7 +68,7 @@ def test_kl_estimators_by_enumeration(both):
 
 def test_reward_is_the_score_less_beta_kl_on_average(both):
     """I18: the mean reward is the mean score - beta KL(policy, ref). Catches the sign of the KL
-    term, and beta or the term left out."""
+    term, and the term or its beta left out."""
     policy, ref, p = both
     (logprobs, mask), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
     scores = torch.tensor([2., -1., 0.5, 3., -2.], dtype=torch.double)
@@ -89,7 +90,7 @@ def test_kl_in_the_reward_pulls_to_the_reference(both):
 
 
 def test_kl_estimators_are_no_losses(both):
-    """I18, why the KL stands in the reward: as a LOSS k1 has a mean gradient of 0, and k3 that of
+    """I18: why the KL belongs in the reward. As a LOSS, k1 has a mean gradient of 0, and k3 that of
     KL(ref, policy), the other divergence."""
     policy, ref, p = both
     log_r = all_logprobs(ref)[0].detach() - all_logprobs(policy)[0]

@@ -1,10 +1,9 @@
 """
-The losses, estimators and loops of the four stages against numbers by hand and plain loops.
+Checks the losses, estimators and loops of the four stages against numbers by hand and plain loops.
 
-What is asked of a whole stage is asked of its main(): what a step's gradient is, however the batch
-is cut or padded, and what a run may not touch.
+Whole stages are checked through main(): the gradient of a step, however its batch is cut or padded,
+and what a run may not touch.
 """
-import base64
 import itertools
 import math
 import random
@@ -21,8 +20,8 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from conftest import (BYTE_TOKENS, EOS, read_log, save_tiny_run, tiny_gpt, tiny_scalar,
-                      write_jsonl)
+from conftest import (AB_MERGED, EOS, STAGES, Table, log_rows, read_log, record, same,
+                      save_tiny_run, tiny_gpt, tiny_scalar, write_jsonl)
 from data.text import encode_rows, load_split, load_text
 from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, learning_rate, load_checkpoint,
                      load_model, optimizer_step, rng)
@@ -32,21 +31,27 @@ from train_ppo import (cap_unfinished, gae, load_scorer, policy_loss, rollout, r
 from train_rm import all_scores, reward_loss, score_pairs
 
 LN2 = math.log(2)
-STAGES = ('sft', 'rm', 'dpo', 'ppo')
+CPU = torch.device('cpu'), torch.autocast('cpu', enabled=False)
 
 
 def close(ours, expected, tolerance=1e-6):
-    """Asserts that a tensor is a (nested) list of numbers, to an absolute tolerance."""
+    """Asserts that a tensor equals a (nested) list of numbers, to an absolute tolerance."""
     expected = torch.tensor(expected, dtype=torch.double)
     torch.testing.assert_close(ours.detach().double(), expected, rtol=0, atol=tolerance)
+
+
+def loop_logprob(policy, prompt, response):
+    """Returns log p of a response, added up token by token, from the row alone."""
+    logprobs = policy.logits(policy(torch.tensor([prompt + response])))[0].log_softmax(-1)
+    return sum(logprobs[len(prompt) + t - 1, token] for t, token in enumerate(response))
 
 
 # ----------------------------------------------------------------------------- pair losses
 
 def test_reward_loss_by_hand():
-    """I20, of the reward model: ln 2 at equality, log(1 + e^-d) at difference d; the gradient is
-    -sigmoid(-d) for the chosen score and its negative for the rejected one. Catches the two in
-    each other's place."""
+    """I20, reward model: the loss is ln 2 at equality, log(1 + e^-d) at difference d. The gradient
+    is -sigmoid(-d) in the chosen score and its negative in the rejected one. Catches the two
+    swapped."""
     chosen = torch.tensor([3., 1., -2.], requires_grad=True)
     rejected = torch.tensor([3., 2., -4.], requires_grad=True)
     loss = reward_loss(chosen, rejected)
@@ -59,8 +64,8 @@ def test_reward_loss_by_hand():
 
 
 def test_dpo_loss_by_hand():
-    """I20: h = (-3 - -4) - (-6 - -5) = 2, times beta 0.5 is a margin of 1; swapping chosen and
-    rejected negates it. I13: policy == reference gives ln 2."""
+    """I20: h = (-3 - -4) - (-6 - -5) = 2, times beta 0.5 is a margin of 1; chosen and rejected
+    swapped negate it. I13: policy == reference gives ln 2."""
     chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([z]) for z in (-3., -6., -4., -5.))
     close(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.5), [math.log(1 + 1 / math.e)])
     close(dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.5), [math.log(1 + math.e)])
@@ -70,8 +75,8 @@ def test_dpo_loss_by_hand():
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 def test_dpo_loss_and_gradient_in_closed_form(smoothing):
-    """I20: -(1-e) log s(m) - e log s(-m), whose slope in the chosen logprob is beta (s(m) - (1-e))
-    and in the rejected one the negative. Catches e and 1-e in each other's place."""
+    """I20: the loss is -(1-e) log s(m) - e log s(-m), its slope in the chosen logprob
+    beta (s(m) - (1-e)), in the rejected one the negative. Catches e and 1-e swapped."""
     beta, numbers = 0.3, [[-3., -7.5, -2.], [-6., -2., -2.], [-4., -4., -9.], [-5., -3., -1.]]
     c, r, ref_c, ref_r = (torch.tensor(z, dtype=torch.double, requires_grad=i < 2)
                           for i, z in enumerate(numbers))
@@ -87,8 +92,8 @@ def test_dpo_loss_and_gradient_in_closed_form(smoothing):
 
 
 def test_ipo_loss_by_hand():
-    """I20, of IPO: h = 2 as above, target 1 / (2 beta): beta 0.5 wants 1, so (2-1)^2; 0.25 wants 2.
-    The gradient is 2 (h - target), and swapped h is -2. At the reference the loss is
+    """I20, IPO: h = 2 as above, the target is 1 / (2 beta): 1 at beta 0.5, so the loss is (2-1)^2,
+    and 2 at 0.25. The gradient is 2 (h - target); swapped, h is -2. At the reference the loss is
     1 / (4 beta^2). Catches a target of 1 / beta, and a sum of the two log-ratios."""
     chosen = torch.tensor([-3.], requires_grad=True)
     rejected, ref_chosen, ref_rejected = (torch.tensor([z]) for z in (-6., -4., -5.))
@@ -101,23 +106,9 @@ def test_ipo_loss_by_hand():
     close(chosen.grad, [2.])
 
 
-class Table:
-    """A fake model whose logits are looked up: p(next | this) is a row of a table."""
-
-    def __init__(self, probabilities, scale=1.0):
-        self.table = scale * torch.tensor(probabilities, dtype=torch.double).log()
-        self.config = prefgpt.GPTConfig(vocab_size=len(probabilities))
-
-    def __call__(self, tokens):
-        return tokens[..., None]
-
-    def logits(self, hidden):
-        return self.table[hidden[..., 0]]
-
-
 def test_dpo_sums_logprobs_of_responses_alone():
-    """I20: seq_logprobs of a 3-token table, by hand: a sum and not a mean, EOS included, and what
-    the model says inside the prompt does not count."""
+    """I20: summed logprobs of a 3-token table, by hand. Catches a mean for the sum, EOS left out,
+    and tokens of the prompt counted."""
     probabilities = [[.50, .25, .25], [.10, .20, .70], [.60, .30, .10]]     # p(column | row)
     # After 1: 2, 0, 2 and after 1: 0. Then the prompt 2 alone: 0, and 1, 1
     pairs = [([0, 1], [2, 0, 2], [0]), ([2], [0], [1, 1])]
@@ -132,7 +123,7 @@ def test_dpo_sums_logprobs_of_responses_alone():
 
 
 def random_pairs(count):
-    """Pairs of ragged random ids below 16."""
+    """Returns pairs of random ids below 16, of random lengths."""
     dice = random.Random(0)
     return [tuple([dice.randrange(16) for _ in range(dice.randint(1, most))] for most in (9, 7, 7))
             for _ in range(count)]
@@ -140,20 +131,18 @@ def random_pairs(count):
 
 @torch.no_grad()
 def test_scores_and_logprobs_of_pairs_keep_their_order():
-    """I3: pairs go through in one forward pass, and all_logprobs sorts them by length: each number
-    is still that of its own pair's row alone, the chosen side first. 70 pairs are 35 batches."""
+    """I3: both sides of the pairs share a forward pass, and all_logprobs sorts pairs by length:
+    each number is still that of its own row alone, the chosen side first. Catches numbers handed
+    to another pair; 70 pairs are 35 batches."""
     policy, model, pairs = tiny_gpt(), tiny_scalar(seed=1), random_pairs(70)
-    cpu = torch.device('cpu'), torch.autocast('cpu', enabled=False)
-    out, scores = all_logprobs(policy, pairs, 2, *cpu), score_pairs(model, pairs, 'cpu')
-    torch.testing.assert_close(all_scores(model, pairs, 3, *cpu), scores, rtol=0, atol=1e-5)
-    for i, (prompt, chosen, rejected) in enumerate(pairs):
-        for side, response in enumerate((chosen, rejected)):
-            row = torch.tensor([prompt + response])
-            logprobs = policy.logits(policy(row))[0].log_softmax(-1)
-            expected = sum(logprobs[len(prompt) + t - 1, token].item()
-                           for t, token in enumerate(response))
+    out, scores = all_logprobs(policy, pairs, 2, *CPU), score_pairs(model, pairs, 'cpu')
+    torch.testing.assert_close(all_scores(model, pairs, 3, *CPU), scores, rtol=0, atol=1e-5)
+    for i, (prompt, *sides) in enumerate(pairs):
+        for side, response in enumerate(sides):
+            score = model(torch.tensor([prompt + response]))[0, -1].item()
+            expected = loop_logprob(policy, prompt, response).item()
             assert out[side, i].item() == pytest.approx(expected, abs=1e-4)
-            assert scores[side, i].item() == pytest.approx(model(row)[0, -1].item(), abs=1e-5)
+            assert scores[side, i].item() == pytest.approx(score, abs=1e-5)
 
 
 # ----------------------------------------------------------------------------- PPO's estimators
@@ -163,8 +152,8 @@ MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]]
 
 
 def test_token_rewards_by_hand():
-    """I16: -beta (logprob - ref_logprob) on every response token, EOS too, and the score on the
-    last response token: not one slot later, not in the last column, not on the prompt. Catches
+    """I16: -beta (logprob - ref_logprob) on every response token, EOS too, plus the score on the
+    last one. Catches the score one slot late or in the last column, a reward on the prompt, and
     the sign of the KL."""
     logprobs = torch.tensor([[9., -1, -2, -3, 9, 9], [-1, -1, -1, -1, -1, 9], [9, 9, -2, 9, 9, 9]])
     ref = torch.tensor([[7., -2, -2, -1, 7, 7], [-1, -1, -1, -1, -3, 7], [7, 7, -2, 7, 7, 7]])
@@ -174,7 +163,7 @@ def test_token_rewards_by_hand():
 
 
 def reference_gae(rewards, values, gamma, gae_lambda):
-    """A_t = sum over k of (gamma lambda)^k delta_t+k, of one response's lists of numbers."""
+    """Returns A_t = sum over k of (gamma lambda)^k delta_t+k, for one response's numbers."""
     n, after = len(rewards), values[1:] + [0.0]
     return [sum((gamma * gae_lambda) ** k
                 * (rewards[t + k] + gamma * after[t + k] - values[t + k]) for k in range(n - t))
@@ -184,8 +173,8 @@ def reference_gae(rewards, values, gamma, gae_lambda):
 @pytest.mark.parametrize('gamma, gae_lambda', [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize('outside', [0.0, 100.0, math.nan])
 def test_gae_against_a_double_loop(gamma, gae_lambda, outside):
-    """I16: responses of length 1, 2, 4 and the whole row; the value after the last token is 0.
-    I2, T19: whatever prompts and padding hold, NaN even, changes nothing."""
+    """I16: responses of 1, 2, 4 and all 7 tokens; the value after the last token is 0. Catches
+    lambda left out. I2: whatever prompts and padding hold, NaN even, changes nothing."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(4, 7, dtype=torch.bool)
     spans = [(3, 4), (0, 2), (2, 6), (0, 7)]
@@ -203,16 +192,6 @@ def test_gae_against_a_double_loop(gamma, gae_lambda, outside):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_gae_without_discounts_is_the_reward_to_go():
-    """I16: gamma = lambda = 1 makes the return the sum of the rewards to come, whatever V is."""
-    rewards = torch.tensor([[50., 1, 2, 3, 50, 50], [1, 1, 1, 1, -5, 50], [50, 50, 7, 50, 50, 50]])
-    advantages, returns = gae(rewards, torch.full((3, 6), 0.25), MASK, 1.0, 1.0)
-    expected = [[0, 6, 5, 3, 0, 0], [-1, -2, -3, -4, -5, 0], [0, 0, 7, 0, 0, 0]]
-    close(returns, expected)
-    close(advantages, [[z - 0.25 * m for z, m in zip(*rows)]
-                       for rows in zip(expected, MASK.int().tolist())])
-
-
 def test_gae_by_hand():
     """I16: two tokens, gamma 1/2, lambda 1/2: delta_1 = 4 - 2 = 2, delta_0 = 1 + 1/2 * 2 - 1 = 1,
     A_1 = 2, A_0 = 1 + 1/4 * 2 = 1.5, returns 1.5 + 1 and 2 + 2."""
@@ -223,8 +202,8 @@ def test_gae_by_hand():
 
 
 def test_whiten():
-    """I17: mean 0 and biased deviation 1 over the mask alone, 0 outside, NaN there or not; a
-    single token is finite."""
+    """I17: mean 0 and biased deviation 1 over the mask alone, and 0 outside, NaN there or not.
+    Catches padding that counts, and the variance of a single token, which must not be NaN."""
     x = torch.tensor([[math.nan, 1., 3.], [99., 99., 99.]])
     mask = torch.tensor([[False, True, True], [False, False, False]])
     close(whiten(x, mask), [[0, -1, 1], [0, 0, 0]])         # mean 2, variance (1 + 1) / 2 = 1
@@ -237,8 +216,8 @@ def test_whiten():
 
 
 def test_cap_unfinished_by_hand():
-    """I16: a response that ended is never capped, however high its score; one that did not gets
-    min(score, no_eos_score). Catches the two in each other's place, and max for min."""
+    """I16: a response that ended is never capped, however high its score; one that did not end gets
+    min(score, no_eos_score). Catches the two swapped, and max for min."""
     scores = torch.tensor([5., 5., -3., -3., -1., -1.])
     ended = torch.tensor([True, False, True, False, True, False])
     close(cap_unfinished(scores, ended, -1.0), [5., -1., -3., -3., -1., -1.])
@@ -247,9 +226,9 @@ def test_cap_unfinished_by_hand():
 
 
 def test_policy_loss_in_every_clip_case():
-    """I7, of PPO's loss: with clip_eps 0.2 a good token's ratio counts up to 1.2, a bad one's down
-    to 0.8, and past that there is no gradient; the other way nothing is clipped. Catches min for
-    max and the sign of the advantage."""
+    """I7, PPO's loss: with clip_eps 0.2 the ratio of a good token counts up to 1.2, that of a bad
+    one down to 0.8, with no gradient past that; the other way nothing is clipped. Catches min for
+    max, and the sign of the advantage."""
     #    ratio    A   loss                            d loss / d logprob = -A ratio, or 0
     cases = [(1.0, 2.0, -2.0, -2.0),
              (1.1, 2.0, -2.2, -2.2),
@@ -268,9 +247,9 @@ def test_policy_loss_in_every_clip_case():
 
 
 def test_value_loss_in_every_clip_case():
-    """I7, of the value loss (T22): vf_clip 0.5 around the rollout's value of 1: the larger of plain
-    and clipped error, halved; no gradient where the clipped one is larger. vf_clip 0 is the plain
-    half square. Catches a clip around the return, and the smaller one taken."""
+    """I7, the value loss: with vf_clip 0.5 around the rollout's value of 1 it is half the larger of
+    plain and clipped error, without a gradient where the clipped one is larger; vf_clip 0 is half
+    the square. Catches a clip around the return, and the smaller error taken."""
     #    V    R     max of plain and clipped, halved               slope
     cases = [(2., 0., max(4, 1.5 ** 2) / 2, 2.0),           # moved away from R: plain
              (2., 3., max(1, 1.5 ** 2) / 2, 0.0),           # moved too fast towards R: clipped
@@ -287,7 +266,7 @@ def test_value_loss_in_every_clip_case():
 
 
 def test_update_ema():
-    """I19: the reference moves to the policy, by the rate, and the policy does not move; equal
+    """I19: the reference moves towards the policy by the rate, and the policy does not move; equal
     weights stay equal bit for bit, and rate 1 copies. Catches 1 - rate for rate."""
     ref, policy = tiny_gpt(seed=0), tiny_gpt(seed=1)
     before, kept = [p.clone() for p in ref.parameters()], [p.clone() for p in policy.parameters()]
@@ -295,17 +274,17 @@ def test_update_ema():
     for r, b, p, k in zip(ref.parameters(), before, policy.parameters(), kept):
         torch.testing.assert_close(r, 0.75 * b + 0.25 * p, rtol=0, atol=1e-6)
         assert torch.equal(p, k)
-    same = tiny_gpt(seed=1)
-    update_ema(same, policy, 0.005)
+    equal = tiny_gpt(seed=1)
+    update_ema(equal, policy, 0.005)
     update_ema(ref, policy, 1.0)
-    for s, r, p in zip(same.parameters(), ref.parameters(), policy.parameters()):
-        assert torch.equal(s, p) and torch.equal(r, p)
+    assert same(equal.state_dict(), policy.state_dict())
+    assert same(ref.state_dict(), policy.state_dict())
 
 
 # ----------------------------------------------------------------------------- the optimizer
 
 def test_learning_rate_by_hand():
-    """4 of 11 steps warm up, 1/4 to 4/4; then half a cosine from 1 over .55 to .1 at the last."""
+    """Of 11 steps 4 warm up, 1/4 to 4/4; then half a cosine falls from 1 over .55 to .1."""
     rates = [learning_rate(step, 11, 1.0, 4) for step in range(11)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[7] == pytest.approx(0.55)                          # half way from 4 to 10
@@ -328,8 +307,8 @@ def test_adamw_groups():
 
 
 def test_optimizer_step_sets_every_group_and_clips():
-    """The learning rate reaches every group; the norm returned is the one before clipping, the
-    gradient used the clipped one; afterwards there is no gradient."""
+    """The learning rate reaches every group, the norm returned is the one before clipping, Adam
+    gets the clipped gradient, and afterwards there is none."""
     model = torch.nn.Linear(2, 1, bias=True)
     optimizer = adamw(model, 0.0)
     optimizer.zero_grad()
@@ -345,7 +324,7 @@ def test_optimizer_step_sets_every_group_and_clips():
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 def test_optimizer_step_refuses_what_is_not_finite(bad, where):
-    """A loss or a gradient of nan or inf is an error that names the step; no weight moves."""
+    """A loss or a gradient of nan or inf raises an error that names the step; no weight moves."""
     model = torch.nn.Linear(2, 1)
     optimizer, before = adamw(model, 0.1), [p.clone() for p in model.parameters()]
     model(torch.ones(1, 2)).sum().backward()
@@ -362,42 +341,24 @@ OPTIMIZERS = {'sft': ['policy'], 'rm': ['reward_model'], 'dpo': ['policy'],
               'ppo': ['policy', 'value_model']}     # whose they are, in a checkpoint's order
 
 
-def run_stage(stage, data, init, rm, out, **options):
-    """main() of a stage for two small steps, which options may change. Returns its checkpoint, with
-    the optimizers by name."""
-    module = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}[stage]
-    common = dict(data=str(data), init=str(init), out=str(out), steps=2, batch_size=8, warmup=0,
-                  device='cpu')
-    if stage == 'ppo':
-        common.update(reward=str(rm), rollout_size=24, max_new_tokens=5)
-    elif stage != 'rm':
-        common.update(max_new_tokens=5)
-    module.main(module.Config(**{**common, **options}))
-    saved = load_checkpoint(out, [stage])
-    return {**saved, 'optimizers': dict(zip(OPTIMIZERS[stage], saved['optimizers'], strict=True))}
-
-
 @pytest.fixture
 def stage(shared_data, sft_run, rm_run, tmp_path):
-    """run_stage on the shared data and runs, a fresh folder for each call."""
+    """
+    Returns stage(name, **options): it runs a stage's main() for two small steps, which options may
+    change, in a new folder, and returns the checkpoint, with the optimizers by name.
+    """
     numbers = itertools.count()
 
-    def run(name, **options):
-        return run_stage(name, **{**dict(data=shared_data, init=sft_run, rm=rm_run,
-                                         out=tmp_path / f'{name}{next(numbers)}'), **options})
-    return run
-
-
-def record(monkeypatch, module, name):
-    """Lets a function of a module run as it is, and lists (arguments, result) of every call."""
-    calls, function = [], getattr(module, name)
-
-    def recording(*arguments, **options):
-        result = function(*arguments, **options)
-        calls.append((arguments, result))
-        return result
-    monkeypatch.setattr(module, name, recording)
-    return calls
+    def stage(name, data=shared_data, init=sft_run, rm=rm_run, out=None, **options):
+        out = out or tmp_path / f'{name}{next(numbers)}'
+        own = {'rm': {}, 'ppo': dict(reward=str(rm), rollout_size=24, max_new_tokens=5)}
+        STAGES[name].main(STAGES[name].Config(**{
+            **dict(data=str(data), init=str(init), out=str(out), steps=2, batch_size=8, warmup=0,
+                   device='cpu'), **own.get(name, dict(max_new_tokens=5)), **options}))
+        saved = load_checkpoint(out, [name])
+        optimizers = dict(zip(OPTIMIZERS[name], saved['optimizers'], strict=True))
+        return {**saved, 'optimizers': optimizers}
+    return stage
 
 
 @pytest.fixture
@@ -410,10 +371,11 @@ def float64():
 
 def assert_equal_gradients(runs, optimizer):
     """
-    Adam's first moments agree to 1e-6 of each tensor's norm: a tenth of the first step's gradient.
+    Asserts that Adam's first moments, a tenth of the first step's gradient, agree to 1e-6 of each
+    tensor's norm; returns how many tensors were compared.
 
-    A tensor whose gradient is 0 but for rounding is left out: a reward model's last LayerNorm bias,
-    which shifts both scores alike. Returns how many tensors were compared.
+    It leaves out a tensor whose gradient is 0 but for rounding: a reward model's last LayerNorm
+    bias, which shifts both scores alike.
     """
     whole, *others = ([state['exp_avg'] for state in run['optimizers'][optimizer]['state'].values()]
                       for run in runs)
@@ -427,10 +389,10 @@ def assert_equal_gradients(runs, optimizer):
 
 @pytest.mark.parametrize('name', STAGES)
 def test_micro_batches_change_no_gradient(stage, name, float64):
-    """I12: one step with the batch in one piece, in rows, and in 3 + 3 + ... + 1 has the same
-    gradients; 40 rows of the toy data are short and long ones. Catches the mean of means and a
-    divisor that is the micro-batch's. Reward and value model are asked at the second step: at the
-    first only their head has a gradient."""
+    """I12: one step with the batch in one piece, in single rows, and in 3 + 3 + ... + 1 has the
+    same gradients; 40 rows of the toy data are short and long. Catches the mean of means, and a
+    division by the micro-batch's count. Reward and value model are compared at the second step:
+    at the first only their head has a gradient."""
     options = dict(grad_clip=1e9, batch_size=40, **(dict(rollout_size=40, ppo_epochs=1)
                                                     if name == 'ppo' else {}))
     optimizers, tensors = set(), 28     # 2 embeddings, 2 blocks of 12, the last LayerNorm's two
@@ -450,8 +412,8 @@ def test_micro_batches_change_no_gradient(stage, name, float64):
 
 @pytest.mark.parametrize('name', STAGES)
 def test_micro_batches_meet_the_clip_as_one_batch(stage, name, float64):
-    """I12: with a grad_clip that shortens every gradient, a step in pieces is still the step in one
-    piece, of PPO at temperature 0.7. Catches a clip of each micro-batch's share on its own."""
+    """I12: with a grad_clip that shortens every gradient, a step in pieces equals the step in one
+    piece, PPO's at temperature 0.7. Catches each micro-batch clipped on its own."""
     options = dict(steps=1, grad_clip=1e-3, batch_size=40, **(
         dict(rollout_size=40, ppo_epochs=1, temperature=0.7) if name == 'ppo' else {}))
     runs = [stage(name, micro_batch_size=size, **options) for size in (0, 7)]
@@ -461,13 +423,8 @@ def test_micro_batches_meet_the_clip_as_one_batch(stage, name, float64):
         assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)    # it did clip
 
 
-def comparable(log):
-    """Log rows without their clocks."""
-    return [{key: row[key] for key in row if key not in ('ms', 'tok_per_s')} for row in log]
-
-
 def encoded(data, kind, split='train'):
-    """The encoded rows of a data folder, in the order of the file."""
+    """Returns the encoded rows of a data folder, in the order of the file."""
     tokenizer, text = load_text(data)
     rows = dict(zip(('train', 'val'), load_split(data, kind, text['template'])))[split]
     return encode_rows(rows, kind, tokenizer, 32)
@@ -475,14 +432,13 @@ def encoded(data, kind, split='train'):
 
 @pytest.mark.parametrize('name', STAGES)
 def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch, float64):
-    """I2, I5, I15: four more columns of padding, filled with random ids, in every batch of a run
-    leave every gradient and every number of its log as it was: loss, margin, kl, entropy, ratio,
-    clip_frac, norm, ... PPO at temperature 0.7. Catches a mean over all columns of a batch."""
+    """I2, I5, I15: four more columns of padding with random ids, in every batch of a run, change no
+    gradient and no number of its log: loss, margin, kl, entropy, ratio, clip_frac, norm, ... (PPO
+    at temperature 0.7). Catches a mean over all columns of a batch."""
     options = dict(temperature=0.7) if name == 'ppo' else {}
     runs = [stage(name, out=tmp_path / 'plain', **options)]
     function = {'ppo': 'generate'}.get(name, 'make_batch')
-    module = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}[name]
-    original, widened = getattr(module, function), []
+    original, widened = getattr(STAGES[name], function), []
 
     def wide(*arguments, **options):
         out = original(*arguments, **options)
@@ -492,26 +448,22 @@ def test_padding_changes_no_run(stage, name, tmp_path, monkeypatch, float64):
         widened.append(tokens.shape)
         return ((tokens, mask) if len(out) == 2
                 else (tokens, tokens[:, :-1], tokens[:, 1:], mask))
-    monkeypatch.setattr(module, function, wide)
+    monkeypatch.setattr(STAGES[name], function, wide)
     runs.append(stage(name, out=tmp_path / 'wide', **options))
     assert widened
     assert all(assert_equal_gradients(runs, optimizer) > 1 for optimizer in runs[0]['optimizers'])
-    plain, padded = (comparable(read_log(tmp_path / out, 'step')) for out in ('plain', 'wide'))
+    plain, padded = (log_rows(tmp_path / out) for out in ('plain', 'wide'))
     assert len(plain) == len(padded) == 3               # two steps and an evaluation
     for a, b in zip(plain, padded):
-        assert a.keys() == b.keys()
-        for key in a:
-            if key == 'samples':
-                assert b[key] == a[key]
-            else:
-                assert b[key] == pytest.approx(a[key], abs=2e-5, rel=2e-5), key
+        assert a.pop('samples', None) == b.pop('samples', None)
+        assert b == pytest.approx(a, abs=2e-5, rel=2e-5)
 
 
 @pytest.mark.parametrize('name', STAGES)
 def test_no_learning_rate_no_change(stage, sft_run, rm_run, name, monkeypatch):
     """I21: with lr = 0 every weight is bit for bit what it was; PPO's ratio is 1 in all epochs, at
     temperature 0.7, and nothing is clipped. Catches weights touched elsewhere, dropout, and a rate
-    that only one group of parameters is told."""
+    that reaches only one group of parameters."""
     ratios = record(monkeypatch, train_ppo, 'policy_loss')
     zero = (dict(lr=0.0, value_lr=0.0, weight_decay=0.1, temperature=0.7) if name == 'ppo' else
             dict(lr=0.0))
@@ -519,46 +471,23 @@ def test_no_learning_rate_no_change(stage, sft_run, rm_run, name, monkeypatch):
     start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
     if name == 'rm':
         model = saved['weights']['reward_model']
-        assert not model['score.weight'].any()
-        assert all(torch.equal(model[f'body.{key}'], start[key]) for key in start)
-        return
-    for weights in (saved['weights'][key] for key in ('policy', 'ref') if key in saved['weights']):
-        assert all(torch.equal(weights[key], start[key]) for key in start)
+        assert not model.pop('score.weight').any()
+        assert same(model, {f'body.{key}': weight for key, weight in start.items()})
+    else:
+        assert same(saved['weights']['policy'], start)
     if name == 'ppo':
+        assert same(saved['weights']['ref'], start)
         assert len(ratios) == 12                        # 2 steps, 2 epochs of 3 minibatches
         assert all((ratio - 1).abs().max() <= 1e-5 for _, (_, ratio) in ratios)
         value_model = saved['weights']['value_model']   # the reward model's body, a head of 0
         reward_model = load_checkpoint(rm_run, ['rm'])['weights']['reward_model']
-        assert not value_model.pop('score.weight').any()
-        assert all(torch.equal(value_model[key], reward_model[key]) for key in value_model)
-
-
-def test_sft_loss_is_the_mean_over_response_tokens(stage, shared_data, random_run, tmp_path):
-    """I12: the first logged loss, by a double loop over rows and tokens: -log p summed over
-    response tokens (EOS included, prompts not) over their number. Catches mean of means, a mean
-    over rows, and the mask."""
-    policy = load_model(GPT, load_checkpoint(random_run, ['sft']), 'policy', 'cpu').double()
-    rows = encoded(shared_data, 'sft')
-    lengths = [len(prompt) + len(response) for prompt, response in rows]
-    total, count = 0.0, 0
-    batch = next(batches(lengths, 40, 0))
-    assert len({len(rows[i][1]) for i in batch}) == 3               # short and long responses
-    for i in batch:
-        prompt, response = rows[i]
-        assert response[-1] == EOS
-        logits = policy.logits(policy(torch.tensor([prompt + response])))[0]
-        for t, token in enumerate(response):
-            total -= logits[len(prompt) + t - 1].log_softmax(-1)[token].item()
-            count += 1
-    for size in (0, 3):
-        out = tmp_path / f'run{size}'
-        stage('sft', init=random_run, out=out, batch_size=40, micro_batch_size=size)
-        assert read_log(out)[0]['loss'] == pytest.approx(total / count, rel=1e-5)
+        assert not value_model.pop('score.weight').any() and reward_model.pop('score.weight').any()
+        assert same(value_model, reward_model)
 
 
 def assert_first_gradient(optimizer, model, tolerance):
-    """Adam's first moments after one step, a tenth of its gradient, are the model's .grad, to a
-    share of each tensor's norm."""
+    """Asserts that Adam's first moments after one step, a tenth of its gradient, are the model's
+    .grad, to a share of each tensor's norm."""
     # adamw has the same order of tensors
     parameters = [p for group in adamw(model, 0.0).param_groups for p in group['params']]
     assert len(parameters) == len(optimizer['state'])
@@ -567,23 +496,22 @@ def assert_first_gradient(optimizer, model, tolerance):
         assert difference.norm() <= tolerance * p.grad.norm(), i
 
 
-def loop_logprob(policy, prompt, response):
-    """log p of a response, a token at a time, from the row alone."""
-    logprobs = policy.logits(policy(torch.tensor([prompt + response])))[0].log_softmax(-1)
-    return sum(logprobs[len(prompt) + t - 1, token] for t, token in enumerate(response))
-
-
 @pytest.mark.parametrize('name', ['sft', 'rm', 'dpo'])
-def test_first_gradient_against_autograd_over_loops(stage, sft_run, shared_data, float64, name):
-    """I7, I20: the first step's gradient of every tensor is autograd's of the loss written as a
-    loop over rows alone: SFT's mean over tokens, the reward model's and DPO's -log sigmoid. Catches
-    a mask, a shift or a last token one off, a mean for DPO's sum, and the two sides swapped."""
-    saved = stage(name, steps=1, batch_size=40, micro_batch_size=7, grad_clip=1e9)
+def test_first_step_against_autograd_over_loops(stage, sft_run, shared_data, tmp_path, float64,
+                                                name):
+    """I7, I12, I20: the first step's logged loss, and its gradient in every tensor, are those of
+    the loss written as a loop over rows alone: SFT's sum over the batch's response tokens, EOS
+    included, divided by their number; the reward model's and DPO's -log sigmoid. Catches a mask, a
+    shift or a last token one off, a mean over rows or of means, a mean for DPO's sum, and the two
+    sides swapped."""
+    saved = stage(name, out=tmp_path / 'run', steps=1, batch_size=40, micro_batch_size=7,
+                  grad_clip=1e9)
     rows = encoded(shared_data, 'sft' if name == 'sft' else 'pairs')
     lengths = [(len(row) - 1) * len(row[0]) + sum(map(len, row[1:])) for row in rows]
     batch = [rows[i] for i in next(batches(lengths, 40, 0))]
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
     if name == 'sft':
+        assert len({len(r) for _, r in batch}) == 3 and all(r[-1] == EOS for _, r in batch)
         loss = -sum(loop_logprob(policy, *row) for row in batch) / sum(len(r) for _, r in batch)
         key, model = 'policy', policy
     elif name == 'dpo':                     # at the start policy and reference are equal
@@ -596,20 +524,17 @@ def test_first_gradient_against_autograd_over_loops(stage, sft_run, shared_data,
         scores = [[model(torch.tensor([p + side]))[0, -1] for side in sides] for p, *sides in batch]
         loss = -sum(F.logsigmoid(chosen - rejected) for chosen, rejected in scores) / 40
     loss.backward()
+    assert read_log(tmp_path / 'run')[0]['loss'] == pytest.approx(loss.item(), rel=1e-6)
     assert_first_gradient(saved['optimizers'][key], model, 1e-9)
 
 
 def test_sft_evaluation_is_the_mean_over_held_out_tokens():
-    """The held-out loss weighs tokens, not rows or batches of 64: 70 rows by a double loop."""
+    """The held-out loss weighs tokens, not rows or batches: 70 rows by a double loop."""
     policy = tiny_gpt().double()
     rows = [(prompt, chosen) for prompt, chosen, _ in random_pairs(70)]
-    total, count = 0.0, 0
-    for prompt, response in rows:
-        logits = policy.logits(policy(torch.tensor([prompt + response])))[0].log_softmax(-1)
-        total -= sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
-        count += len(response)
-    loss = train_sft.evaluate(policy, rows, 3, 'cpu', torch.autocast('cpu', enabled=False))['loss']
-    assert loss == pytest.approx(total / count, rel=1e-9)
+    expected = (-sum(loop_logprob(policy, *row) for row in rows).item()
+                / sum(len(response) for _, response in rows))
+    assert train_sft.evaluate(policy, rows, 3, *CPU)['loss'] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize('options, loss_of', [
@@ -619,8 +544,8 @@ def test_sft_evaluation_is_the_mean_over_held_out_tokens():
     (dict(ipo=True), lambda m: (m / 0.3 - 1 / 0.6) ** 2)], ids=str)
 def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_path, options,
                                             loss_of):
-    """I19: DPO's reference logprobs are those of the policy before the first step, after training
-    too, and the second step's logged numbers are worked out from them, with every loss. I13: the
+    """I19: DPO's reference logprobs are those of the policy before the first step, even after
+    training, and the second step logs the numbers that follow from them, with every loss. I13: the
     first margin is 0, so that DPO's loss is ln 2."""
     options = dict(lr=1e-3, beta=0.3, **options)
     one = stage('dpo', steps=1, **options)      # with no warm-up the first rate is lr in both
@@ -628,12 +553,11 @@ def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_pat
     pairs = encoded(shared_data, 'pairs')
     start, moved = (load_model(GPT, contents, 'policy', 'cpu')
                     for contents in (load_checkpoint(sft_run, ['sft']), one))
-    cpu = torch.device('cpu'), torch.autocast('cpu', enabled=False)
-    assert torch.equal(saved['ref_train'], all_logprobs(start, pairs, 8, *cpu))
+    assert torch.equal(saved['ref_train'], all_logprobs(start, pairs, 8, *CPU))
 
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs]
     second = [pairs[i] for i in next(itertools.islice(batches(lengths, 8, 0), 1, None))]
-    (chosen, rejected), (ref_chosen, ref_rejected) = (all_logprobs(model, second, 3, *cpu).tolist()
+    (chosen, rejected), (ref_chosen, ref_rejected) = (all_logprobs(model, second, 3, *CPU).tolist()
                                                       for model in (moved, start))
     margins = [0.3 * ((c - ref_c) - (r - ref_r))
                for c, r, ref_c, ref_r in zip(chosen, rejected, ref_chosen, ref_rejected)]
@@ -648,10 +572,9 @@ def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_pat
 
 
 def test_a_prompt_has_the_same_ids_wherever_it_is_read(stage, tiny_data, tmp_path, monkeypatch):
-    """I9: SFT, reward model, DPO and PPO, their samples and both tools read one prompt as the same
-    ids, although a merge 'ab' would join its last letter with the first one of the response."""
-    (tiny_data / 'bytes.tiktoken').write_text(
-        BYTE_TOKENS + f"{base64.b64encode(b'ab').decode()} 256\n")
+    """I9: all four stages, their samples and both tools read one prompt as the same ids, although
+    a merge 'ab' would join its last letter with the first one of the response."""
+    (tiny_data / 'bytes.tiktoken').write_text(AB_MERGED)
     prompts = ['say a', 'now say a']
     for split in ('train', 'val'):
         for kind, responses in dict(sft=dict(response='b!'), prompts={},
@@ -677,21 +600,21 @@ def test_a_prompt_has_the_same_ids_wherever_it_is_read(stage, tiny_data, tmp_pat
 # ----------------------------------------------------------------------------- PPO's rollout
 
 def rollout_of(result):
-    """What rollout returned as one dict: its grid, with what main has added to it, and the rest."""
+    """Returns what rollout returned as one dict; main has added to its grid since."""
     grid, scores, ended, texts = result
     return {**grid, 'scores': scores, 'ended': ended, 'texts': texts}
 
 
 @torch.no_grad()
 def test_rollout_against_loops(sft_run, byte_tokenizer):
-    """I3: logprobs and reference logprobs at the rollout's temperature, with micro-batches of 4: by
-    a loop over rows alone. Catches a temperature missing in one of them, and models in each other's
-    place."""
+    """I3: logprobs and reference logprobs, at the rollout's temperature and with micro-batches of
+    4, are those of a loop over rows alone. Catches a temperature missing in one of them, the two
+    models swapped, and an EOS in a prompt that counts as an end."""
     policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
     ref = tiny_gpt(seed=1, vocab_size=257, n_embd=32)
-    prompts = [byte_tokenizer.encode_ordinary(f'{verb} {letter}:')
+    prompts = [[EOS] * (letter == 'c') + byte_tokenizer.encode_ordinary(f'{verb} {letter}:')
                for verb in ('say', 'now say', 'do') for letter in 'abc']
-    cfg = train_ppo.Config(max_new_tokens=5, temperature=0.7, micro_batch_size=4)
+    cfg = train_ppo.Config(max_new_tokens=4, temperature=0.7, micro_batch_size=4)
 
     def scorer(tokens, response_mask, prompt_texts, response_texts):
         assert prompt_texts == [byte_tokenizer.decode(prompt) for prompt in prompts]
@@ -701,7 +624,8 @@ def test_rollout_against_loops(sft_run, byte_tokenizer):
                                        torch.Generator().manual_seed(0))) for _ in range(2))
     assert batch.pop('texts') == again['texts']
     assert all(torch.equal(batch[key], again[key]) for key in batch)    # I13: bit-equal
-    assert batch['scores'].tolist() == list(range(9))       # as the scorer said, before the rule
+    assert batch['scores'].tolist() == list(range(9))       # the scorer's, before the no-EOS rule
+    assert 0 < batch['ended'].sum() < 9 and not batch['ended'][2::3].all()
     for b, prompt in enumerate(prompts):
         n = int(batch['mask'][b].sum())
         row = torch.cat([batch['x'][b, :1], batch['y'][b]])[:len(prompt) + n]
@@ -719,7 +643,7 @@ def test_rollout_against_loops(sft_run, byte_tokenizer):
 
 
 class FiveTokens:
-    """As much of a tokenizer as a rollout asks for; EOS is the last of five ids."""
+    """Does what a rollout asks of a tokenizer; EOS is the last of five ids."""
     eot_token = 4
 
     def decode(self, ids):
@@ -728,9 +652,9 @@ class FiveTokens:
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_rollouts_follow_the_logprobs_they_keep(temperature):
-    """I14: the first tokens of 20,000 rollouts, counted, against exp of the logprobs that the
-    rollout keeps of them, by chi-square. Catches a rollout that is sampled at one temperature and
-    scored at another, which the first ratio does not show."""
+    """I14: the counts of the first tokens of 20,000 rollouts match exp of the logprobs that the
+    rollout keeps, by chi-square. Catches a rollout sampled at one temperature and scored at
+    another, which the first ratio does not show."""
     policy, N = tiny_gpt(seed=1, vocab_size=5), 20_000
     cfg = train_ppo.Config(max_new_tokens=2, temperature=temperature)
     grid, *_ = rollout(policy, policy, lambda *_: torch.zeros(N), [[3, 1]] * N, FiveTokens(), cfg,
@@ -743,31 +667,11 @@ def test_rollouts_follow_the_logprobs_they_keep(temperature):
     assert ((counts - expected) ** 2 / expected).sum().item() < 23.5
 
 
-def test_responses_without_eos(sft_run, byte_tokenizer):
-    """I16 (T20): a response without EOS scores no_eos_score at most: a worse score stays, a better
-    one falls to it. One with EOS keeps its score, and an EOS in the prompt does not count. Catches
-    max for min, and EOS looked for in the prompt."""
-    policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu')
-    prompts = [[EOS] * (i % 2) + byte_tokenizer.encode_ordinary('say c:') for i in range(24)]
-    raw = [2.0, -3.0, 0.5, -0.5] * 6
-    batch = rollout_of(rollout(policy, policy, lambda *_: torch.tensor(raw), prompts,
-                               byte_tokenizer, train_ppo.Config(max_new_tokens=4),
-                               torch.Generator().manual_seed(0)))
-    responses = [y[mask].tolist() for y, mask in zip(batch['y'], batch['mask'])]
-    ended = [EOS in response for response in responses]
-    for odd in (0, 1):                  # both kinds happen, with EOS in the prompt and without
-        assert 0 < sum(ended[odd::2]) < 12
-    assert batch['ended'].tolist() == ended
-    close(cap_unfinished(batch['scores'], batch['ended'], -1.0),
-          [z if end else min(z, -1.0) for z, end in zip(raw, ended)])
-    close(batch['scores'], raw)
-
-
 @torch.no_grad()
 def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
     """I3: the reward model's scores for PPO are those of each row alone, minus the shift of its
-    checkpoint, which makes them mean 0 over the held-out responses, chosen and rejected. Catches
-    the shift left out, or added."""
+    checkpoint, which is their mean over the held-out responses, chosen and rejected. Catches the
+    shift left out, or added."""
     saved = load_checkpoint(rm_run, ['rm'])
     assert abs(saved['shift']) > 1e-3                   # or forgetting it would not be seen
     model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
@@ -785,7 +689,7 @@ def test_scores_of_a_reward_model_are_shifted(rm_run, sft_run, shared_data):
 
 
 def test_a_judge_scores_the_texts_and_the_value_model_starts_from_the_policy(sft_run, tmp_path):
-    """With a reward.py a score is its reward of one prompt and response, in order, and the value
+    """With a reward.py a score is its reward for one prompt and response, in order, and the value
     model starts from the policy's own checkpoint."""
     (tmp_path / 'reward.py').write_text(
         "def score(prompt, response):\n"
@@ -797,8 +701,8 @@ def test_a_judge_scores_the_texts_and_the_value_model_starts_from_the_policy(sft
 
 
 def test_a_score_that_is_no_number_is_told_of_the_reward_model(rm_run, sft_run, tmp_path):
-    """nan from a reward model names its run, in PPO and in the tools alike: as a nan of the loss it
-    would be blamed on the learning rate, and argmax would pick it as the best of N."""
+    """A nan from a reward model raises an error that names its run, in PPO and in the tools: as a
+    nan of the loss it would be blamed on lr, and argmax would pick it as the best of N."""
     saved = load_checkpoint(rm_run, ['rm'])
     saved['weights']['reward_model']['score.weight'].fill_(math.nan)
     torch.save(saved, tmp_path / 'ckpt.pt')
@@ -809,7 +713,7 @@ def test_a_score_that_is_no_number_is_told_of_the_reward_model(rm_run, sft_run, 
 
 
 def hand_made_batch(pad=0):
-    """A rollout's grid, scores and ended, of three rows with 3, 5 and 1 response tokens."""
+    """Returns the grid, scores and ended of three rows with 3, 5 and 1 response tokens."""
     zeros = torch.zeros(3, 6)
     logprobs = zeros.masked_scatter(MASK, -torch.arange(1., 10.))   # -1 to -9
     ref = zeros.masked_scatter(MASK, torch.full((9,), -6.))
@@ -820,8 +724,8 @@ def hand_made_batch(pad=0):
 
 @pytest.mark.parametrize('pad', [0, 5])
 def test_rollout_metrics_by_hand(pad):
-    """I15: the mean score as it is; kl summed over a response, averaged over responses;
-    entropy per response token. Padding changes none of them."""
+    """I15: the score is the plain mean; kl is summed over a response and averaged over responses;
+    entropy is per response token. Padding changes none of them."""
     metrics = rollout_metrics(*hand_made_batch(pad))
     # Sum of logprobs -45, of the reference's -54, over 3 responses and 9 tokens
     assert metrics == pytest.approx({'score': 3.0, 'kl': 3.0, 'entropy': 5.0, 'length': 3.0,
@@ -834,7 +738,8 @@ def test_rollout_metrics_by_hand(pad):
 @pytest.mark.parametrize('micro_batch_size', [0, 3])
 def test_first_ratio_is_one(stage, monkeypatch, tmp_path, temperature, micro_batch_size):
     """I1: before the first optimizer step of a rollout batch the policy is the one that sampled:
-    |log ratio| <= 1e-5 on every token. I13: the first kl to the reference is 0, exactly."""
+    |log ratio| <= 1e-5 on every token. I13: the first kl to the reference is exactly 0. Catches
+    two temperatures, and old logprobs that are not the rollout's."""
     calls = record(monkeypatch, train_ppo, 'policy_loss')
     stage('ppo', out=tmp_path / 'run', temperature=temperature, lr=1e-2,
           micro_batch_size=micro_batch_size)
@@ -850,7 +755,7 @@ def test_first_ratio_is_one(stage, monkeypatch, tmp_path, temperature, micro_bat
 
 
 def loop_advantages(batch, cfg):
-    """Advantages and returns of a rollout batch, a dict by (row, column): plain loops over it."""
+    """Returns advantages and returns of a rollout batch by plain loops: dicts by (row, column)."""
     advantages, returns = {}, {}
     for b, mask in enumerate(batch['mask'].tolist()):
         columns = [t for t, response in enumerate(mask) if response]
@@ -874,10 +779,9 @@ def loop_advantages(batch, cfg):
 @pytest.mark.parametrize('whitened', [True, False])
 def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
     """I16, I17: pg_loss and vf_loss of the log, by plain loops from the rollout on: score rule, KL
-    in the reward, GAE, whitening over the WHOLE rollout batch and not a minibatch, means over the
-    minibatch's tokens. The policy has left the reference, some responses have no EOS; the value
-    model knows something, and with lr = 0 from here on the ratio is 1. Catches whitening in the
-    minibatch, or before the returns are computed."""
+    in the reward, GAE, whitening over the WHOLE rollout batch, means over the minibatch's tokens.
+    The policy has left the reference, some responses have no EOS, no value is 0; with lr = 0 from
+    here on the ratio is 1. Catches whitening in the minibatch, or before the returns."""
     options = dict(beta=0.5, gamma=0.9, gae_lambda=0.8, no_eos_score=-2.0, max_new_tokens=4,
                    rollout_size=24, batch_size=5, micro_batch_size=2, whiten=whitened, ref_ema=0.0)
     # The first step moves the models, the second leaves them in place
@@ -888,7 +792,7 @@ def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
     batch, row = rollout_of(rollouts[1][1]), read_log(tmp_path / 'run', 'ratio')[1]
     assert 0 < batch['ended'].sum() < 24 and row['kl'] != 0
     assert batch['values'][batch['mask']].abs().min() > 0
-    # whiten is called once a rollout batch, with all 24 rows
+    # whiten is called once per rollout batch, with all 24 rows
     assert [len(mask) for (_, mask), _ in whitenings] == ([24, 24] if whitened else [])
 
     advantages, returns = loop_advantages(batch, cfg)
@@ -908,38 +812,26 @@ def test_ppo_losses_against_loops(stage, monkeypatch, tmp_path, whitened):
 
 def test_ppo_gradient_against_autograd_over_loops(stage, monkeypatch, sft_run):
     """I7: PPO's first gradient is that of -sum A_t log pi(y_t) / tokens, written as a loop over
-    rows (at ratio 1 that is the policy gradient), and the value head's that of the half squares.
-    Catches the sign of the advantage, a mask with the prompt in it and one without EOS."""
+    rows: at ratio 1 this is the policy gradient. Catches the sign of the advantage, and a mask with
+    the prompt or without EOS."""
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
                   temperature=0.7, eval_every=10)
-    batch, cfg = rollout_of(rollouts[0][1]), saved['config']
-    advantages, returns = loop_advantages(batch, cfg)
-    start = load_checkpoint(sft_run, ['sft'])
-    policy = load_model(GPT, start, 'policy', 'cpu').double()
-    head = torch.zeros(32, dtype=torch.double)          # d loss / d head = (V - R) hidden, V = 0
-    value_body = load_model(ScalarGPT, load_checkpoint(cfg['reward'], ['rm']), 'reward_model',
-                            'cpu').body.double()
+    batch = rollout_of(rollouts[0][1])
+    advantages, _ = loop_advantages(batch, saved['config'])
+    policy = load_model(GPT, load_checkpoint(sft_run, ['sft']), 'policy', 'cpu').double()
     loss = 0.0
-    for b, mask in enumerate(batch['mask'].tolist()):
-        x = batch['x'][b:b + 1]
-        logprobs = (policy.logits(policy(x))[0] / 0.7).log_softmax(-1)
-        hidden = value_body(x)[0].detach()
-        for t, response in enumerate(mask):
-            if response:
-                loss -= advantages[b, t] * logprobs[t, batch['y'][b, t]]
-                head += (0 - returns[b, t]) * hidden[t]
+    for b, mask in enumerate(batch['mask']):
+        logprobs = (policy.logits(policy(batch['x'][b:b + 1]))[0] / 0.7).log_softmax(-1)
+        for t in mask.nonzero().flatten().tolist():
+            loss -= advantages[b, t] * logprobs[t, batch['y'][b, t]]
     (loss / len(advantages)).backward()
     assert_first_gradient(saved['optimizers']['policy'], policy, 1e-4)
-    value_state = saved['optimizers']['value_model']['state']
-    ours, = [s['exp_avg'][0].double() * 10 for s in value_state.values()
-             if s['exp_avg'].shape == (1, 32)]
-    torch.testing.assert_close(ours, head / len(advantages), rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
 def value_head(monkeypatch, rm_run):
-    """Gives PPO's value model a head that is not 0; value_head() is that model at its start."""
+    """Gives PPO's value model a head that is not 0; value_head() returns that model, untrained."""
     def give_a_head(model):
         torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
         return model
@@ -951,91 +843,53 @@ def value_head(monkeypatch, rm_run):
                                           'reward_model', 'cpu'))
 
 
-@pytest.mark.parametrize('micro_batch_size', [0, 5])
-def test_values_are_those_of_the_states_before_each_token(stage, monkeypatch, value_head,
-                                                          micro_batch_size):
-    """I3: values[:, t] is the value model's number where token t + 1 is still unknown, by a loop
-    over rows alone, with micro-batches of 5 too. Catches values one column off, and values of
-    another row."""
-    rollouts = record(monkeypatch, train_ppo, 'rollout')
-    stage('ppo', steps=1, eval_every=10, micro_batch_size=micro_batch_size)
-    batch, model = rollout_of(rollouts[0][1]), value_head()
-    assert batch['values'][batch['mask']].unique().numel() > 20
-    for b, mask in enumerate(batch['mask']):
-        for t in mask.nonzero().flatten().tolist():
-            state = torch.cat([batch['x'][b, :1], batch['y'][b, :t]])       # all but token t + 1
-            assert batch['values'][b, t].item() == pytest.approx(
-                model(state[None])[0, -1].item(), abs=1e-5)
-
-
 def test_evaluations_leave_the_value_model_alone(stage, monkeypatch, tmp_path):
-    """PPO's value model runs once for the values of a rollout batch and once per micro-batch, and
-    never in an evaluation, which reads no values: its forward passes are counted."""
+    """PPO's value model runs once for the values of a rollout batch, once per micro-batch, and
+    never in an evaluation, which reads no values: the forward passes are counted."""
     (tmp_path / 'reward.py').write_text("def score(prompt, response):\n    return {'reward': 1}\n")
-    forward, evaluate, calls, in_evaluations = ScalarGPT.forward, train_ppo.evaluate, [], []
-    monkeypatch.setattr(ScalarGPT, 'forward',
-                        lambda model, tokens: calls.append(tokens) or forward(model, tokens))
-
-    def counting(*arguments):
-        before = len(calls)
-        metrics = evaluate(*arguments)
-        in_evaluations.append(len(calls) - before)
-        return metrics
-    monkeypatch.setattr(train_ppo, 'evaluate', counting)
-    # With a reward.py there is no ScalarGPT but the value model
-    stage('ppo', rm=tmp_path / 'reward.py', eval_every=1)
-    assert in_evaluations == [0, 0]
+    calls = record(monkeypatch, ScalarGPT, 'forward')
+    stage('ppo', rm=tmp_path / 'reward.py', eval_every=1)       # so no other ScalarGPT runs
     assert len(calls) == 2 * (1 + 2 * 3)        # 2 steps, 2 epochs of 3 minibatches
 
 
-def test_value_gradient_against_autograd_over_loops(stage, monkeypatch, value_head):
-    """I7: the value model's first gradient, of every tensor and with a head that is not 0, is that
-    of half the squares (V - R)^2 / tokens, as a loop over rows alone. Catches prompts and padding
-    in the loss, where V is not 0, and values one column off."""
+def test_values_and_their_gradient_against_loops(stage, monkeypatch, value_head):
+    """I3, I7: with a head that is not 0, values[:, t] is the value model's number where token t + 1
+    is still unknown, by a loop over rows alone, and its first gradient, in every tensor, is that of
+    half the squares (V - R)^2 / tokens. Catches values one column off or of another row, and
+    prompts and padding in the loss."""
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
                   eval_every=10)
     batch, model = rollout_of(rollouts[0][1]), value_head()
     _, returns = loop_advantages(batch, saved['config'])
+    assert batch['values'][batch['mask']].unique().numel() > 20
     loss = 0.0
     for b, mask in enumerate(batch['mask']):
-        last = int(mask.nonzero().max())
-        values = model(batch['x'][b:b + 1, :last + 1])[0]
-        loss += sum((values[t] - returns[b, t]) ** 2 / 2 for t in mask.nonzero().flatten().tolist())
+        for t in mask.nonzero().flatten().tolist():
+            state = torch.cat([batch['x'][b, :1], batch['y'][b, :t]])       # all but token t + 1
+            value = model(state[None])[0, -1]
+            assert batch['values'][b, t].item() == pytest.approx(value.item(), abs=1e-5)
+            loss += (value - returns[b, t]) ** 2 / 2
     (loss / len(returns)).backward()
     assert_first_gradient(saved['optimizers']['value_model'], model, 1e-4)
 
 
-def models_of_a_run(stage, monkeypatch, **options):
-    """A PPO run's saved contents, and all of its models while they are alive."""
-    made, saved = record(monkeypatch, train_ppo, 'load_model'), []
-    save = train_ppo.save_checkpoint
-
-    def keep(*arguments, **extra):
-        saved.append(arguments[6])                      # models, a dict by name
-        return save(*arguments, **extra)
-    monkeypatch.setattr(train_ppo, 'save_checkpoint', keep)
-    return stage('ppo', lr=5e-3, **options), [model for _, model in made], saved[-1]
-
-
-def same(weights, others):
-    return all(torch.equal(weights[key], others[key]) for key in others)
-
-
 def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run):
-    """I19: with ref_ema = 0 the reference, the starting policy and the reward model are bit for
-    bit what they were, the policy and the value model are not, and no two of the five models
-    share a tensor."""
-    contents, made, trained = models_of_a_run(stage, monkeypatch, ref_ema=0.0)
+    """I19: with ref_ema = 0 the reference, the starting policy and the reward model stay bit for
+    bit what they were, the policy and the value model do not, and no two of the five models share
+    a tensor. Catches a reference, or a trunk of the value model, that is the policy itself."""
+    loads = record(monkeypatch, train_ppo, 'load_model')
+    saves = record(monkeypatch, train_ppo, 'save_checkpoint')
+    weights = stage('ppo', lr=5e-3, ref_ema=0.0)['weights']
+    made, trained = [model for _, model in loads], saves[-1][0][6]      # trained: models by name
     start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
     reward = load_checkpoint(rm_run, ['rm'])['weights']['reward_model']
-    assert same(contents['weights']['ref'], start)
-    assert not same(contents['weights']['policy'], start)
+    assert same(weights['ref'], start) and not same(weights['policy'], start)
     # Two GPTs that never moved: the reference and the policy that kl_sft is measured against
     assert sum(isinstance(model, GPT) and same(model.state_dict(), start) for model in made) == 2
     assert [same(model.state_dict(), reward) for model in made
             if isinstance(model, ScalarGPT)] == [True]
-    assert not same(contents['weights']['value_model'], reward)
+    assert not same(weights['value_model'], reward)
     models = {id(model): model for model in [*made, *trained.values()]}.values()
     assert len(models) == 5
     storages = [p.data_ptr() for model in models for p in model.parameters()]
@@ -1047,7 +901,7 @@ def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run):
 
 @pytest.mark.parametrize('rate', [0.25, 1.0])
 def test_reference_follows_once_a_step(stage, monkeypatch, sft_run, rate):
-    """I19: the reference moves by ref_ema once a rollout batch, after its epochs: one step from
+    """I19: the reference moves by ref_ema once per rollout batch, after its epochs: one step from
     equal weights leaves it at start + rate (policy - start). Catches a reference that follows at
     every optimizer step."""
     saved = stage('ppo', steps=1, lr=5e-3, ref_ema=rate)['weights']
@@ -1068,9 +922,9 @@ def test_policy_and_value_model_have_rates_of_their_own(stage, sft_run, rm_run, 
 
 
 def test_every_pass_is_measured_against_the_rollout(stage, monkeypatch, tmp_path):
-    """I1, after the first minibatch: in every one of every epoch, old logprobs, old values,
-    advantages and returns are those of the rollout and of its own rows (T22: old values computed
-    again would never clip), and the clip ranges are the configured ones."""
+    """I1, after the first minibatch: in every minibatch of every epoch, old logprobs, old values,
+    advantages and returns are the rollout's for the same rows, and the clip ranges are the
+    configured ones. Catches old values computed again, which would never clip."""
     policy_calls = record(monkeypatch, train_ppo, 'policy_loss')
     value_calls = record(monkeypatch, train_ppo, 'value_loss')
     rollouts = record(monkeypatch, train_ppo, 'rollout')
@@ -1096,7 +950,8 @@ def test_every_pass_is_measured_against_the_rollout(stage, monkeypatch, tmp_path
 
 def test_clip_frac_counts_response_tokens(stage, monkeypatch, tmp_path):
     """I15: clip_frac is the share of RESPONSE tokens whose ratio left 1 +- clip_eps, averaged over
-    minibatches; by a loop over the recorded ratios, with a step large enough to clip."""
+    minibatches: by a loop over the recorded ratios, with a step large enough to clip. Catches
+    prompts and padding counted."""
     calls = record(monkeypatch, train_ppo, 'policy_loss')
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     stage('ppo', out=tmp_path / 'run', steps=1, lr=2e-2, clip_eps=0.05, eval_every=10)

@@ -1,8 +1,8 @@
 """
-The list of tests/mutants.py is kept up to date: every mutant still fits the line that it changes.
+Checks that the list in tests/mutants.py is up to date: every mutant fits the line that it changes.
 
-Whether each of them is killed takes minutes, and is asked by `python tests/mutants.py`. Here two
-are, so that the asking itself is known to work.
+Killing all of them takes minutes (`python tests/mutants.py`). Two are killed here, which checks the
+program itself.
 """
 import re
 
@@ -12,8 +12,8 @@ from mutants import MUTANTS, TOP, Mutant, check, mutated, parse
 
 
 def test_every_mutant_fits_one_line_and_compiles():
-    """Each line is exactly once in its file, and what becomes of it is another file that compiles;
-    names are different, and each names an invariant that has a test."""
+    """Each line occurs once in its file, and the changed file differs and compiles. All names
+    differ, and each mutant names invariants that have tests."""
     mutants = parse(MUTANTS)
     assert len(mutants) >= 90 and len({mutant.name for mutant in mutants}) == len(mutants)
     known = set(re.findall(r'\bI\d+\b', ' '.join(
@@ -26,8 +26,8 @@ def test_every_mutant_fits_one_line_and_compiles():
 
 
 def test_a_line_that_is_not_there_or_there_twice_is_refused():
-    """A mutant of a line that has changed since, or that is not alone, is named with the count. A
-    comment after the line may change."""
+    """A mutant whose line is gone, or occurs twice, raises an error with the count. The comment
+    after a line may change."""
     for line, times in (('    no such line', '0'), ('@torch.no_grad()', '2')):
         with pytest.raises(AssertionError, match=f'stale: its line is {times} times in'):
             mutated(Mutant('train_ppo.py', 'stale', ['I1'], line, '    pass'))
@@ -41,7 +41,7 @@ def test_a_line_that_is_not_there_or_there_twice_is_refused():
 
 @pytest.mark.parametrize('name', ['prefgpt/shift-forgotten', 'train_ppo/gae-without-lambda'])
 def test_two_mutants_are_killed(name):
-    """I25: the suite notices targets that are not shifted, and advantages without lambda."""
+    """I25: the tests notice targets that are not shifted, and advantages without lambda."""
     mutant, = [mutant for mutant in parse(MUTANTS) if mutant.name == name]
     killed, by, test, _ = check(mutant)
     assert killed, test
@@ -49,7 +49,7 @@ def test_two_mutants_are_killed(name):
 
 
 def test_a_crash_is_not_taken_for_killed():
-    """I25: a mutant with which no stage runs proves nothing about the invariants."""
+    """I25: a mutant that keeps the stages from running proves nothing about the invariants."""
     mutant = parse(MUTANTS)[0]._replace(replacement='    raise RuntimeError("no batch")')
     killed, _, what, _ = check(mutant)
     assert not killed and what == 'does not run: RuntimeError: no batch'

@@ -1,10 +1,11 @@
 """
-Whole commands, each with a few steps: run.sh from end to end, and the core by itself.
+Runs whole commands, each with a few steps: run.sh from end to end, and the core by itself.
 
     python -m pytest -q tests/test_pipeline.py
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,31 +16,56 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 
 
+def copy_of_the_project(folder, *patterns):
+    """Copies the project, or the files that match; the copy draws a hundred rows of toy data."""
+    if patterns:
+        for path in (path for pattern in patterns for path in TOP.glob(pattern)):
+            (folder / path.relative_to(TOP)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / path.relative_to(TOP))
+    else:
+        shutil.copytree(TOP, folder, ignore=shutil.ignore_patterns(
+            'out', '.git', '.venv', '__pycache__', '*.jsonl', 'toy-*'))
+    prepare = folder / 'data' / 'toy' / 'prepare.py'
+    text, changed = re.subn(r"(?m)^(TRAIN_ROWS|VAL_ROWS) = .*",
+                            r"\1 = {'sft': 100, 'pairs': 100, 'prompts': 100}", prepare.read_text())
+    assert changed == 2
+    prepare.write_text(text)
+    return folder
+
+
 def run_sh(folder, **flags):
-    """`bash run.sh` in a folder with the Python of these tests; the lines it printed."""
+    """Calls `bash run.sh` in a folder with the Python of these tests; returns status and lines."""
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(['bash', 'run.sh'], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, **flags, 'PATH': path, 'SEED': '3'})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, done.stdout.splitlines(), done.stderr
 
 
 def test_run_sh(tmp_path):
     """
-    The whole pipeline with a few steps per stage: all files are there, the table has its rows and
-    columns, and a second call keeps the finished stages and makes up for the one that is missing.
+    run.sh stops at a stage that fails; called again, it keeps the finished stages and goes on to
+    the end: all files are there, and the table has its rows and columns.
     """
-    folder = tmp_path / 'clone'
-    shutil.copytree(TOP, folder, ignore=shutil.ignore_patterns(
-        'out', '.git', '.venv', '__pycache__', '*.jsonl', 'toy-*'))
-    flags = {'FLAGS_SFT': '--steps=8', 'FLAGS_RM': '--steps=4', 'FLAGS_DPO': '--steps=4',
+    folder = copy_of_the_project(tmp_path / 'clone')
+    flags = {'FLAGS_SFT': '--steps=4 --n_layer=1 --n_embd=32 --max_new_tokens=8',
+             'FLAGS_RM': '--steps=2', 'FLAGS_DPO': '--steps=2 --max_new_tokens=8',
              'FLAGS_PPO': '--steps=2 --rollout_size=16 --batch_size=8 --max_new_tokens=8',
              'FLAGS_EVALUATE': '--prompts=40 --max_new_tokens=16'}
-    printed = run_sh(folder, **flags)
-    assert [line for line in printed if line.startswith('== ')] == [
-        '== data/toy', '== 1. supervised fine-tuning', '== 2. reward model', '== 3. PPO',
-        '== 4. DPO', '== Before and after']
+    stages = ['== data/toy', '== 1. supervised fine-tuning', '== 2. reward model', '== 3. PPO',
+              '== 4. DPO', '== Before and after']
+    status, printed, errors = run_sh(folder, **{**flags, 'FLAGS_RM': '--steps=0'})
+    assert status == 1 and errors.startswith('error: --steps=0')
+    assert [line for line in printed if line.startswith('== ')] == stages[:3]
     out = folder / 'out' / 'toy-3'
+    kept = (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns
+
+    status, printed, errors = run_sh(folder, **flags)
+    assert status == 0, errors
+    assert [line for line in printed if line.startswith('== ')] == stages
+    assert [line for line in printed if 'is finished' in line] == [
+        'out/toy-3/sft is finished: 4 steps']
+    assert (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns == kept
     for stage in ('sft', 'rm', 'ppo', 'dpo'):
         assert {'ckpt.pt', 'log.jsonl'} <= set(os.listdir(out / stage))
     rows = json.loads((out / 'evaluate.json').read_text())['rows']
@@ -54,20 +80,12 @@ def test_run_sh(tmp_path):
         assert [answer.split()[0] for answer in printed[at + 2:at + 5]] == [
             row['run'] for row in rows]
 
-    kept = (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns
-    for path in (out / 'ppo').iterdir():
-        path.unlink()
-    again = run_sh(folder, **flags)
-    assert (out / 'sft' / 'ckpt.pt').stat().st_mtime_ns == kept
-    assert 'out/toy-3/sft is finished: 8 steps' in again
-    assert json.loads((out / 'evaluate.json').read_text())['rows'] == rows
-
 
 # ----------------------------------------------------------------------------- the core by itself
 
 @pytest.fixture(scope='module')
 def foreign(tmp_path_factory):
-    """A folder with packages called as ours are, for PYTHONPATH: importing one of them fails."""
+    """Returns a folder with packages called as ours are; importing one of them fails."""
     folder = tmp_path_factory.mktemp('foreign')
     for name in ('data', 'tools', 'studies'):
         (folder / name).mkdir()
@@ -76,7 +94,7 @@ def foreign(tmp_path_factory):
 
 
 def python(folder, words, foreign):
-    """Runs Python in a folder, with the foreign packages on its path; the lines it printed."""
+    """Runs Python in a folder, with the foreign packages on its path; returns the lines printed."""
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': str(foreign), 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,31 +102,40 @@ def python(folder, words, foreign):
 
 
 def test_no_other_package_is_taken_for_ours(foreign):
-    """data, tools and studies are packages of ours wherever another one has the same name: without
-    an __init__.py the other one would win."""
+    """data, tools and studies are our packages even if others have the same names: without an
+    __init__.py the other one would win."""
     code = 'import data, tools, studies; print(data.__file__, tools.__file__, studies.__file__)'
     assert python(TOP, ['-c', code], foreign)[0].split() == [
         str(TOP / name / '__init__.py') for name in ('data', 'tools', 'studies')]
 
 
+# Calls each command line as `python` does, one after the other, in one process
+COMMANDS = '''
+import runpy, sys
+
+for command, *flags in %r:
+    sys.argv = [command, *flags]
+    if command.endswith('.py'):
+        runpy.run_path(command, run_name='__main__')
+    else:
+        runpy.run_module(command, run_name='__main__', alter_sys=True)
+'''
+
+
 def test_the_core_works_alone(tmp_path, foreign):
     """A copy of prefgpt.py, train_*.py and data/ without tools/, studies/ and tests/ draws the toy
     data and trains all four stages, whatever other packages there are."""
-    for path in (TOP / 'prefgpt.py', *TOP.glob('train_*.py'), *(TOP / 'data').rglob('*.py')):
-        target = tmp_path / path.relative_to(TOP)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    python(tmp_path, ['-m', 'data.toy.prepare'], foreign)
+    copy_of_the_project(tmp_path, 'prefgpt.py', 'train_*.py', 'data/**/*.py')
+    own = {'rm': [], 'dpo': ['--max_new_tokens=8'], 'sft': ['--max_new_tokens=8'],
+           'ppo': ['--rollout_size=8', '--max_new_tokens=8', '--judge=data/toy/reward.py']}
+    stages = ('sft', 'rm', 'ppo', 'dpo')            # all folders by default: data/toy, out/toy/...
+    printed = python(tmp_path, ['-c', COMMANDS % [
+        ['data.toy.prepare'],
+        *([f'train_{stage}.py', '--steps=2', '--batch_size=8', *own[stage]] for stage in stages)
+    ]], foreign)
     files = sorted((tmp_path / 'data' / 'toy').glob('*.jsonl'))
     assert [path.name for path in files] == [f'{split}.{kind}.jsonl' for split in ('train', 'val')
                                              for kind in ('pairs', 'prompts', 'sft')]
-    for path in files:                      # 50 rows of each are enough, and quickly encoded
-        path.write_text(''.join(path.read_text().splitlines(True)[:50]))
-    own = {'rm': ['--batch_size=8'], 'dpo': ['--batch_size=8', '--max_new_tokens=8'],
-           'sft': ['--max_new_tokens=8'],
-           'ppo': ['--rollout_size=8', '--batch_size=8', '--max_new_tokens=8',
-                   '--judge=data/toy/reward.py']}
-    for stage in ('sft', 'rm', 'ppo', 'dpo'):       # all folders by default: data/toy, out/toy/...
-        printed = python(tmp_path, [f'train_{stage}.py', '--steps=2', *own[stage]], foreign)
-        assert printed[-1].startswith(f'out/toy/{stage}/ckpt.pt | ')
-        assert (tmp_path / 'out' / 'toy' / stage / 'ckpt.pt').exists()
+    assert [line.split(' | ')[0] for line in printed if ' | peak memory ' in line] == [
+        f'out/toy/{stage}/ckpt.pt' for stage in stages]
+    assert all((tmp_path / 'out' / 'toy' / stage / 'ckpt.pt').exists() for stage in stages)

@@ -1,6 +1,5 @@
 """
-Runs: the command line, checkpoints and their faults, the log, resuming, and errors as a user
-meets them.
+Checks runs: command line, checkpoints and their faults, log, resuming, errors as users see them.
 
     python -m pytest -q tests/test_runs.py
 """
@@ -8,10 +7,12 @@ import ast
 import dataclasses
 import errno
 import importlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, save_tiny_run
+from conftest import EOS, STAGES, log_rows, same, save_tiny_run
 
-import train_dpo
 import train_ppo
 import train_rm
 import train_sft
@@ -33,7 +33,6 @@ from prefgpt import (GPT, Log, ScalarGPT, UserError, adamw, load_checkpoint, loa
                      parse_config, resume, run_cli, save_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
 SCRIPTS = ['train_sft', 'train_rm', 'train_dpo', 'train_ppo',
            *(f'tools.{path.stem}' for path in sorted((ROOT / 'tools').glob('[a-z]*.py')))]
 
@@ -42,7 +41,7 @@ SCRIPTS = ['train_sft', 'train_rm', 'train_dpo', 'train_ppo',
 
 @dataclass
 class Flags:
-    """A field of every type that a Config may have."""
+    """Has a field of every type that a Config may have."""
     runs: tuple = ()            # the words without a flag
     from_: str = ''             # a flag whose name Python keeps to itself
     data: str = 'data/toy'      # text, even where it looks like # a comment
@@ -54,14 +53,14 @@ class Flags:
 
 @dataclass
 class FlagsAlone:
-    """A Config that takes no words but flags."""
+    """Takes no words but flags."""
     steps: int = 10             # a whole number
     resume: bool = False        # a switch
 
 
 @dataclass
 class NoComment:
-    """A Config that is not finished."""
+    """Lacks the comment on a field."""
     steps: int = 10             # fine
     lr: float = 1e-3
 
@@ -93,14 +92,10 @@ PARSED = [
 
 @pytest.mark.parametrize('argv, expected', PARSED, ids=[' '.join(case[0]) for case in PARSED])
 def test_parse_config(argv, expected):
-    """--flag=value of every type, and --flag value but of a switch; --lr=1 is a float,
-    --whiten=False is false (as bool('False') is not), and the rest keep their defaults."""
+    """--flag=value works for every type, and --flag value but for a switch; --lr=1 is a float,
+    --whiten=False is false (unlike bool('False')), and the rest keep their defaults."""
     cfg = parse_config(Flags, argv)
-    defaults = {'runs': (), 'from_': '', 'data': 'data/toy', 'steps': 10, 'lr': 0.001,
-                'resume': False, 'whiten': True}
-    parsed = dataclasses.asdict(cfg)
-    parsed['runs'] = tuple(parsed['runs'])
-    assert parsed == {**defaults, **expected}
+    assert {**vars(cfg), 'runs': tuple(cfg.runs)} == {**vars(Flags()), **expected}
     assert type(cfg.lr) is float and type(cfg.steps) is int and type(cfg.whiten) is bool
 
 
@@ -120,8 +115,8 @@ REFUSED = [
 
 @pytest.mark.parametrize('argv, words', REFUSED, ids=[' '.join(case[0]) for case in REFUSED])
 def test_parse_config_refuses(argv, words, capsys):
-    """A typo names the nearest flag, a wrong value its flag; exit status 2, and nothing is
-    guessed: an abbreviation that works today means another flag tomorrow."""
+    """A typo is answered with the nearest flag, a wrong value with its flag, and exit status 2.
+    Nothing is guessed: an abbreviation that works today means another flag tomorrow."""
     with pytest.raises(SystemExit) as error:
         parse_config(Flags, argv)
     assert error.value.code == 2
@@ -129,17 +124,14 @@ def test_parse_config_refuses(argv, words, capsys):
     assert [word for word in words if word not in last_line] == []
 
 
-def test_a_switch_never_takes_the_next_word(capsys):
-    """--resume False, without a '=', would resume: where no words are taken it is refused."""
+def test_words_are_refused_where_no_runs_are_taken(capsys):
+    """--resume False, without a '=', would resume: a Config that takes no words refuses it, and
+    only one that takes them has [RUN ...] in the first line of --help."""
     assert parse_config(FlagsAlone, ['--resume=False']).resume is False
     assert parse_config(FlagsAlone, ['--resume', '--steps', '5']) == FlagsAlone(5, True)
     with pytest.raises(SystemExit) as error:
         parse_config(FlagsAlone, ['--resume', 'False'])
     assert error.value.code == 2 and 'unknown argument False' in capsys.readouterr().err
-
-
-def test_usage_names_runs_only_where_they_are_taken(capsys):
-    """[RUN ...] is in the first line of --help only if there is a field for the RUNs."""
     for Config, shown in ((Flags, True), (FlagsAlone, False)):
         with pytest.raises(SystemExit):
             parse_config(Config, ['--help'])
@@ -147,7 +139,7 @@ def test_usage_names_runs_only_where_they_are_taken(capsys):
 
 
 def test_a_field_without_a_comment_fails():
-    """The comment is the help, so a field without one is refused and named."""
+    """The comment is the help, so a field without one raises an error that names it."""
     with pytest.raises(KeyError, match="'lr'"):
         parse_config(NoComment, [])
 
@@ -179,7 +171,7 @@ def test_help_lists_every_field_with_its_comment(script, capsys):
 
 @dataclass
 class RunConfig:
-    """The smallest Config that open_run and save_checkpoint take."""
+    """Has what open_run and save_checkpoint need."""
     data: str = 'data/old'      # data
     out: str = ''               # run folder
     resume: bool = False        # continue
@@ -190,7 +182,7 @@ class RunConfig:
 
 @pytest.fixture
 def save(tmp_path, byte_tokenizer, tiny_gpt):
-    """save(step): a checkpoint of a tiny policy in tmp_path/run/ckpt.pt; returns its path."""
+    """Returns save(step): it writes a tiny policy to tmp_path/run/ckpt.pt and returns the path."""
     path = tmp_path / 'run' / 'ckpt.pt'
     path.parent.mkdir()
 
@@ -203,20 +195,9 @@ def save(tmp_path, byte_tokenizer, tiny_gpt):
     return save
 
 
-def same(a, b):
-    """Whether two nests of dicts, lists and tensors are equal, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return a == b
-
-
 def test_checkpoint_round_trip(save, byte_tokenizer, tiny_gpt):
     """What was saved comes back: stage, step, configs, tokenizer, weights, optimizer and extras,
-    from the folder as from the file."""
+    from the folder and from the file."""
     path = save(3)
     saved = load_checkpoint(path.parent, ['base', 'sft'])
     assert same(saved, load_checkpoint(path, ['sft']))
@@ -237,21 +218,18 @@ def test_checkpoint_round_trip(save, byte_tokenizer, tiny_gpt):
     assert resume(None, optimizer) == (0, {})
 
 
-def test_a_checkpoint_of_the_wrong_stage_names_both(save):
-    """A reward model given as a policy is named as what it is, beside what was expected."""
+def test_a_wrong_stage_or_model_is_refused(save):
+    """A reward model given as a policy raises an error that names both stages. Weights that do not
+    fit the model raise, too: otherwise a head would silently keep its initial weights."""
     path = save(1, stage='rm')
     with pytest.raises(UserError, match=r'ckpt.pt: its stage is rm, not sft or ppo'):
         load_checkpoint(path, ['sft', 'ppo'])
-
-
-def test_load_model_is_strict(save):
-    """Weights that do not fit the model raise: a head that is silently left fresh would not."""
     with pytest.raises(RuntimeError, match='score.weight'):
-        load_model(ScalarGPT, load_checkpoint(save(1), ['sft']), 'policy', 'cpu')
+        load_model(ScalarGPT, load_checkpoint(path, ['rm']), 'policy', 'cpu')
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    """A folder without a checkpoint, or no folder, gives the path and a question."""
+    """A folder without a checkpoint, or no folder, raises an error with the path."""
     for path in (tmp_path, tmp_path / 'nowhere', tmp_path / 'nowhere' / 'ckpt.pt'):
         with pytest.raises(UserError, match=f'{re.escape(str(path))}.*no checkpoint'):
             load_checkpoint(path, ['sft'])
@@ -259,7 +237,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize('keep', [0, 1, 0.3, 0.99, -1])
 def test_a_truncated_checkpoint_is_damaged(save, keep):
-    """Cut to nothing, to a byte, to a share, or by its last byte: one line with the size."""
+    """A file cut to nothing, to a share, or by its last byte raises one line with the size."""
     path = save(1)
     contents = path.read_bytes()
     cut = contents[:int(keep * len(contents)) if 0 < keep < 1 else keep]
@@ -269,8 +247,8 @@ def test_a_truncated_checkpoint_is_damaged(save, keep):
 
 
 def test_a_flipped_byte_is_named(save):
-    """One flipped bit inside a weight: torch.load would read it without a word; the checksum
-    names the record."""
+    """One flipped bit inside a weight, which torch.load would not notice, raises an error that
+    names the record of the archive."""
     path = save(1)
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda info: info.file_size)
@@ -282,8 +260,8 @@ def test_a_flipped_byte_is_named(save):
 
 
 def test_no_flipped_byte_goes_unnoticed(save):
-    """A byte flipped anywhere either gives UserError or (in a time stamp or in padding) the same
-    contents: never other weights, never a traceback."""
+    """A byte flipped anywhere gives UserError or, in a time stamp or in padding, the same contents:
+    never other weights, never a traceback."""
     path = save(1)
     whole = load_checkpoint(path, ['sft'])
     contents = path.read_bytes()
@@ -303,44 +281,35 @@ def test_no_flipped_byte_goes_unnoticed(save):
 
 
 class Evil:
-    """Unpickled, it would make a folder; a real one would do worse."""
-
-    def __init__(self, path):
-        self.path = str(path)
+    """Makes a folder when it is unpickled; a real one would do worse."""
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, ('evil',)
 
 
-def test_a_malicious_checkpoint_is_not_executed(tmp_path):
-    """A pickle that runs code when it is read is refused, and the code does not run."""
-    torch.save({'stage': 'sft', 'weights': Evil(tmp_path / 'evil')}, tmp_path / 'ckpt.pt')
-    with pytest.raises(Exception):
-        load_checkpoint(tmp_path, ['sft'])
-    assert not (tmp_path / 'evil').exists()
-
-
-@pytest.mark.parametrize('contents', [
-    {'stage': 'sft', 'weights': Evil('evil')}, {'wte.weight': torch.ones(2)},
-    {'kind': 'sft', 'step': 1}, [1, 2], None],
-    ids=['a malicious one', 'a bare state dict', 'an older version', 'a list', 'no zip'])
-def test_a_file_that_is_no_checkpoint_of_ours_is_told_in_one_line(tmp_path, contents):
+@pytest.mark.parametrize('contents, why', [
+    ({'stage': 'sft', 'weights': Evil()}, 'damaged'), (None, 'damaged'),
+    ({'wte.weight': torch.ones(2)}, 'not written by this version of prefgpt'),
+    ({'kind': 'sft', 'step': 1}, 'not written by this version of prefgpt'),
+    ([1, 2], 'not written by this version of prefgpt')],
+    ids=['a malicious one', 'no zip', 'a bare state dict', 'an older version', 'a list'])
+def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_one_line(
+        tmp_path, monkeypatch, contents, why):
     """What torch can save, but no stage of this version wrote, gives UserError, not KeyError or
-    UnpicklingError."""
-    path = tmp_path / 'ckpt.pt'
+    UnpicklingError; and code inside a pickle does not run."""
+    monkeypatch.chdir(tmp_path)
     if contents is None:
-        path.write_text('a text file')
+        Path('ckpt.pt').write_text('a text file')
     else:
-        torch.save(contents, path)
-    ours = isinstance(contents, dict) and 'weights' in contents or contents is None
-    why = 'ckpt.pt' if ours else 'ckpt.pt.*not written by this version of prefgpt'
+        torch.save(contents, 'ckpt.pt')
     with pytest.raises(UserError, match=why):
-        load_checkpoint(path, ['sft'])
+        load_checkpoint('ckpt.pt', ['sft'])
+    assert not Path('evil').exists()
 
 
 def test_every_torch_load_is_weights_only():
-    """No file of the project calls torch.load, or the hub's loader, without weights_only=True: a
-    checkpoint from somebody else could run code."""
+    """No file of the project calls torch.load, or the hub's loader, without weights_only=True:
+    otherwise somebody else's checkpoint could run code."""
     found = 0
     for path in ROOT.rglob('*.py'):
         if {'.venv', 'out', '.git'} & set(path.relative_to(ROOT).parts):
@@ -361,59 +330,57 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def test_the_checkpoint_before_is_kept(save):
-    """I22: after three saves ckpt.pt is the third and ckpt.prev.pt the second, both whole; nothing
-    else lies in the folder. Catches contents copied into ckpt.pt: a file must be renamed to it."""
-    path = save(1)
-    assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
-    save(2), save(3)
-    assert load(path)['step'] == 3
-    assert load(path.with_name('ckpt.prev.pt'))['step'] == 2
-    assert sorted(file.name for file in path.parent.iterdir()) == ['ckpt.prev.pt', 'ckpt.pt']
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def fail_in_save(contents, file):
-    """torch.save on a disk that fills up half way."""
+    """Fails as torch.save does on a disk that fills up half way."""
     file.write(b'PK\x03\x04 half a checkpoint')
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fail(*arguments):
-    """A system call on a disk that is full."""
+    """Fails as a system call does on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize('links', [True, False], ids=['links', 'no hard links'])
+def test_the_checkpoint_before_is_kept(save, monkeypatch, tmp_path, links):
+    """I22: after three saves ckpt.pt is the third and ckpt.prev.pt the second, both whole, also on
+    a file system without hard links. Nothing else is in the folder: what a killed save left is
+    removed. Catches contents copied into ckpt.pt: a file must be renamed to it."""
+    if not links:
+        monkeypatch.setattr(os, 'link', fail)
+    (tmp_path / 'run' / 'ckpt.tmp').write_bytes(b'half')
+    path = save(1)
+    assert names_in(path.parent) == ['ckpt.pt']
+    save(2), save(3)
+    assert load_checkpoint(path, ['sft'])['step'] == 3
+    assert load_checkpoint(path.with_name('ckpt.prev.pt'), ['sft'])['step'] == 2
+    assert names_in(path.parent) == ['ckpt.prev.pt', 'ckpt.pt']
 
 
 FAULTS = [(torch, 'save', fail_in_save), (os, 'fsync', fail), (os, 'replace', fail)]
 
 
 @pytest.mark.parametrize('module, name, fault', FAULTS, ids=[fault[1] for fault in FAULTS])
-def test_a_failed_write_leaves_the_old_checkpoint(save, monkeypatch, module, name, fault):
+def test_a_failed_write_leaves_the_old_checkpoint(save, monkeypatch, tmp_path, module, name,
+                                                  fault):
     """I22: whichever call fails, the write says so, ckpt.pt is still the whole checkpoint of
-    before, and no temporary file is left to fill the disk."""
+    before, or not there if this was the first, and no temporary file is left to fill the disk."""
+    def save_in_vain(step):
+        with monkeypatch.context() as patch, pytest.raises((OSError, UserError)):
+            patch.setattr(module, name, fault)
+            save(step)
+
+    save_in_vain(1)
+    assert names_in(tmp_path / 'run') == []
     path = save(1)
     save(2)
-    monkeypatch.setattr(module, name, fault)
-    with pytest.raises((OSError, UserError)):
-        save(3)
-    monkeypatch.undo()
+    save_in_vain(3)
     assert load_checkpoint(path, ['sft'])['step'] == 2
-    assert {file.name for file in path.parent.iterdir()} <= {'ckpt.prev.pt', 'ckpt.pt'}
-
-
-def test_the_checkpoint_before_is_kept_without_hard_links(save, monkeypatch):
-    """A file system without hard links: ckpt.prev.pt is then a copy, and nothing stops."""
-    path = save(1)
-    monkeypatch.setattr(os, 'link', fail)
-    save(2)
-    assert load_checkpoint(path, ['sft'])['step'] == 2
-    assert load_checkpoint(path.with_name('ckpt.prev.pt'), ['sft'])['step'] == 1
-
-
-def test_what_a_killed_save_left_is_cleared_away(save, tmp_path):
-    """A run killed while saving leaves a temporary file: the next save removes it."""
-    (tmp_path / 'run' / 'ckpt.tmp').write_bytes(b'half')
-    path = save(1)
-    assert load(path)['step'] == 1 and list(path.parent.iterdir()) == [path]
+    assert set(names_in(path.parent)) <= {'ckpt.prev.pt', 'ckpt.pt'}
 
 
 @pytest.mark.parametrize('flag, value', [('steps', 0), ('batch_size', 0), ('eval_every', 0),
@@ -422,71 +389,51 @@ def test_what_a_killed_save_left_is_cleared_away(save, tmp_path):
                                          ('max_new_tokens', 0), ('device', 'nowhere'),
                                          ('n_head', 3)])
 def test_a_number_that_cannot_work_is_refused(config, flag, value):
-    """No success in zero steps, no division by zero: the flag is named before anything runs."""
+    """Zero steps, a division by zero, ...: an error names the flag before anything runs."""
     with pytest.raises(UserError, match=f'--{flag}={value}'):
         train_sft.main(config('sft', 'run', **{flag: value}))
 
 
 @pytest.mark.parametrize('changes', [{'beta': 0.0}, {'ipo': True, 'label_smoothing': 0.1}])
 def test_dpo_refuses_settings_without_a_meaning(config, changes):
-    """beta 0 divides by zero or learns nothing; IPO has no label smoothing to ignore silently."""
+    """beta 0 divides by zero or learns nothing, IPO has no label smoothing: an error says so."""
     with pytest.raises(UserError, match='--beta.*--label_smoothing'):
         STAGES['dpo'].main(config('dpo', 'run', **changes))
 
 
-@pytest.mark.parametrize('stage', ['sft', 'rm', 'dpo', 'ppo'])
-def test_resume_on_changed_data_is_refused(stage, config, tiny_data, monkeypatch):
-    """DPO's reference logprobs go by row number: with other rows the loss would be wrong, and
-    silently so. Any stage that resumes on other rows says so instead."""
-    cfg = config(stage, 'run', data=str(tiny_data))
-    die_after_logging(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        STAGES[stage].main(cfg)
-    monkeypatch.undo()
-    for path in tiny_data.glob('train.*.jsonl'):
-        path.write_text(''.join(path.read_text().splitlines(True)[1:]))
+@pytest.mark.parametrize('stage, changed', [*((stage, 'data') for stage in STAGES),
+                                            ('ppo', 'reward model')])
+def test_resume_on_changed_inputs_is_refused(stage, changed, config, tiny_data, rm_run, tmp_path,
+                                             monkeypatch):
+    """A stage that resumes on other rows says so: DPO's reference logprobs go by row number, and
+    its loss would silently be wrong. So does PPO with a reward model that was trained anew: the
+    run would mix two rewards."""
+    own = {'reward': str(shutil.copytree(rm_run, tmp_path / 'rm'))} if stage == 'ppo' else {}
+    cfg = config(stage, 'run', data=str(tiny_data), **own)
+    interrupt(STAGES[stage], cfg, monkeypatch)
+    if changed == 'data':
+        for path in tiny_data.glob('train.*.jsonl'):
+            path.write_text(''.join(path.read_text().splitlines(True)[1:]))
+    else:
+        torch.save({**load(tmp_path / 'rm' / 'ckpt.pt'), 'metrics': {'loss': 0.123}},
+                   tmp_path / 'rm' / 'ckpt.pt')
     with pytest.raises(UserError, match='has changed'):
         STAGES[stage].main(dataclasses.replace(cfg, resume=True))
 
 
 def test_a_lost_checkpoint_does_not_start_the_run_anew(tmp_path):
-    """With ckpt.pt gone but ckpt.prev.pt there, --resume must not begin at 0 and wipe the log."""
+    """If only ckpt.prev.pt is there, --resume must not begin at step 0 and wipe the log."""
     (tmp_path / 'ckpt.prev.pt').write_bytes(b'')
     with pytest.raises(UserError, match='copy ckpt.prev.pt'):
         open_run(RunConfig(out=str(tmp_path), resume=True), 'sft')
 
 
-def test_ppo_does_not_resume_on_another_reward_model(config, monkeypatch):
-    """A reward model trained anew between the interruption and --resume would mix two rewards."""
-    cfg = config('ppo', 'run')
-    die_after_logging(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        STAGES['ppo'].main(cfg)
-    monkeypatch.undo()
-    path, saved = Path(cfg.reward) / 'ckpt.pt', load(f'{cfg.reward}/ckpt.pt')
-    before = path.read_bytes()
-    try:
-        saved['metrics'] = {'loss': 0.123}
-        torch.save(saved, path)
-        with pytest.raises(UserError, match='has changed'):
-            STAGES['ppo'].main(dataclasses.replace(cfg, resume=True))
-    finally:
-        path.write_bytes(before)
-
-
-def test_a_failed_first_write_leaves_nothing(save, monkeypatch, tmp_path):
-    """Without a checkpoint before, the folder stays empty: no half ckpt.pt to resume from."""
-    monkeypatch.setattr(torch, 'save', fail_in_save)
-    with pytest.raises((OSError, UserError)):
-        save(1)
-    assert list((tmp_path / 'run').iterdir()) == []
-
-
 # ----------------------------------------------------------------------------- opening a run
 
 def test_open_run_starts_and_refuses(save, tmp_path):
-    """A new folder is made by the log, not before; a folder that holds a run is refused without
-    --resume; with it the checkpoint is handed out, or None if the run had not saved one yet."""
+    """The log makes a new folder, nothing else does. Without --resume, a folder that holds a log
+    or a checkpoint is refused; with it, open_run returns the checkpoint, or None before the
+    first."""
     new = tmp_path / 'a' / 'new'
     assert open_run(RunConfig(out=str(new)), 'sft') is None
     assert not new.parent.exists()
@@ -495,27 +442,16 @@ def test_open_run_starts_and_refuses(save, tmp_path):
         open_run(RunConfig(out=str(new)), 'sft')
     assert open_run(RunConfig(out=str(new), resume=True), 'sft') is None
     out = str(save(4).parent)
-    (Path(out) / 'log.jsonl').write_text('')
-    with pytest.raises(UserError, match='--resume'):
-        open_run(RunConfig(out=out), 'sft')
-    assert open_run(RunConfig(out=out, resume=True), 'sft')['step'] == 4
-
-
-def test_open_run_refuses_a_checkpoint_without_a_log(save):
-    """A checkpoint whose log was deleted is still a run: without --resume it is refused, neither
-    continued nor overwritten."""
-    with pytest.raises(UserError, match='--resume'):
-        open_run(RunConfig(out=str(save(4).parent)), 'sft')
-
-
-def test_open_run_refuses_another_stage(save):
-    """--resume in the folder of another stage names both."""
-    with pytest.raises(UserError, match='its stage is rm, not dpo'):
-        open_run(RunConfig(out=str(save(1, stage='rm').parent), resume=True), 'dpo')
+    for _ in ('without a log', 'with one'):
+        with pytest.raises(UserError, match='--resume'):
+            open_run(RunConfig(out=out), 'sft')
+        assert open_run(RunConfig(out=out, resume=True), 'sft')['step'] == 4
+        (Path(out) / 'log.jsonl').write_text('')
 
 
 def test_open_run_names_what_changed(save):
-    """A changed setting is named with both values; what moves no result may change."""
+    """A changed setting is named with both values, and so is another stage; what changes no result
+    may change."""
     out = str(save(1).parent)
     with pytest.raises(UserError) as error:
         open_run(RunConfig(out=out, resume=True, lr=0.002, data='data/new'), 'sft')
@@ -524,13 +460,15 @@ def test_open_run_names_what_changed(save):
     assert "--data was 'data/old' and is 'data/new'" in str(error.value)
     assert 'resume was' not in str(error.value)
     assert open_run(RunConfig(out=out, resume=True, micro_batch_size=2), 'sft')['step'] == 1
+    with pytest.raises(UserError, match='its stage is sft, not dpo'):
+        open_run(RunConfig(out=out, resume=True), 'dpo')
 
 
 # ----------------------------------------------------------------------------- the log
 
 def test_log_is_cut_where_the_run_resumes(tmp_path):
-    """I22: rows past the checkpoint go, with their samples, and so does a last line that was half
-    written; the rest stays as it was, and new rows follow. Catches steps that are logged twice."""
+    """I22: rows past the checkpoint are removed, with their samples, and so is a last line that was
+    half written; the rest stays, and new rows follow. Catches steps that are logged twice."""
     rows = ['{"step": 1, "loss": 3.0}\n', '{"step": 2, "loss": 2.5}\n',
             '{"step": 2, "eval_loss": 2.6, "samples": ["hi", "yo"]}\n',
             '{"step": 3, "loss": 2.0, "samples": ["hi there"]}\n', '{"step": 4, "lo']
@@ -545,20 +483,22 @@ def test_log_is_cut_where_the_run_resumes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['log.jsonl']
 
 
-def test_log_survives_a_sample_that_looks_like_its_own_rows(tmp_path):
-    """A model may write anything, line ends and rows of a log too: resuming neither fails nor loses
-    samples."""
+def test_log_survives_any_sample(tmp_path, capsys):
+    """A model may write anything, even line ends and rows of a log: resuming neither fails nor
+    loses samples, and escape sequences do not reach the terminal."""
     samples = ['a\n{"step": 9}\nb', '{"step": 99, "lo', 'a\u2028b\x85c\r', '\ud800 \x1b[2J']
     Log(str(tmp_path), 0, 10).eval(2, {'loss': 1.0}, samples)
     written = (tmp_path / 'log.jsonl').read_bytes()
     Log(str(tmp_path), 2, 10)
     assert (tmp_path / 'log.jsonl').read_bytes() == written
     assert json.loads(written)['samples'] == samples
+    printed = capsys.readouterr().out
+    assert '\x1b' not in printed and '[2J' in printed and '| b' in printed
 
 
 def test_log_line(tmp_path, monkeypatch, capsys):
-    """The line of a step: fixed order and width, time and what is left to go. 10 steps took 12 s,
-    so 480 more take 576 s; 8158 tokens in 0.412 s are 19.8 thousand a second."""
+    """A step's line has a fixed order and width, its time and the time left: 10 steps took 12 s, so
+    480 more take 576 s; 8158 tokens in 0.412 s are 19.8 thousand per second."""
     clock = [1000.0]
     monkeypatch.setattr(time, 'time', lambda: clock[0])
     log = Log(str(tmp_path), 10, 500)
@@ -579,7 +519,7 @@ def test_log_line(tmp_path, monkeypatch, capsys):
 
 
 def test_log_prints_fifty_lines_and_writes_every_row(tmp_path, capsys):
-    """Of 200 steps about 50 are printed, the first and the last among them; all are written."""
+    """About 50 of 200 steps are printed, the first and the last among them; all are written."""
     log = Log(str(tmp_path), 0, 200)
     for step in range(1, 201):
         log.step(step, time.time() - 1, 100, loss=1.0)
@@ -589,18 +529,11 @@ def test_log_prints_fifty_lines_and_writes_every_row(tmp_path, capsys):
     assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 200
 
 
-def test_log_strips_control_characters_from_samples(tmp_path, capsys):
-    """A sample with an escape sequence reaches the terminal without it."""
-    Log(str(tmp_path), 0, 10).eval(1, {'loss': 1.0}, ['a\x1b[2Jb\nc'])
-    out = capsys.readouterr().out
-    assert '\x1b' not in out and '[2Jb' in out and '| c' in out
-
-
 # ----------------------------------------------------------------------------- resuming
 
 @pytest.fixture(scope='module')
 def rm_run(shared_data, random_run, tmp_path_factory):
-    """A reward model after two steps, for PPO to read; not to be changed."""
+    """Returns the run of a reward model after two steps; no test may change it."""
     out = tmp_path_factory.mktemp('runs') / 'rm'
     train_rm.main(train_rm.Config(data=str(shared_data), out=str(out), init=str(random_run),
                                   steps=2, warmup=1, device='cpu'))
@@ -609,7 +542,7 @@ def rm_run(shared_data, random_run, tmp_path_factory):
 
 @pytest.fixture
 def config(shared_data, random_run, rm_run, tmp_path):
-    """config('ppo', 'name'): six steps over two epochs, with a checkpoint at every second one."""
+    """Returns config(stage, name): six steps over two epochs, a checkpoint at every second one."""
     def config(stage, name, **changes):
         common = dict(data=str(shared_data), out=str(tmp_path / name), steps=6, warmup=2, lr=1e-3,
                       eval_every=2, batch_size=24, device='cpu')
@@ -623,7 +556,7 @@ def config(shared_data, random_run, rm_run, tmp_path):
 
 
 def die_after_logging(monkeypatch, last_step):
-    """The run is killed when it has logged a step: past its last checkpoint."""
+    """Kills the run when it has logged a step: past its last checkpoint."""
     step = Log.step
 
     def step_and_die(self, number, *arguments, **metrics):
@@ -636,7 +569,7 @@ def die_after_logging(monkeypatch, last_step):
 
 
 def die_in_save(monkeypatch, number):
-    """The run is killed before the rename of its number-th checkpoint; the log's renames pass."""
+    """Kills the run before the rename of its number-th checkpoint; the log may rename files."""
     replace, calls = os.replace, []
 
     def replace_or_die(source, target):
@@ -647,36 +580,39 @@ def die_in_save(monkeypatch, number):
     monkeypatch.setattr(os, 'replace', replace_or_die)
 
 
-def log_rows(out):
-    """The rows of log.jsonl without the fields that a clock wrote."""
-    rows = [json.loads(line) for line in (Path(out) / 'log.jsonl').read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ('ms', 'tok_per_s')}
-            for row in rows]
+def interrupt(module, cfg, monkeypatch, die=die_after_logging, number=5):
+    """Runs a stage until it is killed: by default after step 5, past the checkpoint of step 4."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die(patch, number)
+        module.main(cfg)
+    assert load(f'{cfg.out}/ckpt.pt')['step'] == 4
 
 
 def assert_resuming_is_never_having_stopped(module, whole, parts, monkeypatch):
-    """The run parts, killed after step 5 and again while saving step 6, ends as the run whole."""
+    """Asserts that the run parts, killed after step 5 and while saving step 6, ends as whole."""
     metrics = module.main(whole)
-    for die, number, step_saved in ((die_after_logging, 5, 4), (die_in_save, 1, 4)):
-        die(monkeypatch, number)
-        with pytest.raises(KeyboardInterrupt):
-            module.main(parts)
-        monkeypatch.undo()
-        assert load(f'{parts.out}/ckpt.pt')['step'] == step_saved
-        parts = dataclasses.replace(parts, resume=True)
+    interrupt(module, parts, monkeypatch)
+    parts = dataclasses.replace(parts, resume=True)
+    interrupt(module, parts, monkeypatch, die_in_save, 1)
     assert module.main(parts) == metrics
+    expected = assert_same_end(whole, parts)
+    assert expected['step'] == 6
+    rows = log_rows(whole.out)
+    assert [row['step'] for row in rows if 'lr' in row] == [1, 2, 3, 4, 5, 6]
+    assert [row['step'] for row in rows if 'samples' in row] == [2, 4, 6]
+    return expected
 
+
+def assert_same_end(whole, parts):
+    """Asserts that two runs ended with finite and equal checkpoints and with the same log."""
     expected, resumed = load(f'{whole.out}/ckpt.pt'), load(f'{parts.out}/ckpt.pt')
     for saved in (expected, resumed):
         del saved['config']             # out and resume differ
-    assert expected['step'] == 6
     assert all(torch.isfinite(weight).all() for weights in expected['weights'].values()
                for weight in weights.values())
     assert same(expected, resumed)
     assert log_rows(whole.out) == log_rows(parts.out)
-    rows = log_rows(whole.out)
-    assert [row['step'] for row in rows if 'lr' in row] == [1, 2, 3, 4, 5, 6]
-    assert [row['step'] for row in rows if 'samples' in row] == [2, 4, 6]
+    assert names_in(whole.out) == names_in(parts.out)
     return expected
 
 
@@ -689,7 +625,7 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
 
 
 def test_i22_a_reward_model_of_another_shape(config, shared_data, tmp_path, monkeypatch):
-    """I22: PPO runs and resumes, bit for bit, where the reward model, and so the value model, has
+    """I22: PPO runs and resumes, bit for bit, if the reward model, and so the value model, has
     other layers, heads and channels than the policy. Catches a value model of the policy's
     shape."""
     save_tiny_run(tmp_path / 'other', shared_data, n_layer=1, n_head=3, n_embd=12, block_size=48)
@@ -706,7 +642,7 @@ def test_i22_a_reward_model_of_another_shape(config, shared_data, tmp_path, monk
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_steps_count_from_one(stage, config, capsys):
-    """Printed lines, log rows and checkpoint call the first step 1; its rate is lr / warmup."""
+    """Printed lines, log rows and checkpoints count steps from 1; the first has lr / warmup."""
     cfg = config(stage, 'run', steps=2, warmup=4, eval_every=1)
     STAGES[stage].main(cfg)
     rows = log_rows(cfg.out)
@@ -720,7 +656,7 @@ def test_steps_count_from_one(stage, config, capsys):
         '1/2', '1/2', '2/2', '2/2']
 
 
-# What a child does: it trains, and is killed by the system with its second checkpoint half written
+# A child process trains with this, and the system kills it in the middle of its second checkpoint
 KILLED = '''
 import io, json, os, signal, sys
 import torch
@@ -745,8 +681,8 @@ train_ppo.main(train_ppo.Config(**json.loads(sys.argv[2])))
 
 
 def test_i22_kill_9_while_a_checkpoint_is_written(config):
-    """I22: kill -9 in the middle of a write, when no clean-up runs: ckpt.pt is the whole one of
-    step 2, and --resume ends bit for bit where a run that never stopped does. PPO, whose state is
+    """I22: after kill -9 in the middle of a write, when no clean-up runs, ckpt.pt is the whole one
+    of step 2, and --resume ends bit for bit where a run that never stopped does. PPO's state is
     the largest. Catches a checkpoint written in place."""
     whole, parts = config('ppo', 'whole'), config('ppo', 'parts')
     metrics = train_ppo.main(whole)
@@ -754,26 +690,16 @@ def test_i22_kill_9_while_a_checkpoint_is_written(config):
                            json.dumps(dataclasses.asdict(parts))], cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert load_checkpoint(parts.out, ['ppo'])['step'] == 2
-    assert {path.name for path in Path(parts.out).iterdir()} == {
-        'ckpt.pt', 'ckpt.tmp', 'log.jsonl'}                 # half of another one beside it
-
+    assert names_in(parts.out) == ['ckpt.pt', 'ckpt.tmp', 'log.jsonl']      # ckpt.tmp: a half
     assert train_ppo.main(dataclasses.replace(parts, resume=True)) == metrics
-    expected, resumed = load(f'{whole.out}/ckpt.pt'), load(f'{parts.out}/ckpt.pt')
-    for key in expected.keys() - {'config'}:                # where out and resume differ
-        assert same(expected[key], resumed[key]), key
-    assert log_rows(whole.out) == log_rows(parts.out)
-    assert ({path.name for path in Path(parts.out).iterdir()}
-            == {path.name for path in Path(whole.out).iterdir()})
+    assert_same_end(whole, parts)
 
 
 def test_resume_with_other_micro_batches_is_allowed(config, monkeypatch):
-    """Out of memory at step 5, resumed with --micro_batch_size=5: the same run, but for rounding;
-    a resumed run with another lr is refused."""
+    """A run that stops at step 5 and resumes with --micro_batch_size=5 is the same but for
+    rounding; with another lr it is refused."""
     train_sft.main(config('sft', 'whole'))
-    die_after_logging(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        train_sft.main(config('sft', 'parts'))
-    monkeypatch.undo()
+    interrupt(train_sft, config('sft', 'parts'), monkeypatch)
     with pytest.raises(UserError, match='--lr was 0.001 and is 0.5'):
         train_sft.main(config('sft', 'parts', resume=True, lr=0.5))
     train_sft.main(config('sft', 'parts', resume=True, micro_batch_size=5))
@@ -786,7 +712,7 @@ def test_resume_with_other_micro_batches_is_allowed(config, monkeypatch):
 @pytest.mark.parametrize('stage', STAGES)
 def test_resuming_a_finished_run_changes_nothing(stage, config, capsys):
     """--resume of a finished run says that it is finished, returns its metrics, takes no step and
-    touches no file: a pipeline can be run again after it broke. Other --steps are refused."""
+    touches no file, so that a broken pipeline can be run again. Other --steps are refused."""
     main, cfg = STAGES[stage].main, config(stage, 'run', steps=2)
     metrics = main(cfg)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
@@ -808,9 +734,9 @@ def test_resuming_a_finished_run_changes_nothing(stage, config, capsys):
 @pytest.mark.parametrize('eval_every', [1, 2])
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_non_finite_loss_stops_the_run(stage, config, monkeypatch, eval_every):
-    """A learning rate that blows up in step 3 stops the run with step and lr, before anything is
-    saved, whether the evaluation after it notices or the next step: the checkpoint of step 2 is
-    kept, and its weights are finite."""
+    """A learning rate that blows up in step 3 stops the run with an error that names step and lr,
+    whether the evaluation after it notices or the next step. Nothing is saved any more: the
+    checkpoint of step 2 stays, with finite weights."""
     module = STAGES[stage]
     schedule = module.learning_rate
 
@@ -826,37 +752,25 @@ def test_a_non_finite_loss_stops_the_run(stage, config, monkeypatch, eval_every)
                for weight in weights.values())
 
 
-def test_out_of_memory_says_what_to_halve(monkeypatch):
-    """OOM names the flag to lower and the peak, in one line."""
+@pytest.mark.parametrize('error, words', [
+    (torch.OutOfMemoryError('CUDA out of memory'), r'MB.*: halve --micro_batch_size.*--roll'),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 'No space left'),
+    (UserError('the role \x1b[2J is unknown'), 'the role')],
+    ids=['memory', 'disk', 'escape sequence'])
+def test_an_error_ends_in_one_line(monkeypatch, error, words):
+    """Out of memory names the flag to halve and the peak, a full disk is no traceback, and a
+    message that quotes a data file's escape sequence is printed without it."""
     def main(cfg):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        raise error
     monkeypatch.setattr(sys, 'argv', ['train_sft.py'])
-    with pytest.raises(SystemExit, match=r'MB.*: halve --micro_batch_size.*--roll') as error:
+    with pytest.raises(SystemExit, match=words) as told:
         run_cli(main, train_sft.Config)
-    assert '\n' not in error.value.code
-
-
-def test_a_full_disk_is_told_in_one_line(monkeypatch):
-    """No space left while a checkpoint is written: one line, not a traceback."""
-    monkeypatch.setattr(sys, 'argv', ['train_sft.py'])
-    with pytest.raises(SystemExit, match='No space left') as error:
-        run_cli(fail, train_sft.Config)
-    assert '\n' not in error.value.code
-
-
-def test_an_error_cannot_steer_the_terminal(monkeypatch):
-    """A message that quotes a data file's escape sequence is printed without it."""
-    def main(cfg):
-        raise UserError('the role \x1b[2J is unknown')
-    monkeypatch.setattr(sys, 'argv', ['train_sft.py'])
-    with pytest.raises(SystemExit, match='the role') as error:
-        run_cli(main, train_sft.Config)
-    assert '\x1b' not in error.value.code
+    assert '\n' not in told.value.code and '\x1b' not in told.value.code
 
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_prompt_longer_than_the_block_is_cut_and_counted(stage, config, tiny_data, capsys):
-    """One prompt of 200 bytes in a block of 32 loses its left end, is counted, and trains."""
+    """A prompt of 200 bytes in a block of 32 loses its left end, is counted, and trains."""
     long = {'prompt': 'x' * 200 + 'say a:', 'completion': ' a!', 'chosen': ' a!',
             'rejected': ' a?'}
     kind = {'sft': 'sft', 'ppo': 'prompts'}.get(stage, 'pairs')
@@ -867,50 +781,41 @@ def test_a_prompt_longer_than_the_block_is_cut_and_counted(stage, config, tiny_d
     assert re.search(r'train: 73 \w+ kept, 1 prompts cut', capsys.readouterr().out)
 
 
-def test_a_tokenizer_that_does_not_fit_is_named(tmp_path, config, tiny_data):
-    """--init on data with other ids for the same words: refused before the first step."""
+@pytest.mark.parametrize('stage', ['dpo', 'ppo'])
+def test_a_tokenizer_that_does_not_fit_is_named(stage, tmp_path, config, tiny_data):
+    """Data with other ids for the same words than --init has, or for PPO a reward model that reads
+    other ids, is refused before the first step: its numbers would be noise."""
     lines = (tiny_data / 'bytes.tiktoken').read_text().splitlines(True)
     swapped = [lines[1].replace(' 1', ' 0'), lines[0].replace(' 0', ' 1'), *lines[2:]]
     (tiny_data / 'bytes.tiktoken').write_text(''.join(swapped))
+    if stage == 'dpo':
+        cfg = config('dpo', 'run', data=str(tiny_data))
+    else:
+        other = save_tiny_run(tmp_path / 'other', tiny_data, vocab_size=EOS + 1)
+        rm = config('rm', 'rm', data=str(tiny_data), init=str(other), steps=1)
+        train_rm.main(rm)
+        cfg = config('ppo', 'run', reward=rm.out)
     with pytest.raises(UserError, match='tokenizer'):
-        train_dpo.main(config('dpo', 'run', data=str(tiny_data)))
+        STAGES[stage].main(cfg)
 
 
-def test_a_reward_model_of_another_tokenizer_is_named(tmp_path, config, tiny_data):
-    """PPO with a reward model that reads other ids: its scores would be noise."""
-    lines = (tiny_data / 'bytes.tiktoken').read_text().splitlines(True)
-    swapped = [lines[1].replace(' 1', ' 0'), lines[0].replace(' 0', ' 1'), *lines[2:]]
-    (tiny_data / 'bytes.tiktoken').write_text(''.join(swapped))
-    other = save_tiny_run(tmp_path / 'other', tiny_data, vocab_size=EOS + 1)
-    rm = config('rm', 'rm', data=str(tiny_data), init=str(other), steps=1)
-    train_rm.main(rm)
-    with pytest.raises(UserError, match='tokenizer'):
-        train_ppo.main(config('ppo', 'run', reward=rm.out))
-
-
-@pytest.mark.parametrize('changes', [
-    dict(data='no/such/folder'), dict(init='no/such/run'), dict(steps=0), dict(device='nowhere')],
-    ids=lambda changes: next(iter(changes)))
-@pytest.mark.parametrize('stage', STAGES)
-def test_a_refused_start_leaves_no_folder(stage, config, changes):
-    """What is refused before the first step leaves no --out behind: the same command, mended, is
-    not told that the folder holds a run."""
+@pytest.mark.parametrize('stage, changes', [
+    *itertools.product(STAGES, [dict(data='no/such/folder'), dict(init='no/such/run'),
+                                dict(steps=0), dict(device='nowhere')]),
+    *(('ppo', dict(reward=reward)) for reward in ('no/such/run', 'no/such/reward.py', 'POLICY'))],
+    ids=str)
+def test_a_refused_start_leaves_no_folder(stage, changes, config, random_run):
+    """What is refused before the first step, PPO's --reward included, leaves no --out behind: the
+    corrected command must not find a run there."""
+    if changes.get('reward') == 'POLICY':
+        changes = dict(reward=str(random_run))
     cfg = config(stage, 'a/run', **changes)
-    with pytest.raises(UserError, match='no/such|--steps=0|--device=nowhere'):
+    with pytest.raises(UserError, match='no/such|--steps=0|--device=nowhere|stage is sft, not rm'):
         STAGES[stage].main(cfg)
     assert not Path(cfg.out).parent.exists()
 
 
-@pytest.mark.parametrize('reward', ['no/such/run', 'no/such/reward.py', 'policy'])
-def test_a_refused_reward_leaves_no_folder(config, random_run, reward):
-    """The same of PPO's --reward: missing, or a policy's run."""
-    cfg = config('ppo', 'a/run', reward=str(random_run) if reward == 'policy' else reward)
-    with pytest.raises(UserError, match='no/such|its stage is sft, not rm'):
-        train_ppo.main(cfg)
-    assert not Path(cfg.out).parent.exists()
-
-
-# the script, its flags (with names for what only the test knows), words that the line must hold
+# the command, with names for what only the test knows, and words that the line must hold
 MISTAKES = {
     'typo': ('train_sft.py --step=1', ['--step=1', 'did you mean --steps?']),
     'missing data': ('train_sft.py --data=no/such/folder --out={new}',
@@ -923,19 +828,29 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('command, words', MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_told_in_one_line(command, words, shared_data, tiny_data, rm_run, tmp_path):
-    """A user's mistake, by the real script, ends with a nonzero status and ONE line on stderr that
-    says what is wrong: no traceback, and no list of flags to scroll past."""
+def test_a_mistake_ends_in_one_line(command, words, shared_data, tiny_data, rm_run, tmp_path,
+                                    monkeypatch, capsys):
+    """A user's mistake ends with a nonzero status and ONE line on stderr that says what is wrong:
+    no traceback, and no list of flags to scroll past. One is made in a process of its own."""
     with open(tiny_data / 'train.sft.jsonl', 'a') as file:          # 72 rows, then blank lines
         file.write('\n\n{"prompt": "P", "completion": }\n')
     used = tmp_path / 'used'
     used.mkdir()
     (used / 'log.jsonl').write_text('')
-    flags = command.format(data=shared_data, bad=tiny_data, used=used, rm=rm_run,
-                           new=tmp_path / 'new').split()
-    done = subprocess.run([sys.executable, *flags, '--device=cpu'], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode in (1, 2) and not (tmp_path / 'new').exists()
-    assert 'Traceback' not in done.stderr
-    assert [word for word in words if word not in done.stderr] == []
-    assert done.stderr.count('\n') == 1
+    script, *flags = command.format(data=shared_data, bad=tiny_data, used=used, rm=rm_run,
+                                    new=tmp_path / 'new').split() + ['--device=cpu']
+    if '--data={bad}' in command:
+        done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, capture_output=True,
+                              text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        status, told = done.returncode, done.stderr
+    else:
+        module = STAGES[script.removeprefix('train_').removesuffix('.py')]
+        monkeypatch.setattr(sys, 'argv', [script, *flags])
+        with pytest.raises(SystemExit) as error:
+            run_cli(module.main, module.Config)
+        status, told = error.value.code, capsys.readouterr().err
+        if isinstance(status, str):     # Python prints it, and exits with status 1
+            status, told = 1, f'{told}{status}\n'
+    assert status in (1, 2) and not (tmp_path / 'new').exists()
+    assert 'Traceback' not in told and told.count('\n') == 1
+    assert [word for word in words if word not in told] == []

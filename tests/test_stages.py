@@ -1,8 +1,8 @@
 """
-Does each stage learn? One gate a stage, in process, on the toy task: say a letter, end in '!'.
+Checks that each stage learns, in process, on the toy task: say a letter, end in '!'.
 
 The bounds are far from what a stage reaches when it works, and far from what it reaches when a sign
-is wrong. That the numbers are right is asked elsewhere, in test_methods.py.
+is wrong. test_methods.py checks that the numbers are right.
 """
 import math
 
@@ -13,7 +13,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from conftest import EOS, read_log, write_jsonl
+from conftest import EOS, STAGES, read_log, same, write_jsonl
 from data.text import load_rows
 from prefgpt import GPT, UserError, generate, load_checkpoint, load_model
 
@@ -21,7 +21,7 @@ LN2 = math.log(2)
 
 
 def run(module, out, data, **options):
-    """main() of a stage with few steps and no warm-up worth the name; returns its metrics."""
+    """Runs main() of a stage for few steps with hardly any warm-up; returns its metrics."""
     common = dict(data=str(data), out=str(out), warmup=5, device='cpu')
     if module is not train_rm:
         common['max_new_tokens'] = 8
@@ -29,7 +29,7 @@ def run(module, out, data, **options):
 
 
 def greedy(run_folder, prompts, tokenizer, stage, max_new_tokens=16):
-    """Greedy responses of a run's policy: text, and whether it ended by itself."""
+    """Returns greedy responses of a run's policy: texts, and whether each ended by itself."""
     policy = load_model(GPT, load_checkpoint(run_folder, [stage]), 'policy', 'cpu')
     tokens, mask = generate(policy, [tokenizer.encode_ordinary(p) for p in prompts],
                             max_new_tokens, EOS, temperature=0)
@@ -42,8 +42,8 @@ def greedy(run_folder, prompts, tokenizer, stage, max_new_tokens=16):
 # ----------------------------------------------------------------------------- SFT
 
 def test_sft_overfits_four_rows(tiny_data, tmp_path, byte_tokenizer):
-    """I8: four rows learned by heart; greedy sampling says each response, EOS, and nothing more.
-    Catches EOS left out of the loss and every shift of the targets."""
+    """I8: after four rows are learned by heart, greedy sampling says each response, EOS, and no
+    more. Catches EOS left out of the loss, and every shift of the targets."""
     rows = [('say a:', ' yes'), ('now say b:', ' no, never!'), ('say', 'x'), ('q', ' 12345')]
     for split in ('train', 'val'):
         write_jsonl(tiny_data / f'{split}.sft.jsonl',
@@ -55,12 +55,12 @@ def test_sft_overfits_four_rows(tiny_data, tmp_path, byte_tokenizer):
 
 
 def test_sft_loss_falls(shared_data, tmp_path):
-    """I23: the held-out loss falls from about ln 257 to below 1 nat a token."""
+    """I23: the loss falls from about ln 257 to below 1 nat per token, on held-out rows too."""
     metrics = run(train_sft, tmp_path / 'sft', shared_data, steps=80, lr=1e-2, n_embd=32,
-                  n_head=2, block_size=32, eval_every=1)
-    losses = [row['eval_loss'] for row in read_log(tmp_path / 'sft', 'eval_loss')]
-    assert losses[0] > 3 and losses[-1] < 1
-    assert metrics['loss'] == losses[-1]
+                  n_head=2, block_size=32)
+    losses, evaluations = read_log(tmp_path / 'sft'), read_log(tmp_path / 'sft', 'eval_loss')
+    assert losses[0]['loss'] > 5 and losses[-1]['loss'] < 1
+    assert [row['eval_loss'] for row in evaluations] == [metrics['loss']] and metrics['loss'] < 1
 
 
 def test_sft_on_pairs_learns_the_chosen_side(shared_data, tmp_path, byte_tokenizer):
@@ -75,8 +75,8 @@ def test_sft_on_pairs_learns_the_chosen_side(shared_data, tmp_path, byte_tokeniz
 # ----------------------------------------------------------------------------- RM, DPO, IPO
 
 def test_reward_model_learns_the_rule(shared_data, sft_run, tmp_path):
-    """I23: held-out accuracy above 0.9, from a loss of ln 2 = 0.6931 and scores of 0. Catches
-    chosen and rejected in each other's place and a score read elsewhere."""
+    """I23: held-out accuracy rises above 0.9, from a loss of ln 2 = 0.6931 and scores of 0. Catches
+    chosen and rejected swapped, and a score read at another place."""
     metrics = run(train_rm, tmp_path / 'rm', shared_data, init=str(sft_run), steps=60,
                   lr=6e-3)
     first = read_log(tmp_path / 'rm')[0]
@@ -86,7 +86,7 @@ def test_reward_model_learns_the_rule(shared_data, sft_run, tmp_path):
 
 
 def test_dpo_learns_the_rule(shared_data, sft_run, tmp_path, byte_tokenizer):
-    """I23: the held-out margin grows to accuracy above 0.9, from a first loss of ln 2; and the
+    """I23: the held-out margin grows, accuracy rises above 0.9, from a first loss of ln 2, and the
     policy then says what the pairs prefer."""
     metrics = run(train_dpo, tmp_path / 'dpo', shared_data, init=str(sft_run), steps=60, lr=2e-3,
                   eval_every=10)
@@ -102,8 +102,8 @@ def test_dpo_learns_the_rule(shared_data, sft_run, tmp_path, byte_tokenizer):
 
 
 def test_ipo_stops_at_its_target(shared_data, sft_run, tmp_path):
-    """I23: IPO pulls h to 1 / (2 beta), and no further: the margin beta h goes to 1/2, whatever
-    beta is. The first loss is (1 / (2 beta))^2. DPO with the same steps goes on past it."""
+    """I23: IPO pulls h to 1 / (2 beta) and no further: the margin beta h goes to 1/2, whatever beta
+    is. The first loss is (1 / (2 beta))^2. DPO with the same steps goes past it."""
     for beta in (0.25, 1.0):
         metrics = run(train_dpo, tmp_path / f'ipo{beta}', shared_data, init=str(sft_run),
                       ipo=True, beta=beta, steps=100, lr=3e-3)
@@ -127,7 +127,7 @@ def score(prompt, response):
 
 @pytest.fixture
 def judge(tmp_path):
-    """A reward.py that counts b's."""
+    """Returns a reward.py that counts b's."""
     path = tmp_path / 'reward.py'
     path.write_text(COUNT_B)
     return str(path)
@@ -168,8 +168,8 @@ def test_ppo_learns_from_a_reward_model(shared_data, sft_run, rm_run, tmp_path, 
 
 def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
         shared_data, sft_run, rm_run, judge, tmp_path):
-    """--judge is asked in evaluations alone: gold is in their rows, and every step, the
-    last evaluation included, is the one of a run without it."""
+    """--judge scores evaluations alone: gold is in their rows, and every step and evaluation is
+    otherwise that of a run without it."""
     options = dict(init=str(sft_run), reward=str(rm_run), steps=2, rollout_size=12, batch_size=6,
                    eval_every=1)
     plain = run(train_ppo, tmp_path / 'plain', shared_data, **options)
@@ -185,10 +185,10 @@ def test_the_judge_of_evaluations_is_logged_as_gold_and_trains_nothing(
     ("def score(prompt, response):\n    return {'points': 1.0}", "not finite .* 'reward'"),
     ("def score(prompt, response):\n    return {'reward': float('nan')}", 'nan.*not finite')],
     ids=['missing', 'no function', 'no reward', 'nan'])
-def test_a_judge_that_cannot_judge_is_told_before_the_first_step(
+def test_a_broken_judge_fails_before_the_first_step(
         shared_data, sft_run, rm_run, tmp_path, text, words):
-    """A judge is asked in evaluations alone: what is wrong with it must not wait for the first one,
-    or the steps before it would be lost."""
+    """A broken judge fails before the first step, and not in the first evaluation, where the steps
+    before it would be lost."""
     path = tmp_path / 'judge.py'
     if text:
         path.write_text(text + '\n')
@@ -199,7 +199,7 @@ def test_a_judge_that_cannot_judge_is_told_before_the_first_step(
 
 
 def test_a_run_may_go_on_with_another_judge(shared_data, sft_run, rm_run, judge, tmp_path):
-    """--judge trains nothing, so it may be named, or left out, when a run goes on."""
+    """--judge changes no step, so a run may resume with it or without it."""
     options = dict(init=str(sft_run), reward=str(rm_run), rollout_size=12, batch_size=6, steps=2)
     metrics = run(train_ppo, tmp_path / 'ppo', shared_data, **options)
     assert run(train_ppo, tmp_path / 'ppo', shared_data, judge=judge, resume=True,
@@ -207,8 +207,8 @@ def test_a_run_may_go_on_with_another_judge(shared_data, sft_run, rm_run, judge,
 
 
 def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):
-    """I23: a large beta keeps the policy at the reference: far less KL and score than with beta 0.
-    Catches the sign of the KL in the reward, with which a large beta runs away."""
+    """I23: a large beta keeps the policy at the reference, with far less KL than beta 0. Catches
+    the sign of the KL in the reward, with which a large beta runs away."""
     kl = {}
     for beta in (0.0, 2.0):
         metrics = run(train_ppo, tmp_path / f'ppo{beta}', shared_data, init=str(sft_run),
@@ -219,8 +219,8 @@ def test_beta_holds_the_policy_back(shared_data, sft_run, judge, tmp_path):
 
 
 def test_ppo_learns_to_stop(shared_data, sft_run, tmp_path):
-    """I23: a response without EOS earns no_eos_score at most: with a judge that likes all alike,
-    more responses end. Catches a rule that is not applied, or to rows with EOS."""
+    """I23: a response without EOS scores no_eos_score at most, so with a judge that gives all the
+    same, more responses end. Catches a rule that is not applied, or applied to rows with EOS."""
     (tmp_path / 'reward.py').write_text("def score(prompt, response):\n    return {'reward': 1}\n")
     run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), steps=25, rollout_size=36,
         reward=str(tmp_path / 'reward.py'), batch_size=12, lr=2e-3, beta=0.0, max_new_tokens=4)
@@ -233,7 +233,7 @@ def test_ppo_learns_to_stop(shared_data, sft_run, tmp_path):
     dict(gamma=0.9, gae_lambda=1.0), dict(beta=0.0), dict(micro_batch_size=5),
     dict(temperature=0.5), dict(rollout_size=5, batch_size=2)], ids=str)
 def test_ppo_runs_with_every_option(shared_data, sft_run, rm_run, tmp_path, options):
-    """The options of the studies: three steps each, every number finite."""
+    """PPO takes three steps with each option of the studies; every number is finite."""
     run(train_ppo, tmp_path / 'ppo', shared_data, init=str(sft_run), reward=str(rm_run),
         **{**dict(steps=3, rollout_size=16, batch_size=8), **options})
     log = read_log(tmp_path / 'ppo', 'step')
@@ -243,7 +243,7 @@ def test_ppo_runs_with_every_option(shared_data, sft_run, rm_run, tmp_path, opti
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_vf_clip_is_without_effect_at_first(shared_data, sft_run, rm_run, tmp_path, seed):
-    """T22: before the value model has moved, clipped and plain losses are the same."""
+    """Before the value model has moved, clipped and plain losses are the same."""
     losses = []
     for vf_clip in (0.0, 0.1):
         out = tmp_path / f'clip{vf_clip}'
@@ -257,7 +257,7 @@ def test_vf_clip_is_without_effect_at_first(shared_data, sft_run, rm_run, tmp_pa
 
 @pytest.fixture
 def eager():
-    """--compile without a compiler: what would be compiled is run as it is, and still called."""
+    """Lets --compile work without a compiler: what would be compiled runs as it is."""
     with torch.compiler.set_stance('force_eager'):
         yield
 
@@ -268,15 +268,12 @@ def stage_options(name, sft_run, rm_run):
             'ppo': dict(init=str(sft_run), reward=str(rm_run), rollout_size=8)}[name]
 
 
-MODULES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
-
-
 @pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning')    # torch's own
-@pytest.mark.parametrize('name', MODULES)
+@pytest.mark.parametrize('name', STAGES)
 def test_compile_takes_the_same_steps(eager, shared_data, sft_run, rm_run, tmp_path, monkeypatch,
                                       name):
-    """--compile=True compiles the bodies in place: the same steps and weights, and a checkpoint
-    whose names have no '_orig_mod.' in them. Sampling does not go through the compiled call."""
+    """--compile=True compiles the bodies in place: steps and weights stay the same, and no name in
+    the checkpoint has '_orig_mod.' in it. Sampling does not use the compiled call."""
     compiled, logs, calls = [], [], []
     original = torch.nn.Module.compile
 
@@ -288,7 +285,7 @@ def test_compile_takes_the_same_steps(eager, shared_data, sft_run, rm_run, tmp_p
     monkeypatch.setattr(torch.nn.Module, 'compile', note)
     for flag in (False, True):
         out = tmp_path / f'{name}{flag}'
-        run(MODULES[name], out, shared_data, steps=2, batch_size=8, compile=flag,
+        run(STAGES[name], out, shared_data, steps=2, batch_size=8, compile=flag,
             **stage_options(name, sft_run, rm_run))
         logs.append([(row.get('loss'), row.get('pg_loss'), row['norm'])
                      for row in read_log(out, 'norm')])
@@ -297,21 +294,18 @@ def test_compile_takes_the_same_steps(eager, shared_data, sft_run, rm_run, tmp_p
                         'ppo': ['GPT', 'GPT', 'ScalarGPT']}[name]
     # Every compiled call has the tokens alone, (B, T): no cache and no positions
     assert calls and all(len(arguments) == 1 and arguments[0].dim() == 2 for arguments in calls)
-    before, after = (load_checkpoint(tmp_path / f'{name}{flag}', [name])['weights']
-                     for flag in (False, True))
-    for model in before:
-        assert before[model].keys() == after[model].keys()
-        assert all(torch.equal(before[model][key], after[model][key]) for key in before[model])
+    assert same(*(load_checkpoint(tmp_path / f'{name}{flag}', [name])['weights']
+                  for flag in (False, True)))
 
 
-@pytest.mark.parametrize('name', MODULES)
+@pytest.mark.parametrize('name', STAGES)
 def test_bfloat16_starts_where_float32_does(shared_data, sft_run, rm_run, tmp_path, name):
-    """--dtype=bfloat16: the first losses agree with float32's to bf16's rounding, and PPO's first
-    ratio is 1 within 0.01 (decision 4): the sampler and the update round alike."""
+    """With --dtype=bfloat16 the first losses agree with float32's to bf16's rounding, and PPO's
+    first ratio is 1 within 0.01: the sampler and the update round alike."""
     first = []
     for dtype in ('float32', 'bfloat16'):
         out = tmp_path / f'{name}-{dtype}'
-        run(MODULES[name], out, shared_data, steps=2, batch_size=8, dtype=dtype,
+        run(STAGES[name], out, shared_data, steps=2, batch_size=8, dtype=dtype,
             **stage_options(name, sft_run, rm_run))
         first.append(read_log(out, 'norm')[0])
     for key in ('loss', 'kl', 'ratio'):

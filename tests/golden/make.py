@@ -1,13 +1,14 @@
 """
-The golden trace: a tiny model, one ragged batch, and every number of the four stages on them.
+Writes the golden trace: every number of the four stages on a tiny model and one ragged batch.
 
     python tests/golden/make.py
 
-writes model, batch, sample, sft, rm, dpo and ppo.npz beside this file, in the order in which a port
-is checked against them; README.md there says what each array is. Every number comes out of the
-project's own functions. They run in float64 and are stored as float32: what is stored is then the
-same on every CPU, and how far a port in float32 is from it is the port's own rounding.
-What it does not do: train well. The rates are large, so that one step shows in every weight.
+The files are model, batch, sample, sft, rm, dpo and ppo.npz beside this one, in the order in which
+a port compares them; README.md says what each array is. The project's own functions compute every
+number, in float64, and it is stored as float32: then the files are the same on every CPU, but for
+numbers near 1e-17 that would be 0 without rounding, and a port in float32 differs from them only by
+its own rounding. The rates are large, so that one step shows in every weight, and do not train
+well.
 """
 import copy
 import sys
@@ -31,7 +32,7 @@ from train_ppo import (cap_unfinished, gae, policy_loss, rollout, rollout_metric
                        update_ema, value_loss, whiten)
 from train_rm import reward_loss, score_pairs
 
-# What the README's table of constants says, name by name
+# The README's table of constants has the same names and values
 CONSTANTS = dict(
     eos=16, pad=0, weight_decay=0.1, grad_clip=1.5,
     sft_lr=0.01, sft_warmup=2, sft_steps=10, rm_lr=0.005, dpo_lr=0.005,
@@ -41,8 +42,8 @@ CONSTANTS = dict(
     ref_ema=0.25, max_new_tokens=8)
 K = SimpleNamespace(**CONSTANTS)
 
-# (prompt, chosen, rejected): EOS inside a prompt, and one that is EOS alone; the pad's id 0 within
-# responses, even as a last token; a response that is EOS alone; two that were cut, without EOS
+# (prompt, chosen, rejected): EOS in a prompt, and a prompt of EOS alone; the pad's id 0 in
+# responses, even as the last token; a response of EOS alone; two that were cut, without EOS
 PAIRS = [([3, 7, 1], [5, 2, 9, 16], [16]),
          ([16], [11, 4, 16], [8, 0, 16]),
          ([2, 16, 13, 6, 10], [14, 1, 12, 15, 0, 7], [9, 9, 16]),
@@ -51,9 +52,9 @@ ROWS = ([(prompt, chosen) for prompt, chosen, _ in PAIRS]
         + [(prompt, rejected) for prompt, _, rejected in PAIRS])
 MINIBATCHES = torch.tensor([[0, 3, 5, 6], [7, 1, 4, 2]])    # rows of PPO's two optimizer steps
 STEPS = 'first.', 'second.'
-# (value, old value, return) beside the clip of the value loss. Within the clip range, the first
-# six, old + (value - old) is not value in float32, and is farther from the return: a slope written
-# by hand must not become 0 there. Of the rest the clipped side is the larger in every other one.
+# (value, old value, return) near the clip of the value loss. The first six are within its range,
+# but in float32 old + (value - old) is not value, and is farther from the return: a slope written
+# by hand must not become 0 there. In every other one of the rest the clipped side is the larger.
 NEAR = [(-0.02, -0.15, -0.5), (0.02, -0.15, 0.5), (0.07, -0.06, 0.2), (-0.1, 0.05, 0.3),
         (-0.02, 0.08, -0.1), (0.03, 0.13, 0.0),
         (0.5, 0.1, -0.5), (0.5, 0.1, 1.0), (-0.8, -0.3, 0.2), (-0.7, -0.3, -1.2)]
@@ -61,7 +62,7 @@ PROMPTS = [[3, 7, 1], [16], [2, 16, 13, 6, 10], [12, 0], [8, 8], [1, 2, 3, 4]]  
 
 
 class Words:
-    """What rollout asks of a tokenizer: its EOS, and some text for ids (here their digits)."""
+    """Does what rollout asks of a tokenizer: it has an EOS and turns ids into text (digits)."""
     eot_token = K.eos
 
     def decode(self, ids):
@@ -69,7 +70,7 @@ class Words:
 
 
 def build_models(dtype):
-    """The four models by name; the reference is the policy, a little moved."""
+    """Returns the four models by name; the reference is the policy, slightly moved."""
     models = dict(policy=tiny_gpt(seed=20), ref=tiny_gpt(seed=20),
                   reward_model=tiny_scalar(seed=38), value_model=tiny_scalar(seed=22))
     generator = torch.Generator().manual_seed(23)
@@ -80,12 +81,12 @@ def build_models(dtype):
 
 
 def weights(prefix, model):
-    """A model's weights by name, after 'prefix.'; the tied embedding is there once."""
+    """Returns a model's weights by name, after 'prefix.', the tied embedding once."""
     return {f'{prefix}.{name}': p.detach().clone() for name, p in model.named_parameters()}
 
 
 def step(prefix, model, optimizer, loss, lr):
-    """One optimizer step on a loss: gradients before clipping, their norm, weights afterwards."""
+    """Takes a step; returns gradients before clipping, their norm, and the weights afterwards."""
     loss.backward()
     out = {f'{prefix}grads.{name}': p.grad.clone() for name, p in model.named_parameters()}
     out[f'{prefix}norm'] = torch.tensor(optimizer_step(optimizer, model, lr, K.grad_clip, 1))
@@ -95,7 +96,7 @@ def step(prefix, model, optimizer, loss, lr):
 # ----------------------------------------------------------------------------- the arrays, by file
 
 def intermediates(policy, x):
-    """Hidden states on the way through a policy, by name; the first block's own parts as well."""
+    """Returns a policy's hidden states by name, with the parts of the first block."""
     seen, hooks = {}, []
 
     def watch(name, module):
@@ -127,7 +128,7 @@ def intermediates(policy, x):
 
 @torch.no_grad()
 def batch_arrays(models):
-    """The batch, and the policy's way from its ids to logprobs."""
+    """Returns the batch and what the policy computes from its ids to logprobs."""
     policy = models['policy']
     tokens, x, y, mask = make_batch(ROWS)
     seen, logprobs = intermediates(policy, x), token_logprobs(policy, x, y, mask)
@@ -142,18 +143,18 @@ def batch_arrays(models):
 
 @torch.no_grad()
 def sample_arrays(models):
-    """Draws from given logits at given u, and whole responses with the u behind them."""
+    """Returns draws from given logits at given u, and whole responses with their u."""
     policy = models['policy']
     logits = 2 * torch.randn(12, 17, generator=torch.Generator().manual_seed(30))
     u = torch.rand(12, generator=torch.Generator().manual_seed(31))
-    logits[0, :2], u[0] = -1e4, 0.0         # the first words are impossible: u = 0 draws the third
-    logits[1, -1], u[1] = 2.0, 0.9999       # the last one
+    logits[0, :2], u[0] = -1e4, 0.0         # the first two are impossible: u = 0 draws the third
+    logits[1, -1], u[1] = 2.0, 0.9999       # draws the last one
     u[2], logits[2] = 0.55, 0.0             # all 17 alike: floor(17 u) = 9
-    # The largest u there is, of 12 words alike: in float32 their twelfths can add up to less than u
+    # The largest u, with 12 equal words: in float32 their twelfths can add up to less than u
     logits = torch.cat([logits, torch.zeros(2, 17)])
     u = torch.cat([u, torch.full((2,), 1 - 2**-24)])
-    logits[12, :5] = logits[13, 12:] = -1e4     # the last possible word is the last, is the 12th
-    # rand is asked for the numbers that generate will draw: they are a part of the trace
+    logits[12, :5] = logits[13, 12:] = -1e4     # the last possible word is the 17th, or the 12th
+    # These are the numbers that generate will draw: they are part of the trace
     seed = torch.Generator().manual_seed(32)
     generate_u = torch.rand(len(PROMPTS), K.max_new_tokens, generator=seed)
     tokens, mask = generate(policy, PROMPTS, K.max_new_tokens, K.eos,
@@ -175,7 +176,7 @@ def sample_arrays(models):
 
 
 def sft_arrays(models):
-    """Two steps of SFT on all rows; the second shows both moments and the moving rate."""
+    """Takes two steps of SFT on all rows; the second shows both moments and the schedule."""
     policy = copy.deepcopy(models['policy'])
     _, x, y, mask = make_batch(ROWS)
     optimizer, out = adamw(policy, K.weight_decay), {
@@ -185,7 +186,7 @@ def sft_arrays(models):
         lr = learning_rate(i, K.sft_steps, K.sft_lr, K.sft_warmup)
         out.update({f'{prefix}loss': loss, f'{prefix}lr': torch.tensor(lr),
                     **step(prefix, policy, optimizer, loss, lr)})
-        # Two steps would hardly tell betas apart by the weights alone
+        # After two steps the weights alone would hardly distinguish other betas
         state = optimizer.state[policy.ln_f.bias]
         out.update({f'{prefix}m.ln_f.bias': state['exp_avg'].clone(),
                     f'{prefix}v.ln_f.bias': state['exp_avg_sq'].clone()})
@@ -193,7 +194,7 @@ def sft_arrays(models):
 
 
 def rm_arrays(models):
-    """The reward model's scores, its loss and its step; the shift that PPO will subtract."""
+    """Returns the reward model's scores, loss and step, and the shift that PPO will subtract."""
     model = copy.deepcopy(models['reward_model'])
     tokens, _, _, mask = make_batch(ROWS)
     chosen, rejected = score_pairs(model, PAIRS, 'cpu')
@@ -205,7 +206,7 @@ def rm_arrays(models):
 
 
 def dpo_arrays(models):
-    """Summed logprobs of both sides under both models, three losses of them, and DPO's step."""
+    """Returns summed logprobs of both sides under both models, three losses, and DPO's step."""
     policy = copy.deepcopy(models['policy'])
     with torch.no_grad():
         ref = pair_logprobs(models['ref'], PAIRS, 'cpu')
@@ -217,7 +218,7 @@ def dpo_arrays(models):
            'margin': losses_and_margins(train_dpo.Config(beta=K.beta), *sides)[1],
            'losses': losses, 'losses_smoothed': smoothed, 'losses_ipo': ipo, 'loss': losses.mean(),
            'loss_smoothed': smoothed.mean(), 'loss_ipo': ipo.mean()}
-    for name in ('smoothed', 'ipo'):            # of the other losses the gradient's norm alone
+    for name in ('smoothed', 'ipo'):            # only the gradient's norm
         grads = torch.autograd.grad(out[f'loss_{name}'], list(policy.parameters()),
                                     retain_graph=True)
         out[f'norm_{name}'] = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))
@@ -225,7 +226,7 @@ def dpo_arrays(models):
 
 
 def rollout_arrays(models):
-    """What PPO knows before it learns: rollout, rewards, advantages, returns."""
+    """Returns what PPO has before its steps: rollout, rewards, advantages, returns."""
     tokens, x, _, mask = make_batch(ROWS)
     with torch.no_grad():
         shift = score_pairs(models['reward_model'], PAIRS, 'cpu').mean()
@@ -234,7 +235,7 @@ def rollout_arrays(models):
     def scorer(tokens, mask, prompts, responses):
         return last_scores(models['reward_model'], tokens, mask) - shift
     cfg = train_ppo.Config(temperature=K.temperature)
-    # The rollout itself, but on our responses: no sampler is likely to cut and to end as these do
+    # The rollout itself, but with our responses: a sampler would hardly draw all these cases
     with patch.object(train_ppo, 'generate', lambda *arguments: (tokens, mask)):
         grid, raw_scores, ended, _ = rollout(models['policy'], models['ref'], scorer,
                                              [row[0] for row in ROWS], Words(), cfg, None)
@@ -246,13 +247,13 @@ def rollout_arrays(models):
             'kl': grid['logprobs'] - grid['ref_logprobs'], 'rewards': rewards,
             'advantages': advantages, 'returns': returns,
             'advantages_white': whiten(advantages, mask),
-            'flat_white': whiten(1e-4 * advantages, mask),      # its variance is of the eps's size
+            'flat_white': whiten(1e-4 * advantages, mask),      # a variance about as small as eps
             **{f'logged.{name}': torch.tensor(number)
                for name, number in rollout_metrics(grid, raw_scores, ended).items()}}
 
 
 def near_arrays(dtype):
-    """Values beside the clip range of the value loss, and the loss's slope in them."""
+    """Returns values near the clip of the value loss, and its slope in them."""
     near = [torch.tensor(z) for z in zip(*NEAR)]                # float32: these very numbers
     values, *targets = [z.to(dtype) for z in near]
     values.requires_grad_()
@@ -262,7 +263,7 @@ def near_arrays(dtype):
 
 
 def ppo_arrays(models):
-    """The rollout, then an optimizer step on each of two minibatches, then the reference's step."""
+    """Returns the rollout, a step on each of two minibatches, and then the reference's step."""
     _, x, y, mask = make_batch(ROWS)
     out = rollout_arrays(models)
     out.update(near_arrays(out['values'].dtype))
@@ -292,13 +293,13 @@ def ppo_arrays(models):
 # ----------------------------------------------------------------------------- all of it
 
 def stored(z):
-    """A tensor as it is in the file: float32, int64 or bool."""
+    """Returns a tensor as the file has it: float32, int64 or bool."""
     z = z.detach().contiguous()
     return (z.to(torch.float32) if z.is_floating_point() else z).numpy()
 
 
 def trace(dtype=torch.float64):
-    """All arrays, {file: {name: array}}, in reading order, computed in the given dtype."""
+    """Computes all arrays in the given dtype: {file: {name: array}}, in reading order."""
     models = build_models(dtype)
     files = {'model': {name: z for prefix, model in models.items()
                        for name, z in weights(prefix, model).items()},
@@ -310,7 +311,7 @@ def trace(dtype=torch.float64):
 
 
 def main(folder=HERE):
-    """Writes the files into a folder and prints what is in them."""
+    """Writes the files into a folder and prints their sizes."""
     for file, arrays in trace().items():
         path = Path(folder) / f'{file}.npz'
         np.savez(path, **arrays)                # not compressed: easily read from C

@@ -1,17 +1,17 @@
-"""RLHF in plain numpy: supervised fine-tuning, a reward model, DPO and PPO, gradients by hand.
+"""Ports prefgpt to plain numpy: SFT, a reward model, DPO and PPO, with gradients by hand.
 
-Written from README.md beside it alone, the porting guide of prefgpt, and from none of its code.
+It was written from README.md, the porting guide, alone, and from no code of prefgpt.
 
     python tests/golden/port.py
 
-recomputes, in the order of the guide, every number that lies there as .npz files: from the eight
-rows below, the weights of model.npz and the few given arrays, see INPUTS. Nothing else stored is
-taken up on the way: a second step goes on from this file's own first step.
+recomputes, in the order of the guide, every number in the .npz files from the eight rows below, the
+weights of model.npz and the few given arrays (see INPUTS). It uses no other stored number: a second
+step continues from this file's own first step.
 
-All of it is float32. Weights, gradients and intermediates are dictionaries from the guide's names
-to arrays. A layer's forward and backward stand next to each other: `d` is the slope of the loss in
-the layer's output, what comes back is the slope in its input `z`, and the slopes in its weights
-are put into `g`. What little a backward pass needs of the forward pass it computes again.
+Everything is float32. Weights, gradients and intermediates are dictionaries from the guide's names
+to arrays. A layer's backward function follows its forward function: `d` is the slope of the loss in
+the layer's output, the result is the slope in its input `z`, and the slopes in its weights are
+added to `g`. The backward pass recomputes the little that it needs from the forward pass.
 
 Letters of the shapes: B rows, T positions, C channels, H heads of D channels, V words, N pairs,
 R rows of a minibatch, P prompts, M response tokens.
@@ -34,7 +34,7 @@ PROMPTS = [[3, 7, 1], [16], [2, 16, 13, 6, 10], [12, 0]]
 CHOSEN = [[5, 2, 9, 16], [11, 4, 16], [14, 1, 12, 15, 0, 7], [6, 16]]
 REJECTED = [[16], [8, 0, 16], [9, 9, 16], [13, 3, 11, 2, 0]]
 
-# What the files hold that is given, not computed; besides all of model.npz.
+# What is given and not computed, besides all of model.npz.
 INPUTS = {
     "sample.npz": ("draw_logits", "draw_u", "prompts", "prompt_lengths", "u"),
     "ppo.npz": ("minibatches", "near.values", "near.old_values", "near.returns"),
@@ -45,7 +45,7 @@ INPUTS = {
 
 
 def layout(prompts, responses):
-    """Rows of ids as the arrays of a batch. Column t is the act of emitting y[:, t]."""
+    """Returns rows of ids as the arrays of a batch. Column t is about emitting y[:, t]."""
     p, r = (np.array([len(row) for row in part]) for part in (prompts, responses))  # (B,)
     tokens = np.zeros((len(p), (p + r).max()), np.int64)                        # (B, T+1)
     for row, prompt, response in zip(tokens, prompts, responses):
@@ -71,7 +71,7 @@ def linear_back(d, z, p, name, g):
 
 
 def standard(z):
-    """z with mean 0 and variance 1 over the channels, and the root it was divided by."""
+    """Returns z with mean 0 and variance 1 over the channels, and the divisor."""
     z = z - z.mean(-1, keepdims=True)                                           # (B, T, C)
     root = np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5)                       # (B, T, 1)
     return z / root, root
@@ -108,12 +108,12 @@ def softmax(z):
 
 
 def split(z):
-    """(B, T, C) -> (B, H, T, D): head i has the channels i*D .. (i+1)*D - 1."""
+    """Splits (B, T, C) into (B, H, T, D): head i takes the channels i*D .. (i+1)*D - 1."""
     return z.reshape(*z.shape[:2], HEADS, -1).swapaxes(1, 2)
 
 
 def join(z):
-    """(B, H, T, D) -> (B, T, C): heads side by side."""
+    """Joins (B, H, T, D) into (B, T, C): heads side by side."""
     return z.swapaxes(1, 2).reshape(z.shape[0], z.shape[2], -1)
 
 
@@ -139,7 +139,7 @@ def attention_back(d, qkv):
 
 
 def body(p, x):
-    """Every intermediate of the forward pass, under the names of batch.npz."""
+    """Returns every intermediate of the forward pass, under the names of batch.npz."""
     h = p["wte.weight"][x] + p["wpe.weight"][: x.shape[1]]                      # (B, T, C)
     z = {"x": x, "embedded": h}
     for i in range(LAYERS):
@@ -159,7 +159,7 @@ def body(p, x):
 
 
 def body_back(d, z, p):
-    """The gradients of all weights of the body, of d = d loss / d hidden (B, T, C)."""
+    """Returns the gradients of all weights of the body, from d = d loss / d hidden (B, T, C)."""
     g = {name: np.zeros_like(p[name]) for name in ("wte.weight", "wpe.weight")}
     d = norm_back(d, z[f"h{LAYERS - 1}.out"], p, "ln_f", g)
     for i in reversed(range(LAYERS)):
@@ -179,7 +179,7 @@ def body_back(d, z, p):
 
 
 def policy_logprobs(p, batch, temperature=1.0):
-    """Logprobs of y, 0 off the mask, and what `policy_back` needs."""
+    """Returns logprobs of y, 0 off the mask, and what `policy_back` needs."""
     z = body(p, batch["x"])
     logits = z["hidden"] @ p["wte.weight"].T                                    # (B, T, V)
     every = logits / temperature
@@ -190,7 +190,7 @@ def policy_logprobs(p, batch, temperature=1.0):
 
 
 def policy_back(slope, z, p, temperature=1.0):
-    """The gradients, of slope = d loss / d logprobs (B, T), which is 0 off the mask."""
+    """Returns the gradients, from slope = d loss / d logprobs (B, T), 0 off the mask."""
     onehot = z["y"][..., None] == np.arange(z["logits"].shape[-1])              # (B, T, V)
     d = slope[..., None] * (onehot - softmax(z["logits"] / temperature)) / temperature
     g = body_back(d @ p["wte.weight"], z, p)
@@ -199,13 +199,13 @@ def policy_back(slope, z, p, temperature=1.0):
 
 
 def numbers(p, x):
-    """The number of a reward or value model at each place of x, and what `numbers_back` needs."""
+    """Returns a scalar model's number at each place of x, and what `numbers_back` needs."""
     z = body(part(p, "body."), x)
     return z["hidden"] @ p["score.weight"][0], z                                # (B, T)
 
 
 def numbers_back(slope, z, p):
-    """The gradients, of slope = d loss / d number (B, T)."""
+    """Returns the gradients, from slope = d loss / d number (B, T)."""
     g = body_back(slope[..., None] * p["score.weight"][0], z, part(p, "body."))
     return {**named("body.", g), "score.weight": np.einsum("bt,btc->c", slope, z["hidden"])[None]}
 
@@ -222,7 +222,7 @@ def named(prefix, arrays):
 
 
 def draw(logits, u, temperature):
-    """One id for each row of logits (B, V), at the uniform numbers u (B,)."""
+    """Draws one id per row of logits (B, V), at the uniform numbers u (B,)."""
     if temperature == 0:
         return logits.argmax(-1)                                                # the first largest
     F = softmax(logits / temperature).cumsum(-1)                                # (B, V)
@@ -231,7 +231,7 @@ def draw(logits, u, temperature):
 
 
 def generate(p, prompts, u, temperature):
-    """Goes on from each prompt to EOS or MAX_NEW_TOKENS; each row at its own position."""
+    """Continues each prompt up to EOS or MAX_NEW_TOKENS, each row at its own position."""
     responses = [[] for _ in prompts]
     for t in range(MAX_NEW_TOKENS):
         batch = layout(prompts, responses)
@@ -264,7 +264,7 @@ def global_norm(g):
 
 
 def adamw(p, g, lr, state=None):
-    """One clipped step: the weights after it, the state (k, m, v), and the norm of g."""
+    """Takes one clipped step; returns weights after it, state (k, m, v), and the norm of g."""
     total = global_norm(g)
     scale = min(1, GRAD_CLIP / (total + 1e-6))
     zeros = {name: np.zeros_like(a) for name, a in p.items()}
@@ -280,7 +280,7 @@ def adamw(p, g, lr, state=None):
 
 
 def rate(s, n, w, lr):
-    """The rate of step s of n with w steps of warm-up: up to lr, then a cosine to lr / 10."""
+    """Returns the rate of step s of n: w steps of warm-up to lr, then a cosine to lr / 10."""
     if s < w:
         return lr * (s + 1) / w
     return lr * (0.1 + 0.9 * (1 + math.cos(math.pi * (s - w) / max(1, n - 1 - w))) / 2)
@@ -333,7 +333,7 @@ def reward_stage(p, batch):
 
 
 def dpo_losses(h, smoothing=0.0):
-    """The losses of the pairs and their slopes in h (N,)."""
+    """Returns the losses of the pairs and their slopes in h, (N,) each."""
     margin, keep = BETA * h, 1 - smoothing
     losses = -keep * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
     return losses, BETA * (sigmoid(margin) - keep)
@@ -364,7 +364,7 @@ def dpo_stage(policy, ref, batch):
 
 
 def gae(rewards, values, batch):
-    """Advantages (B, T): backwards over each row's response tokens; nothing follows the last."""
+    """Returns advantages (B, T), backwards over each row's response; nothing follows the last."""
     advantages = np.zeros_like(rewards)
     for b, mask in enumerate(batch["response_mask"]):
         A = V_next = np.float32(0)
@@ -382,7 +382,7 @@ def whiten(A, mask):
 
 
 def rollout(policy, ref, value_model, reward, batch):
-    """The numbers that stay as they are in every pass over the rollout batch."""
+    """Returns the numbers that are the same in every pass over the rollout batch."""
     mask, rows = batch["response_mask"], np.arange(len(batch["x"]))             # (B, T), (B,)
     last = batch["prompt_lengths"] + batch["response_lengths"] - 1              # (B,), in tokens
     logprobs, _ = policy_logprobs(policy, batch, TEMPERATURE)                   # (B, T)
@@ -406,18 +406,18 @@ def rollout(policy, ref, value_model, reward, batch):
 
 
 def policy_losses(logprobs, old, A):
-    """Ratios, losses and slopes in the logprobs: (R, T) each."""
+    """Returns ratios, losses and slopes in the logprobs, (R, T) each."""
     ratio = np.exp(logprobs - old)
     plain, clipped = -A * ratio, -A * np.clip(ratio, 1 - CLIP_EPS, 1 + CLIP_EPS)
     return ratio, np.maximum(plain, clipped), plain * (plain >= clipped)
 
 
 def value_losses(values, old, returns, vf_clip):
-    """Losses and slopes in the values: (R, T) each."""
+    """Returns losses and slopes in the values, (R, T) each."""
     moved = values - old
     c = old + np.clip(moved, -vf_clip, vf_clip) if vf_clip else values
     plain, clipped = (values - returns) ** 2, (c - returns) ** 2
-    # Within the clip range c is `values`, but for rounding: this must not cost the slope.
+    # Within the clip range c is `values` but for rounding, which must not set the slope to 0.
     inside = abs(moved) <= vf_clip
     return np.maximum(plain, clipped) / 2, (values - returns) * (inside | (plain >= clipped))
 
@@ -470,7 +470,7 @@ def load(path):
 
 
 def recompute(stored):
-    """The arrays of every file, by file and name, in the guide's order."""
+    """Computes the arrays of every file, by file and name, in the guide's order."""
     model = stored["model.npz"]
     policy, ref = part(model, "policy."), part(model, "ref.")
     batch = layout(PROMPTS + PROMPTS, CHOSEN + REJECTED)
@@ -489,7 +489,7 @@ def recompute(stored):
 
 
 def places(file, name, array, batch, minibatches):
-    """Where an array is compared: at real places if the guide says so, else everywhere."""
+    """Returns where to compare an array: at real places if the guide says so, else everywhere."""
     if file == "batch.npz":
         return batch["real"] if array.ndim == 3 else ...
     tokens, lengths = batch["tokens"], batch["prompt_lengths"] + batch["response_lengths"]
@@ -502,7 +502,7 @@ def places(file, name, array, batch, minibatches):
 
 
 def difference(ours, theirs, name, where):
-    """|ours - theirs| and the tolerance, both at the place where they stand worst."""
+    """Returns |ours - theirs| and the tolerance, both at the place that is worst."""
     if ours is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return math.inf, 0.0
     a, b = (np.atleast_1d(z[where]).ravel().astype(float) for z in (ours, theirs))
@@ -514,7 +514,7 @@ def difference(ours, theirs, name, where):
 
 
 def compare(folder):
-    """(file/name, difference, tolerance) of every stored array that is not given."""
+    """Returns (file/name, difference, tolerance) of every stored array that is not given."""
     files = ("model", "batch", "sample", "sft", "rm", "dpo", "ppo")
     stored = {f"{file}.npz": load(Path(folder) / f"{file}.npz") for file in files}
     computed, result = recompute(stored), []

@@ -1,18 +1,18 @@
 """
-The golden trace of tests/golden: that it is what the code computes today, that its README says
-all of it and no more, that a numpy port written from that README agrees with it and cannot make
-the usual slips unnoticed, and that none of its cases is empty.
+Checks the golden trace: it is what the code computes today, the README names all of it and no more,
+a numpy port written from that README agrees with it and makes no usual slip unnoticed, and every
+case of it contains something.
 """
 import ast
 import re
 import sys
 from types import ModuleType
 
+import make
 import numpy as np
+import port
 import pytest
 import torch
-
-from golden import make, port
 
 GOLDEN = make.HERE
 FILES = ['model', 'batch', 'sample', 'sft', 'rm', 'dpo', 'ppo']
@@ -20,13 +20,13 @@ FILES = ['model', 'batch', 'sample', 'sft', 'rm', 'dpo', 'ppo']
 
 @pytest.fixture(scope='module')
 def stored():
-    """The arrays in the repository, {file: {name: array}}."""
+    """Loads the arrays in the repository: {file: {name: array}}."""
     return {file: dict(np.load(GOLDEN / f'{file}.npz')) for file in FILES}
 
 
 def compare(ours, theirs, tolerance, tolerance_after):
-    """Same names in the same order, shapes and dtypes; numbers to tolerances, absolute + relative:
-    one for all arrays but the weights after a step."""
+    """Asserts the same names in the same order, shapes and dtypes, and equal numbers to tolerances,
+    absolute + relative; tolerance_after is for weights after a step."""
     assert list(ours) == list(theirs) == FILES
     for file in FILES:
         assert list(ours[file]) == list(theirs[file]), file
@@ -40,22 +40,22 @@ def compare(ours, theirs, tolerance, tolerance_after):
 
 
 def test_the_trace_is_what_the_code_computes(stored, tmp_path, capsys):
-    """The files written anew hold the same numbers. Catches a change of the method that the
-    porting guide was not told of: python tests/golden/make.py, and the README, if it is wanted."""
+    """The files written anew hold the same numbers. Catches a change of the method that is missing
+    from the porting guide; if it is wanted, run make.py and change the README."""
     make.main(tmp_path)
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(FILES)
     compare({file: dict(np.load(tmp_path / f'{file}.npz')) for file in FILES}, stored, 1e-6, 1e-6)
 
 
 def test_the_tolerances_leave_room_for_float32(stored):
-    """The same code in float32, as it trains, is within the tolerances that a port is given."""
+    """The same code in float32, as it trains, keeps the tolerances that a port is given."""
     compare(make.trace(torch.float32), stored, 1e-5, 1e-4)
 
 
 # ----------------------------------------------------------------------------- the README
 
 def readme_tables():
-    """The README's tables that begin with a name in backticks: {heading: [cells of a row]}."""
+    """Returns the README's tables whose rows begin with a backtick: {heading: [cells of a row]}."""
     tables, heading = {}, None
     for line in (GOLDEN / 'README.md').read_text().splitlines():
         if line.startswith('#'):
@@ -66,7 +66,7 @@ def readme_tables():
 
 
 def readme_arrays(tables, sizes):
-    """{file: {name: (shape, dtype)}} as the README has it: W any weight, L a layer, K a step."""
+    """Returns {file: {name: (shape, dtype)}} by the README: W any weight, L a layer, K a step."""
     def shape_of(cell):
         return eval(cell, {}, sizes)                # '(B, T+1)', from our own README
 
@@ -111,12 +111,12 @@ def test_the_readme_has_the_constants():
 # ----------------------------------------------------------------------------- the numpy port
 
 def differing(results):
-    """The names in port.compare's (name, difference, tolerance) that differ; a NaN does."""
+    """Returns the names in port.compare's results that differ; a NaN differs."""
     return [name for name, difference, tolerance in results if not difference <= tolerance]
 
 
 def test_the_port_agrees(stored):
-    """The port, in float32, recomputes every array but the given ones, which the README marks."""
+    """The port, in float32, recomputes every array but those that the README marks as given."""
     given = {file: {name.strip('`') for name, *_, what in readme_tables()[f'{file}.npz']
                     if '*given*' in what} for file in FILES}
     inputs = {file: set(port.INPUTS.get(f'{file}.npz', ())) for file in FILES}
@@ -130,7 +130,7 @@ def test_the_port_agrees(stored):
 
 
 def test_the_port_is_numpy_alone():
-    """It imports numpy and the standard library: nothing of ours that it could agree with."""
+    """The port imports numpy and the standard library alone: it cannot copy a mistake of ours."""
     imported = set()
     for node in ast.walk(ast.parse((GOLDEN / 'port.py').read_text())):
         if isinstance(node, ast.Import):
@@ -154,7 +154,7 @@ def test_the_port_is_numpy_alone():
     ('np.where(past, w, ', 'np.where(True, w, ', 'batch.npz/h0.heads'),
     ('return z / root, root', 'return z * np.float32(np.nan), root', 'batch.npz/h0.ln_1')])
 def test_a_slip_in_the_port_is_noticed(right, wrong, first):
-    """A slip of a port's author each, and a NaN: the first array to differ is where it was made."""
+    """With a usual slip in the port, or a NaN, the first array to differ shows where it is."""
     source, slipped = (GOLDEN / 'port.py').read_text(), ModuleType('slipped')
     assert source.count(right) == 1
     exec(source.replace(right, wrong), slipped.__dict__)
@@ -165,7 +165,7 @@ def test_a_slip_in_the_port_is_noticed(right, wrong, first):
 # ----------------------------------------------------------------------------- is anything in it?
 
 def test_the_files_are_small(stored):
-    """At most 1 MB in all; C order, little-endian, three types: a short reader in any language."""
+    """At most 1 MB in all, C order, little-endian, three types: easy to read in any language."""
     assert sum((GOLDEN / f'{file}.npz').stat().st_size for file in FILES) <= 1e6
     for arrays in stored.values():
         for name, z in arrays.items():
@@ -174,8 +174,8 @@ def test_the_files_are_small(stored):
 
 
 def test_the_batch_is_ragged(stored):
-    """Padding, a response of one token, rows without EOS, EOS in prompts, the pad's id in responses
-    and as a last token; every weight random, the biases and LayerNorms too."""
+    """The batch has padding, a response of one token, rows without EOS, EOS in prompts, the pad's
+    id in responses and as a last token; every weight is random, biases and LayerNorms too."""
     batch = stored['batch']
     eos, lengths = make.K.eos, batch['response_lengths']
     assert lengths.min() == 1 and len(set(lengths)) > 3 and len(set(batch['prompt_lengths'])) > 3
@@ -191,10 +191,10 @@ def test_the_batch_is_ragged(stored):
 
 
 def test_every_branch_of_ppo_is_taken(stored):
-    """Scores that the no-EOS rule changes and leaves; ratios 1, then clipped on either side with
-    their advantage pulling there, and within; values clipped and not; clipped gradients and not.
-    Values that rounding alone moves within the clip range; a variance of the whitening eps's size.
-    """
+    """The no-EOS rule changes some scores and leaves others; ratios are 1, then clipped on either
+    side with an advantage that pulls there, or within; values and gradients are clipped and not;
+    rounding alone moves some values within the clip range; one variance is as small as whitening's
+    eps."""
     ppo, mask = stored['ppo'], stored['batch']['response_mask']
     raw, scores, ended = ppo['raw_scores'], ppo['scores'], ppo['ended']
     assert (scores[~ended] == np.minimum(raw[~ended], -1)).all() and (scores == raw)[ended].all()
@@ -220,7 +220,7 @@ def test_every_branch_of_ppo_is_taken(stored):
 
 
 def test_no_number_is_nothing(stored):
-    """Losses, gradients and steps are not 0, every step moves every tensor, the samplers differ."""
+    """No loss, gradient or step is 0, every step moves every tensor, and the samplers differ."""
     shift = 'body.ln_f.bias'        # it moves both scores of a pair alike: no gradient, no decay
     assert np.abs(stored['rm'][f'grads.{shift}']).max() < 1e-6
     before = {'sft': {'': 'policy'}, 'rm': {'': 'reward_model'}, 'dpo': {'': 'policy'},
