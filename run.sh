@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash run.sh          sets up, then runs the whole pipeline on data/toy into out/toy
 # bash run.sh test     sets up, then runs the tests
-# SEED=3 bash run.sh   the same pipeline on another draw of everything, into out/toy-3
+# SEED=3 bash run.sh   the same pipeline with another seed and the same held-out prompts, into out/toy-3
 #
 # Interrupted and called again, it keeps finished stages and resumes the unfinished one.
 # FLAGS_SFT, FLAGS_RM, FLAGS_PPO, FLAGS_DPO and FLAGS_EVALUATE pass more flags to a stage:

@@ -31,7 +31,7 @@ class Config:
     # training
     steps: int = 2000               # optimizer steps
     batch_size: int = 32            # pairs per optimizer step
-    micro_batch_size: int = 0       # pairs per forward pass (0: all); affects memory, not results
+    micro_batch_size: int = 0       # pairs per forward pass (0: all); memory, and rounding only
     lr: float = 3e-3                # peak learning rate
     warmup: int = 50                # steps of linear warm-up; then a cosine down to lr / 10
     weight_decay: float = 0.1       # AdamW's, on matrices and embeddings

@@ -37,7 +37,7 @@ class Config:
     # training
     steps: int = 1250               # optimizer steps
     batch_size: int = 16            # rows per optimizer step
-    micro_batch_size: int = 0       # rows per forward pass (0: all); affects memory, not results
+    micro_batch_size: int = 0       # rows per forward pass (0: all); memory, and rounding only
     lr: float = 6e-3                # peak learning rate
     warmup: int = 50                # steps of linear warm-up; then a cosine down to lr / 10
     weight_decay: float = 0.1       # AdamW's, on matrices and embeddings
