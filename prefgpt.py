@@ -307,7 +307,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
 def rng(seed, step, stream):
     """
     Returns a fresh CPU generator for one step, or epoch, and one purpose: 'batch', 'rollout',
-    'shuffle' or 'eval'. No random state is carried over: a resumed run draws what it would have.
+    'shuffle' or 'eval'. No random state is carried over: a resumed run draws the same numbers.
     """
     digest = hashlib.sha256(f'{seed} {step} {stream}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], 'little'))

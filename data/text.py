@@ -113,7 +113,7 @@ RESPONSES = {'sft': ('response',), 'pairs': ('chosen', 'rejected'), 'prompts': (
 
 
 def unique_keys(pairs):
-    """Raises ValueError on a repeated key, of which json keeps the last (an object_pairs_hook)."""
+    """Raises ValueError on a repeated key: json keeps its last value (an object_pairs_hook)."""
     if len(dict(pairs)) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f'the key {max(keys, key=keys.count)!r} appears twice')
@@ -233,7 +233,7 @@ def from_transcripts(chosen, rejected):
 def load_split(data, kind, template, rows=''):
     """
     Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side), or
-    of one JSON Lines file, of which a hash of the prompt holds out a tenth, the same each time.
+    of one JSON Lines file, where a hash of the prompt holds out the same tenth each time.
     """
     if Path(data).is_dir():
         return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
