@@ -500,8 +500,8 @@ def run_cli(main, Config):
         print('interrupted; --resume continues a training run', file=sys.stderr)
         sys.exit(130)                           # what a shell expects after Ctrl-C
     except torch.OutOfMemoryError:
-        sys.exit(f'error: out of memory, peak {peak_memory()}: halve --micro_batch_size, which '
-                 'changes rounding only, or --rollout_size; for a tool, --batch_size')
+        sys.exit(f'error: out of memory, peak {peak_memory()}: set --micro_batch_size, or halve it '
+                 '(that changes rounding only), or halve --rollout_size; in a tool, --batch_size')
 
 
 def printable(text):

@@ -6,9 +6,9 @@ Stage 4, direct preference optimization: pairs train the policy directly, withou
     loss = (h - 1 / (2 beta))^2             IPO, Azar et al. 2024, with --ipo
 
 log pi(response), seq_logprobs in the code, is a SUM over response tokens. beta weights KL(pi, ref)
-as in train_ppo.py: with enough data and a fixed reference, both have the optimum pi = ref
-exp(score / beta) / Z. The reference is pi before its first step, so the loss starts at ln 2 =
-0.6931 (IPO: 1 / (4 beta^2)). Both log pi terms may fall, because the loss sees only h.
+as in train_ppo.py: both have the optimum pi = ref exp(score / beta) / Z, with enough data and a
+fixed reference. The reference is pi before its first step, so the loss starts at ln 2 = 0.6931
+(IPO: 1 / (4 beta^2)). Both log pi terms may fall, because the loss sees only h.
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """

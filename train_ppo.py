@@ -134,7 +134,7 @@ def update_ema(ref, policy, rate):
 
 
 def cap_unfinished(scores, ended, no_eos_score):
-    """Caps the scores (B,) of responses without EOS, so that not stopping never pays."""
+    """Caps the scores (B,) of responses without EOS; a score already below the cap stays."""
     return torch.where(ended.to(scores.device), scores, scores.clamp(max=no_eos_score))
 
 
@@ -280,7 +280,7 @@ def main(cfg):
 
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
-    # Equal lengths, so unsorted: sorting prompts by length would also group them by kind
+    # All lengths given as 1, so nothing is sorted: by length, prompts would be grouped by kind
     for step, indices in zip(range(start + 1, cfg.steps + 1),
                              batches([1] * len(train), cfg.rollout_size, cfg.seed, start)):
         began = time.time()

@@ -753,7 +753,7 @@ def test_a_non_finite_loss_stops_the_run(stage, config, monkeypatch, eval_every)
 
 
 @pytest.mark.parametrize('error, words', [
-    (torch.OutOfMemoryError('CUDA out of memory'), r'MB.*: halve --micro_batch_size.*--roll'),
+    (torch.OutOfMemoryError('CUDA out of memory'), r'MB.*: set --micro_batch_size.*--roll'),
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 'No space left'),
     (UserError('the role \x1b[2J is unknown'), 'the role')],
     ids=['memory', 'disk', 'escape sequence'])
