@@ -33,7 +33,7 @@ from data.toy import prepare
 from data.toy.language import REQUESTS
 from data.toy.reward import points
 from prefgpt import run_cli
-from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
+from studies.style import COLORS, POINTS, frame, names, new_figure, show_picture
 from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
                            show_means, spreads_by, table_and_seeds)
 from tools import evaluate

@@ -7,10 +7,10 @@ lack, to a table in out/studies/ or, with --results, to the committed one.
 """
 import csv
 import io
-import os
 import statistics
 from pathlib import Path
 
+from data.rows import write_text
 from prefgpt import UserError
 
 RESULTS, OWN = Path('studies/results'), Path('out/studies')
@@ -78,9 +78,7 @@ def append_rows(path, rows):
                       for key, value in row.items()} for row in rows)
     old = path.read_text(encoding='utf-8') if path.exists() else ''
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(old + new.getvalue(), encoding='utf-8')
-    os.replace(temporary, path)
+    write_text(path, old + new.getvalue())
 
 
 def select(rows, **cells):

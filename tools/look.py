@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 import train_ppo
-from data.text import build_tokenizer
+from data.text import build_tokenizer, encode_rows
 from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, load_checkpoint, load_model,
                      printable, rng, run_cli, set_up)
+from tools.sample import find_prompts
 
 
 @dataclass
@@ -40,8 +41,9 @@ def main(cfg):
     policy, ref = (load_model(GPT, saved, name, device) for name in ('policy', 'ref'))
     value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)
     value_model.load_state_dict(saved['weights']['value_model'])
-    prompt = tokenizer.encode_ordinary(saved['template'].replace('{}', cfg.prompt))
-    prompt = prompt[run.max_new_tokens - policy.config.block_size:]
+    block_size = min(policy.config.block_size, source['model']['block_size'])   # both read it
+    [(prompt,)] = encode_rows(find_prompts(cfg, saved), 'prompts', tokenizer, block_size,
+                              run.max_new_tokens, name=cfg.runs[0])
 
     with autocast:
         grid, scores, ended, _ = train_ppo.rollout(policy, ref, scorer, [prompt], tokenizer, run,

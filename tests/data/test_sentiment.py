@@ -16,7 +16,6 @@ from data.bpe import write_tiktoken
 from data.rows import write_rows
 from data.sentiment import prepare, reward
 from data.text import DataError, load_judge, load_rows, load_tokenizer
-from prefgpt import parse_config
 
 GOOD = ['moving', 'funny', 'warm', 'brilliant', 'tender']
 BAD = ['dull', 'lame', 'empty', 'tedious', 'awful']

@@ -4,8 +4,6 @@ and its quick form.
 
     python -m pytest -q tests/studies/test_kl_race.py
 """
-import math
-
 import pytest
 import torch
 

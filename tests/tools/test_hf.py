@@ -13,7 +13,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPLATE, randomize, save_tiny_run, tiny_config, tiny_gpt, tiny_scalar
+from conftest import TEMPLATE, randomize, save_tiny_run, tiny_config, tiny_gpt
 
 import tools.hf
 import train_rm
