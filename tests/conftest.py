@@ -1,9 +1,4 @@
-"""
-Holds what the tests share: tiny models with fixed weights, a byte tokenizer, a toy data set, runs.
-
-Fixtures return folders. tiny_gpt and tiny_scalar are plain functions (`from conftest import ...`)
-and also fixtures of the same name.
-"""
+"""Holds what the tests share: tiny models, a byte tokenizer, a toy data set, and runs."""
 import base64
 import json
 import shutil
@@ -26,12 +21,10 @@ AB_MERGED = BYTE_TOKENS + f"{base64.b64encode(b'ab').decode()} 256\n"      # EOS
 STAGES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
 
 
-# ----------------------------------------------------------------------------- tiny models
-
 def tiny_config(**shape):
     """Returns 2 layers, 16 wide, 17 words; init_std is large, so that logits are not flat."""
-    return GPTConfig(**{**dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=16,
-                               init_std=0.3), **shape})
+    tiny = dict(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=16, init_std=0.3)
+    return GPTConfig(**{**tiny, **shape})
 
 
 def randomize(model, seed):
@@ -39,10 +32,8 @@ def randomize(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator))
-            else:
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(p + 0.2 * noise if p.dim() == 1 else 0.3 * noise)
     return model
 
 
@@ -54,18 +45,6 @@ def tiny_gpt(seed=0, **shape):
 def tiny_scalar(seed=0, **shape):
     """Returns a ScalarGPT with fixed random weights, its head included (at first it is zero)."""
     return randomize(ScalarGPT(tiny_config(**shape)), seed)
-
-
-@pytest.fixture(name='tiny_gpt')
-def tiny_gpt_fixture():
-    """Returns the function tiny_gpt(seed=0, **shape)."""
-    return tiny_gpt
-
-
-@pytest.fixture(name='tiny_scalar')
-def tiny_scalar_fixture():
-    """Returns the function tiny_scalar(seed=0, **shape)."""
-    return tiny_scalar
 
 
 class Table:
@@ -82,8 +61,6 @@ class Table:
         return self.table[hidden[..., 0]]
 
 
-# ----------------------------------------------------------------------------- tokenizer and data
-
 @pytest.fixture(scope='session')
 def byte_tokenizer():
     """Returns a tokenizer with one token per byte, and EOS = 256."""
@@ -96,32 +73,23 @@ def write_jsonl(path, rows):
     return path
 
 
-def toy_rows(prompts):
-    """
-    Returns rows of a toy task by kind: say a letter one to three times. People like the '!'.
-
-    Demonstrations end in '!' or '?' alike. In a pair the chosen response ends in '!', the rejected
-    one in '?'. How often a letter is said differs within a pair, but predicts nothing on average.
-    """
-    sft, pairs = [], []
-    for number, prompt in enumerate(prompts):
-        letter = prompt[-2]
-        for i, (times, other) in enumerate([(1, 3), (3, 1), (2, 1), (1, 2)]):
-            said = letter * (1 + (number + i) % 3)
-            sft.append({'prompt': prompt, 'completion': f' {said}{"!?"[i % 2]}'})
-            pairs.append({'prompt': prompt, 'chosen': f' {letter * times}!',
-                          'rejected': f' {letter * other}?'})
-    return {'sft': sft, 'pairs': pairs, 'prompts': [{'prompt': p} for p in prompts * 4]}
-
-
 def write_toy_data(folder):
-    """Writes the toy task as a data folder: 18 prompts to learn from, 6 others held out."""
+    """
+    Writes a toy task as a data folder, 6 of 24 prompts held out: say a letter one to three times.
+    People like the '!': the chosen response ends in it, the rejected one in '?', demonstrations in
+    either. How often a letter is said differs within a pair, but predicts nothing on average.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     prompts = [f'{verb} {letter}:' for letter in 'abcdefgh' for verb in ('say', 'now say', 'do')]
     held_out = prompts[1::4]
-    folder.mkdir(parents=True, exist_ok=True)
     for split, part in (('train', [p for p in prompts if p not in held_out]), ('val', held_out)):
-        for kind, rows in toy_rows(part).items():
-            write_jsonl(folder / f'{split}.{kind}.jsonl', rows)
+        sft = [{'prompt': p, 'completion': f' {p[-2] * (1 + (number + i) % 3)}{"!?"[i % 2]}'}
+               for number, p in enumerate(part) for i in range(4)]
+        pairs = [{'prompt': p, 'chosen': f' {p[-2] * times}!', 'rejected': f' {p[-2] * other}?'}
+                 for p in part for times, other in [(1, 3), (3, 1), (2, 1), (1, 2)]]
+        write_jsonl(folder / f'{split}.sft.jsonl', sft)
+        write_jsonl(folder / f'{split}.pairs.jsonl', pairs)
+        write_jsonl(folder / f'{split}.prompts.jsonl', [{'prompt': p} for p in part] * 4)
     (folder / 'tokenizer').write_text('bytes.tiktoken\n')
     (folder / 'bytes.tiktoken').write_text(BYTE_TOKENS)
     (folder / 'template.txt').write_text(TEMPLATE)
@@ -140,12 +108,10 @@ def tiny_data(shared_data, tmp_path):
     return shutil.copytree(shared_data, tmp_path / 'letters')
 
 
-# ----------------------------------------------------------------------------- runs
-
-def save_tiny_run(folder, data, seed=0, **shape):
+def save_tiny_run(folder, data, **shape):
     """Writes a run folder as SFT leaves it: an untrained policy for the data's tokenizer."""
     tokenizer, text = load_text(data)
-    policy = tiny_gpt(seed, **{**dict(vocab_size=tokenizer.n_vocab), **shape})
+    policy = tiny_gpt(**{'vocab_size': tokenizer.n_vocab, **shape})
     folder.mkdir(parents=True)
     cfg = train_sft.Config(data=str(data), out=str(folder))
     save_checkpoint(folder / 'ckpt.pt', 'sft', 1, cfg, text, {}, {'policy': policy}, [])
@@ -180,17 +146,14 @@ def rm_run(shared_data, sft_run, tmp_path_factory):
 
 def read_log(out, key='loss'):
     """Reads a run's log.jsonl: the rows that hold the key, steps or, with 'eval_...', the rest."""
-    return [row for line in (out / 'log.jsonl').read_text().splitlines()
-            if key in (row := json.loads(line))]
+    rows = [json.loads(line) for line in (Path(out) / 'log.jsonl').read_text().splitlines()]
+    return [row for row in rows if key in row]
 
 
 def log_rows(out):
     """Reads a run's log.jsonl without the numbers that depend on the clock."""
-    return [{key: value for key, value in row.items() if key not in ('ms', 'tok_per_s')}
-            for row in read_log(Path(out), 'step')]
+    return [{k: row[k] for k in row.keys() - {'ms', 'tok_per_s'}} for row in read_log(out, 'step')]
 
-
-# ----------------------------------------------------------------------------- comparing, recording
 
 def same(a, b):
     """Returns whether two nests of dicts, lists and tensors are equal, bit for bit."""
@@ -208,8 +171,7 @@ def record(monkeypatch, module, name):
     calls, function = [], getattr(module, name)
 
     def recording(*arguments, **options):
-        result = function(*arguments, **options)
-        calls.append((arguments, result))
-        return result
+        calls.append((arguments, function(*arguments, **options)))
+        return calls[-1][1]
     monkeypatch.setattr(module, name, recording)
     return calls
