@@ -173,13 +173,13 @@ def mutated(mutant):
 def take_two_steps(folder):
     """Takes two steps of every stage on a tiny model; raises what they raise."""
     from conftest import STAGES, save_tiny_run, write_toy_data      # the copy's, with the mutant
-    data, init, rm = write_toy_data(folder / 'data'), folder / 'init', str(folder / 'rm')
+    data, init = write_toy_data(folder / 'data'), folder / 'init'
     save_tiny_run(init, data)
+    options = dict(data=str(data), init=str(init), reward=str(folder / 'rm'), steps=2, batch_size=4,
+                   rollout_size=8, max_new_tokens=4, device='cpu')
     for name, module in STAGES.items():
-        own = {'rm': {}, 'ppo': dict(max_new_tokens=4, reward=rm, rollout_size=8)}
-        module.main(module.Config(
-            data=str(data), init=str(init), out=str(folder / name), steps=2, batch_size=4,
-            device='cpu', **own.get(name, dict(max_new_tokens=4))))
+        known = {key: options[key] for key in options if hasattr(module.Config, key)}
+        module.main(module.Config(out=str(folder / name), **known))
 
 
 def numbers_of(item):

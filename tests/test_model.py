@@ -158,15 +158,14 @@ def test_make_batch_refuses_empty_sides(row):
 
 # ----------------------------------------------------------------------------- invariances
 
-def logprobs_scores_gradients(policy, scalar, tokens, mask, temperature=1.0):
+def logprobs_scores_gradients(tokens, mask, temperature, dtype=torch.double):
     """Returns all that a stage reads off a batch, and the gradients of a loss on it."""
-    policy.zero_grad()
-    scalar.zero_grad()
+    policy, scalar = tiny_gpt().to(dtype), tiny_scalar(seed=1).to(dtype)
     logprobs = token_logprobs(policy, tokens[:, :-1], tokens[:, 1:], mask, temperature)
     scores = last_scores(scalar, tokens, mask)
     values = scalar(tokens[:, :-1])
     ((logprobs ** 2).sum() + (scores ** 2).sum() + (values[mask] ** 2).sum()).backward()
-    gradients = [p.grad.clone() for model in (policy, scalar) for p in model.parameters()]
+    gradients = [p.grad for model in (policy, scalar) for p in model.parameters()]
     return logprobs.detach(), scores.detach(), values.detach(), gradients
 
 
@@ -180,31 +179,27 @@ def assert_same_gradients(ours, expected, tolerance=1e-12):
 def test_padding_changes_nothing(temperature):
     """I2: three more columns of padding change no logprob, score, value or gradient. Catches masks
     and last positions counted from the right end, and attention to the right."""
-    policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
     tokens, _, _, mask = make_batch(ROWS)
-    before = logprobs_scores_gradients(policy, scalar, tokens, mask, temperature)
-    after = logprobs_scores_gradients(policy, scalar, F.pad(tokens, (0, 3), value=11),
-                                      F.pad(mask, (0, 3)), temperature)
-    width = mask.size(1)
-    torch.testing.assert_close(after[0][:, :width], before[0], rtol=0, atol=1e-12)
-    assert torch.equal(after[0][:, width:], torch.zeros(len(ROWS), 3, dtype=torch.double))
-    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-12)
-    torch.testing.assert_close(after[2][:, :width][mask], before[2][mask], rtol=0, atol=1e-12)
-    assert_same_gradients(after[3], before[3])
+    logprobs, scores, values, gradients = logprobs_scores_gradients(
+        F.pad(tokens, (0, 3), value=11), F.pad(mask, (0, 3)), temperature)
+    before = logprobs_scores_gradients(tokens, mask, temperature)
+    torch.testing.assert_close(logprobs, F.pad(before[0], (0, 3)), rtol=0, atol=1e-12)
+    assert not logprobs[:, -3:].any()
+    torch.testing.assert_close(scores, before[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(values[:, :-3][mask], before[2][mask], rtol=0, atol=1e-12)
+    assert_same_gradients(gradients, before[3])
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_batch_composition_changes_nothing(temperature):
     """I3: a row alone has the logprobs, the score and the values that it has inside a batch, and
     the batch's gradient is the sum of the rows' own. Catches what crosses from row to row."""
-    policy, scalar = tiny_gpt().double(), tiny_scalar(seed=1).double()
     tokens, _, _, mask = make_batch(ROWS)
-    logprobs, scores, values, gradients = logprobs_scores_gradients(policy, scalar, tokens, mask,
-                                                                    temperature)
+    logprobs, scores, values, gradients = logprobs_scores_gradients(tokens, mask, temperature)
     sums = [torch.zeros_like(gradient) for gradient in gradients]
     for b, row in enumerate(ROWS):
         tokens1, x1, _, mask1 = make_batch([row])
-        alone = logprobs_scores_gradients(policy, scalar, tokens1, mask1, temperature)
+        alone = logprobs_scores_gradients(tokens1, mask1, temperature)
         torch.testing.assert_close(logprobs[b, :x1.size(1)], alone[0][0], rtol=0, atol=1e-12)
         torch.testing.assert_close(scores[b:b + 1], alone[1], rtol=0, atol=1e-12)
         torch.testing.assert_close(values[b, :x1.size(1)], alone[2][0], rtol=0, atol=1e-12)
@@ -216,20 +211,16 @@ def test_batch_composition_changes_nothing(temperature):
 @pytest.mark.parametrize('pad', [0, EOS, 'random'])
 def test_pad_value_changes_nothing(pad, temperature):
     """I5: the ids in the padding do not matter, bit for bit. Catches masks made from ids."""
-    policy, scalar = tiny_gpt(), tiny_scalar(seed=1)
     tokens, _, _, mask = make_batch(ROWS)
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in ROWS])
     padding = torch.arange(tokens.size(1)) >= lengths[:, None]
-    generator = torch.Generator().manual_seed(0)
-    ids = (torch.randint(17, tokens.shape, generator=generator) if pad == 'random'
-           else torch.full_like(tokens, pad))
-    before = logprobs_scores_gradients(policy, scalar, tokens, mask, temperature)
-    after = logprobs_scores_gradients(policy, scalar, torch.where(padding, ids, tokens), mask,
-                                      temperature)
+    ids = (torch.randint(17, tokens.shape, generator=torch.Generator().manual_seed(0))
+           if pad == 'random' else torch.full_like(tokens, pad))
+    before, after = (logprobs_scores_gradients(z, mask, temperature, torch.float32)
+                     for z in (tokens, torch.where(padding, ids, tokens)))
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
     assert torch.equal(after[2][mask], before[2][mask])
-    for a, b in zip(after[3], before[3]):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, after[3], before[3]))
 
 
 # ----------------------------------------------------------------------------- token_logprobs

@@ -98,20 +98,19 @@ def step(prefix, model, optimizer, loss, lr):
 
 def intermediates(policy, x):
     """Returns a policy's hidden states by name, with the parts of the first block."""
+    policy = copy.deepcopy(policy)              # which keeps the hooks
     seen, first = {}, policy.h[0]
     inputs = {'embedded': first, 'h0.heads': first.attn.c_proj, 'h0.gelu': first.mlp.c_proj}
     outputs = {'h0.ln_1': first.ln_1, 'h0.qkv': first.attn.c_attn, 'h0.attention': first.attn,
                'h0.ln_2': first.ln_2, 'h0.fc': first.mlp.c_fc, 'h0.mlp': first.mlp,
                'h0.out': first, 'h1.out': policy.h[1], 'hidden': policy}
-    hooks = [module.register_forward_pre_hook(
-                 lambda module, arguments, name=name: seen.update({name: arguments[0]}))
-             for name, module in inputs.items()]
-    hooks += [module.register_forward_hook(
-                  lambda module, arguments, output, name=name: seen.update({name: output}))
-              for name, module in outputs.items()]
+    for name, module in inputs.items():
+        module.register_forward_pre_hook(
+            lambda module, arguments, name=name: seen.update({name: arguments[0]}))
+    for name, module in outputs.items():
+        module.register_forward_hook(
+            lambda module, arguments, output, name=name: seen.update({name: output}))
     policy(x)
-    for hook in hooks:
-        hook.remove()
     return seen
 
 
@@ -242,11 +241,10 @@ def rollout_arrays(models):
 def near_arrays(dtype):
     """Returns values near the clip of the value loss, and its slope in them."""
     near = [torch.tensor(z) for z in zip(*NEAR)]                # float32: these very numbers
-    values, *targets = [z.to(dtype) for z in near]
-    values.requires_grad_()
-    slopes, = torch.autograd.grad(value_loss(values, *targets, K.vf_clip).sum(), values)
-    return {f'near.{name}': z for name, z in zip(('values', 'old_values', 'returns', 'slopes'),
-                                                 (*near, slopes))}
+    values, old_values, returns = (z.to(dtype).requires_grad_() for z in near)
+    value_loss(values, old_values, returns, K.vf_clip).sum().backward()
+    names = 'near.values', 'near.old_values', 'near.returns', 'near.slopes'
+    return dict(zip(names, (*near, values.grad)))
 
 
 def ppo_arrays(models):
