@@ -832,7 +832,7 @@ def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run):
 
 
 @pytest.mark.parametrize('rate', [0.25, 1.0])
-def test_reference_follows_once_a_step(stage, monkeypatch, sft_run, rate):
+def test_reference_follows_once_a_step(stage, sft_run, rate):
     """I19: the reference moves by ref_ema once per rollout batch, after its epochs: one step from
     equal weights leaves it at start + rate (policy - start). Catches a reference that follows at
     every optimizer step."""
@@ -845,7 +845,7 @@ def test_reference_follows_once_a_step(stage, monkeypatch, sft_run, rate):
 
 
 @pytest.mark.parametrize('rates', [dict(lr=0.0, value_lr=5e-3), dict(lr=5e-3, value_lr=0.0)])
-def test_policy_and_value_model_have_rates_of_their_own(stage, sft_run, rm_run, rates):
+def test_policy_and_value_model_have_rates_of_their_own(stage, sft_run, rates):
     """lr moves the policy alone, value_lr the value model alone."""
     saved = stage('ppo', **rates)['weights']
     start = load_checkpoint(sft_run, ['sft'])['weights']['policy']

@@ -12,7 +12,6 @@ import torch
 
 import train_dpo
 import train_ppo
-import train_rm
 import train_sft
 from conftest import EOS, STAGES, log_rows, read_log, same, write_jsonl
 from data.text import load_rows
