@@ -85,14 +85,12 @@ def merge(word, token):
 
 
 def write_tiktoken(path, ranks):
-    """Writes one "base64 rank" line per token, in the order of the ranks."""
+    """Writes one "base64 rank" line per token, in the order of the dict."""
     write_text(path, ''.join(f'{base64.b64encode(token).decode()} {rank}\n'
-                             for token, rank in sorted(ranks.items(), key=lambda item: item[1])))
+                             for token, rank in ranks.items()))
 
 
 def write_tokenizer(out, name, texts, vocab_size):
-    """Trains a BPE for a data folder, writes NAME.tiktoken and `tokenizer`; returns the ranks."""
-    ranks = train_bpe(texts, vocab_size)
-    write_tiktoken(out / f'{name}.tiktoken', ranks)
+    """Trains a BPE for a data folder and writes it as NAME.tiktoken, and `tokenizer`."""
+    write_tiktoken(out / f'{name}.tiktoken', train_bpe(texts, vocab_size))
     write_text(out / 'tokenizer', f'{name}.tiktoken\n')
-    return ranks

@@ -11,10 +11,6 @@ from pathlib import Path
 from data.text import DataError
 
 
-class Unusable(OSError):
-    """Says that what has come is no part of the file asked for: the next call starts over."""
-
-
 def download(url, path, sha256='', instead=''):
     """
     Downloads `url` to `path`, checks its `sha256` (in hex) if one is given, and shows progress.
@@ -26,12 +22,12 @@ def download(url, path, sha256='', instead=''):
     try:
         fetch(url, part, etag)
         if sha256 and (found := sha256_of(part)) != sha256:
-            raise Unusable(f'its sha256 is {found}, not {sha256}: it was deleted')
+            raise ValueError(f'its sha256 is {found}, not {sha256}: it was deleted')
         os.replace(part, path)
         etag.unlink(missing_ok=True)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # 416: the server has no byte after those that we hold
-        if isinstance(error, Unusable) or getattr(error, 'code', 0) == 416:
+        # What has come is no part of the file; 416: the server has no byte after those we hold
+        if isinstance(error, ValueError) or getattr(error, 'code', 0) == 416:
             part.unlink(missing_ok=True)
             etag.unlink(missing_ok=True)
         raise DataError(f'could not download {url}: {str(error) or type(error).__name__}'
@@ -51,7 +47,7 @@ def fetch(url, part, etag):
             # A weak one (W/) only says "about the same file"
             etag.write_text('' if theirs.startswith('W/') else theirs)
         elif theirs != version or f'bytes {held}-' not in answer.headers.get('Content-Range', ''):
-            raise Unusable('the server sent bytes of another file or place; call again')
+            raise ValueError('the server sent bytes of another file or place; call again')
         size = held + int(answer.headers.get('Content-Length') or -held)        # 0: not said
         with open(part, 'ab') as file:
             try:

@@ -29,22 +29,17 @@ def write_rows(path, rows):
 
 
 def write_all(out, rows):
-    """Writes a dict NAME -> rows as NAME.jsonl into a folder; prints and returns the counts."""
+    """
+    Writes a dict NAME -> rows as NAME.jsonl into a folder; returns the counts.
+
+    Prints them, and each first row: as a dict, which escapes control characters of foreign text.
+    """
     for name, listed in rows.items():
         write_rows(out / f'{name}.jsonl', listed)
-        print(f'{out / name}.jsonl: {len(listed)} rows')
+        print(f'{out / name}.jsonl: {len(listed)} rows; the first: {listed[0]}')
     return {name: len(listed) for name, listed in rows.items()}
 
 
 def counted(counter):
     """Returns '3 repeated, 1 empty' of a Counter, or 'none'."""
     return ', '.join(f'{n} {reason}' for reason, n in counter.most_common() if n) or 'none'
-
-
-def spread(lengths):
-    """Returns 'mean 30.1, median 28, 90% up to 51, 99% up to 64, the longest 80' of lengths."""
-    ordered = sorted(lengths)
-    half, most, nearly_all = [ordered[int(share * (len(ordered) - 1))]
-                              for share in (0.5, 0.9, 0.99)]
-    return (f'mean {sum(ordered) / len(ordered):.1f}, median {half}, 90% up to {most}, '
-            f'99% up to {nearly_all}, the longest {ordered[-1]}')

@@ -3,12 +3,7 @@ Runs whole commands, each with a few steps: run.sh from end to end, and the core
 
     python -m pytest -q tests/test_pipeline.py
 """
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest

@@ -13,11 +13,12 @@ The functions are all those that one operation (introductory), two (interview) o
 (competition) out of +, - and M can make of x and the digits, and that fewer cannot make; constants
 are left out. Only the machine knows multiplication: "x1*" is a long way of saying "x".
 
-Several functions agree at the four inputs that a prompt shows. A prompt means one of them: the one
-that needs the fewest operations, and among equally simple ones the first in a fixed shuffle. So
-the judge needs only the prompt, and whoever guesses the simplest function that fits is often, but
-not always, correct. Nothing in this file is random.
+Several functions agree at the four inputs that a prompt shows. A prompt means the one that needs
+the fewest operations, and among equally simple ones the first in a fixed shuffle: to guess the
+simplest function that fits is often, but not always, correct. Nothing in this file is random.
 """
+from itertools import product
+
 from data.rows import shuffle
 
 PUBLIC = (0, 3, 5, 9)       # the inputs whose outputs the prompt shows
@@ -58,28 +59,22 @@ def run(program, x):
     return stack[0] if len(stack) == 1 else None
 
 
-def combine(operation, first, second):
-    """Returns the function, a tuple of 10 outputs, that an operation makes of two functions."""
-    return tuple(map(OPERATIONS[operation], first, second))
-
-
 def enumerate_functions():
     """
-    Returns all functions by level, and the ways to make each with as few operations as possible.
+    Returns all functions (tuples of 10 outputs) by level, and the shortest ways to make each.
 
-    That is a list of three lists of functions (tuples of 10 outputs), and a dict function ->
-    list of (operation, first, second), two functions that need fewer operations.
+    That is three lists of functions, and a dict function -> list of (operation, first, second),
+    where first and second are functions that need fewer operations.
     """
     by_operations, ways = [list(LEAVES)], {leaf: [] for leaf in LEAVES}
     for number in range(1, len(LEVELS) + 1):
         new = {}
         for i in range(number):         # i operations in the first operand, the rest in the second
-            for first in by_operations[i]:
-                for second in by_operations[number - 1 - i]:
-                    for operation in ASKED:
-                        function = combine(operation, first, second)
-                        if function not in ways:
-                            new.setdefault(function, []).append((operation, first, second))
+            rest = by_operations[number - 1 - i]
+            for first, second, operation in product(by_operations[i], rest, ASKED):
+                function = tuple(map(OPERATIONS[operation], first, second))
+                if function not in ways:
+                    new.setdefault(function, []).append((operation, first, second))
         by_operations.append(list(new))
         ways.update(new)
     return by_operations[1:], ways

@@ -5,15 +5,13 @@ Problems are split once and for all, by a hash of their prompts: a prompt is one
 function one prompt (language.py), so no stage meets a function that it is tested on. Settings are
 chosen on val, results are reported on test.
 
-  - train.sft, val.sft: correct programs in one style: x before digits where the order does not
-    matter, and half of them a little longer than necessary ("e0+", "e0-", "e1*" for e, or
-    "a(c-a)+" for a digit c).
-  - train.pairs, val.pairs: what others wrote. Chosen are correct programs in another style: digits
-    first, one or two detours, in a spelling that hardly any demonstration has ("0e+", "1e*", and
-    "a(a-c)-" for c). Rejected is chosen with one symbol changed, so that it fails. This is the
-    off-policy data of Xu et al. 2024: to the policy after SFT the winner is improbable.
-  - train.prompts, val.prompts, and test-LEVEL.prompts and val-LEVEL.prompts, one level each, for
-    evaluate's --split.
+  - sft: correct programs in one style: x before digits where the order does not matter, and half of
+    them a little longer than necessary ("e0+", "e0-", "e1*" for e, or "a(c-a)+" for a digit c).
+  - pairs: what others wrote. Chosen are correct programs in another style: digits first, and one or
+    two detours that hardly any demonstration has ("0e+", "1e*", and "a(a-c)-" for c). Rejected is
+    chosen with one symbol changed, so that it fails. This is the off-policy data of Xu et al. 2024:
+    to the policy after SFT the winner is improbable.
+  - prompts, and test-LEVEL.prompts and val-LEVEL.prompts of one level each, for evaluate's --split.
 
     python -m data.contest.prepare
 """
@@ -24,7 +22,7 @@ from pathlib import Path
 from data.bpe import write_tokenizer
 from data.contest.language import LEVELS, OPERATIONS, PROBLEMS, SYMBOLS, WAYS
 from data.contest.reward import score
-from data.rows import shuffle, spread, write_all
+from data.rows import shuffle, write_all
 from prefgpt import run_cli
 
 
@@ -43,8 +41,6 @@ PROMPTS_MIX = (0.1, 0.4, 0.5)           # and among the prompts to train on
 VAL_ROWS = 500                          # demonstrations, and pairs, held out
 DETOURS = {'own': ('{}0+', '{}0-', '{}1*'), 'other': ('0{}+', '1{}*')}     # all leave {} as it is
 
-
-# --- programs ------------------------------------------------------------------------------------
 
 def draw_shortest(rng, function, style):
     """Draws one of the shortest programs; style says whether digits come first or last."""
@@ -65,7 +61,6 @@ def begin_of(program, end):
         missing += 1 if program[begin] in OPERATIONS else -1
         if not missing:
             return begin
-    raise ValueError(f'{program!r} is no program')
 
 
 def add_detour(rng, program, style):
@@ -98,8 +93,6 @@ def draw_wrong(rng, prompt, program):
             return wrong
 
 
-# --- problems, rows and files -------------------------------------------------------------------
-
 def split_problems():
     """Returns all prompts, split -> level -> list; no function occurs twice."""
     splits = {'train': {}, 'val': {}, 'test': {}}
@@ -111,41 +104,29 @@ def split_problems():
     return splits
 
 
-def draw_prompt(rng, prompts, mix):
-    """Draws a level with the shares of mix, then one of its prompts (level -> list)."""
-    return rng.choice(prompts[rng.choices(LEVELS, mix)[0]])
-
-
-def sft_row(rng, prompts):
-    """Draws a demonstration."""
-    prompt = draw_prompt(rng, prompts, SFT_MIX)
-    return {'prompt': prompt, 'completion': draw_program(rng, PROBLEMS[prompt][0], 'own')}
-
-
-def pair_row(rng, prompts):
-    """Draws a preference pair."""
-    prompt = draw_prompt(rng, prompts, SFT_MIX)
-    chosen = draw_program(rng, PROBLEMS[prompt][0], 'other')
-    return {'prompt': prompt, 'chosen': chosen, 'rejected': draw_wrong(rng, prompt, chosen)}
-
-
-def prompt_row(rng, prompts):
-    """Draws a prompt to train on."""
-    return {'prompt': draw_prompt(rng, prompts, PROMPTS_MIX)}
+def draw_row(rng, prompts, kind):
+    """Draws a level, one of its prompts (level -> list), and what else rows of that kind hold."""
+    mix = PROMPTS_MIX if kind == 'prompts' else SFT_MIX
+    prompt = rng.choice(prompts[rng.choices(LEVELS, mix)[0]])
+    function, _ = PROBLEMS[prompt]
+    if kind == 'sft':
+        return {'prompt': prompt, 'completion': draw_program(rng, function, 'own')}
+    if kind == 'pairs':
+        chosen = draw_program(rng, function, 'other')
+        return {'prompt': prompt, 'chosen': chosen, 'rejected': draw_wrong(rng, prompt, chosen)}
+    return {'prompt': prompt}
 
 
 def draw_rows(cfg):
     """Draws all rows of the data set; returns a dict "train.sft" and so on -> list of rows."""
     splits, rows = split_problems(), {}
-    for name, draw, size in (('sft', sft_row, cfg.sft), ('pairs', pair_row, cfg.pairs),
-                             ('prompts', prompt_row, cfg.prompts)):
+    for kind, size in (('sft', cfg.sft), ('pairs', cfg.pairs), ('prompts', cfg.prompts)):
         for split, count in (('train', size), ('val', VAL_ROWS)):
-            rng = random.Random(f'{cfg.seed} {split} {name}')
-            rows[f'{split}.{name}'] = [draw(rng, splits[split]) for _ in range(count)]
+            rng = random.Random(f'{cfg.seed} {split} {kind}')
+            rows[f'{split}.{kind}'] = [draw_row(rng, splits[split], kind) for _ in range(count)]
     for split in ('val', 'test'):
         for level in LEVELS:
-            rows[f'{split}-{level}.prompts'] = [{'prompt': prompt}
-                                                for prompt in splits[split][level]]
+            rows[f'{split}-{level}.prompts'] = [{'prompt': p} for p in splits[split][level]]
     return rows
 
 
@@ -155,10 +136,6 @@ def main(cfg):
     out.mkdir(parents=True, exist_ok=True)
     counts = write_all(out, rows)
     write_tokenizer(out, 'contest', [], 257)    # 256 bytes and EOS, no merges: a token per symbol
-    print('symbols of a demonstration:',
-          spread([len(row['completion']) for row in rows['train.sft']]))
-    for row in rows['train.pairs'][:3]:
-        print(f"{row['prompt']} chosen {row['chosen']:<12} rejected {row['rejected']}")
     return counts
 
 

@@ -18,7 +18,6 @@ def score(prompt, response):
 
     reward and correct: it passes all ten tests; public: it passes the four that the prompt shows;
     valid: it is a program. Any response is fine; a prompt of no problem raises DataError.
-    A response that was cut at 12 tokens has 12 symbols, one more than a program may have.
     """
     if prompt not in PROBLEMS:
         raise DataError(f'not a problem of the contest: {prompt!r}; '

@@ -1,14 +1,9 @@
 """
-Prepares dialogues with an assistant, and which of two replies people preferred: the helpful part
-of Anthropic's HH-RLHF (Bai et al. 2022, MIT licence).
+Prepares dialogues, and which of two replies people preferred: the helpful part of HH-RLHF.
 
-Each row of the source is a dialogue twice, with two last replies. What is written:
-
-    train.pairs.jsonl    the dialogue up to "\\n\\nAssistant:", the preferred and the other reply
-    train.sft.jsonl      the same, with the preferred reply alone
-    train.prompts.jsonl  the distinct dialogues, to be answered
-    val.*.jsonl          the same three, of other dialogues
-    tokenizer, hh.tiktoken, template.txt    a BPE trained on the training dialogues; or 'gpt2'
+Each row of the source (Bai et al. 2022, MIT licence) is a dialogue twice, with two last replies.
+What is written for train and val: pairs of replies to a prompt, which is the dialogue up to the
+last "Assistant:"; demonstrations, which are the preferred replies; and the distinct prompts.
 
 A tenth of the FIRST human turns is held out, with all that follows them: the source holds some
 dialogues several times, at different lengths, and a longer one gives away the replies that a
@@ -16,15 +11,12 @@ shorter one asks for. Nothing is random: every order is that of a sha256.
 Replies are cut at 128 tokens, EOS included, and cut ones are marked ("chosen_cut": true), so that
 no EOS follows them. Prompts stay whole here; encode_rows cuts them on the left, to the block.
 
-There is no reward.py, since what people prefer has no exact judge. Printed instead is what a reward
-model has to beat: a linear model of a reply's tokens and length, on the same held-out pairs. Does
-not repair the noisy labels, find near-duplicates, or mark replies that were already cut when they
-were collected: some end within a sentence, and get their EOS all the same.
+There is no exact judge of what people prefer. Printed instead is what a reward model has to beat: a
+linear model of a reply's tokens and length, on the same held-out pairs. Does not repair noisy
+labels, find near-duplicates, or mark replies that were already cut when they were collected.
 
-    python -m data.hh.prepare [--from=FOLDER] [--tokenizer=gpt2]
+    python -m data.hh.prepare --from=FOLDER     # with three test files, see data/README.md
     baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 correctly; ...
-
-(with --from at the test files of helpful-base, -online and -rejection-sampled)
 """
 import gzip, json, math, zlib
 from collections import Counter
@@ -36,7 +28,7 @@ import torch.nn.functional as F
 
 from data.bpe import write_tokenizer
 from data.download import download
-from data.rows import counted, shuffle, spread, write_all, write_text
+from data.rows import counted, shuffle, write_all, write_text
 from data.text import HH_TEMPLATE, RESPONSES, DataError, from_transcripts, load_tokenizer, string_of
 from prefgpt import UserError, run_cli
 
@@ -57,23 +49,21 @@ class Config:
     out: str = 'data/hh'  # folder to write to
 
 
-# --- reading ---
-
 def find_files(folder, out):
     """Returns the source files: those below `folder`, or the hub's two, downloaded to `out`."""
     if folder:
         ours = [f'{part}.{kind}.jsonl' for part in ('train', 'val') for kind in RESPONSES]
-        files = sorted(path for path in Path(folder).rglob('*.jsonl*')
-                       if path.name.endswith(('.jsonl', '.jsonl.gz')) and path.name not in ours)
+        files = sorted(path for end in ('jsonl', 'jsonl.gz')
+                       for path in Path(folder).rglob(f'*.{end}') if path.name not in ours)
         if not files:
             raise DataError(f'--from={folder}: no *.jsonl.gz and no *.jsonl below it')
         return files
-    files = [out / f'helpful-base.{name}' for name in FILES]
-    for path, (name, sha256) in zip(files, FILES.items()):
+    files = {out / f'helpful-base.{name}': name for name in FILES}
+    for path, name in files.items():
         if not path.exists():
-            download(URL + name, path, sha256, 'or fetch the files of helpful-base elsewhere, '
+            download(URL + name, path, FILES[name], 'or fetch the files of helpful-base elsewhere, '
                      'and give the folder that holds them with --from=FOLDER')
-    return files
+    return list(files)
 
 
 def read_rows(path):
@@ -99,10 +89,7 @@ def read_rows(path):
 
 
 def clean(transcripts, taken, dropped):
-    """
-    Returns pairs of transcripts as rows {prompt, chosen, rejected}, but those in `taken`, which
-    grows, and those that are of no use; `dropped` counts why.
-    """
+    """Returns the usable pairs that are not yet in `taken` as rows; `dropped` counts the others."""
     rows = []
     for pair in transcripts:
         try:
@@ -133,8 +120,6 @@ def read_files(files):
     return shuffle(rows, lambda row: '\0'.join(row.values()))
 
 
-# --- splits and cuts ---
-
 def first_turn(row):
     """Returns a dialogue up to its first reply, which longer and shorter versions share."""
     return row['prompt'].split('\n\nAssistant:')[0]
@@ -154,35 +139,31 @@ def cut(text, tokenizer):
     """
     Returns (text, False), or (its start, True) if it and EOS are more than REPLY_TOKENS.
 
-    A start must be valid text that encodes to the same ids again. So it ends before a token that
-    is part of a character, or that depends on what follows: "\\n\\n" is one token at the end of a
-    text, but two before a word.
+    A start is valid text that encodes to the same ids again: it ends before a token that is part of
+    a character, or that depends on what follows ("\\n\\n" is one token only at the end of a text).
     """
     ids = tokenizer.encode_ordinary(text)
     if len(ids) < REPLY_TOKENS:
         return text, False
-    for end in range(REPLY_TOKENS, 0, -1):
-        try:
-            start = tokenizer.decode_bytes(ids[:end]).decode()
-        except UnicodeDecodeError:
-            continue
+    for end in range(REPLY_TOKENS, -1, -1):
+        start = tokenizer.decode(ids[:end])     # U+FFFD for a part of a character: other ids
         if tokenizer.encode_ordinary(start) == ids[:end]:
             return start, True
-    return '', True
 
 
 def cut_pairs(rows, tokenizer, dropped):
     """Returns rows with their replies cut and marked; drops those that the cut made equal."""
     pairs = []
     for row in rows:
-        (chosen, chosen_cut), (rejected, rejected_cut) = [cut(row[side], tokenizer)
-                                                          for side in SIDES]
-        if chosen == rejected:
+        pair, marks = {'prompt': row['prompt']}, {}
+        for side in SIDES:
+            pair[side], was_cut = cut(row[side], tokenizer)
+            if was_cut:
+                marks[f'{side}_cut'] = True
+        if pair['chosen'] == pair['rejected']:
             dropped['equal once cut'] += 1
-            continue
-        marks = {'chosen_cut': chosen_cut, 'rejected_cut': rejected_cut}
-        pairs.append({'prompt': row['prompt'], 'chosen': chosen, 'rejected': rejected}
-                     | {key: True for key, was_cut in marks.items() if was_cut})
+        else:
+            pairs.append(pair | marks)
     return pairs
 
 
@@ -242,34 +223,22 @@ def baseline(train, val, tokenizer):
     margins = features(val, tokenizer) @ fit(features(train, tokenizer), l2)
     accuracy = (margins > 0).double().mean().item()
     error = (accuracy * (1 - accuracy) / len(val)) ** 0.5
-    lengths = [[len(reply_ids(pair, side, tokenizer)) for pair in val] for side in SIDES]
+    lengths = [[len(reply_ids(pair, side, tokenizer)) for side in SIDES] for pair in val]
+    longer = sum(0.5 if a == b else a > b for a, b in lengths) / len(val)   # a tie counts half
     print(f'baseline on {len(val)} held-out pairs: tokens and length (l2 {l2:g}) rank '
-          f'{accuracy:.3f} +- {error:.3f} correctly; the longer reply is chosen: '
-          f'{longer(*lengths):.3f}')
+          f'{accuracy:.3f} +- {error:.3f} correctly; the longer reply is chosen: {longer:.3f}')
     return accuracy
 
 
-def longer(chosen, rejected):
-    """Returns, from lengths, the share of chosen replies that are longer; a tie counts half."""
-    return sum(0.5 if a == b else a > b for a, b in zip(chosen, rejected)) / len(chosen)
-
-
-# --- the whole ---
-
 def report_lengths(rows, tokenizer):
-    """Prints tokens of prompts and of uncut replies, and how many of them are too long."""
-    print(f'tokenizer: {tokenizer.n_vocab} tokens')
-    lengths = {}
-    for key in ('prompt', 'chosen', 'rejected'):
-        lengths[key] = [len(tokenizer.encode_ordinary(row[key])) for row in rows]
-        print(f'{key + " tokens":<15} {spread(lengths[key])}')
-    prompts, chosen, rejected = lengths.values()
+    """Prints how many prompts and uncut replies are too long."""
+    prompts, chosen, rejected = [[len(tokenizer.encode_ordinary(row[key])) for row in rows]
+                                 for key in ('prompt', *SIDES)]
     room = BLOCK_SIZE - REPLY_TOKENS
     print(f'prompts: {sum(n > room for n in prompts)} of {len(rows)} have more than {room} tokens; '
           f'--block_size={BLOCK_SIZE} keeps their right end, beside a reply of {REPLY_TOKENS}')
     print(f'replies: {sum(n >= REPLY_TOKENS for n in chosen + rejected)} of {2 * len(rows)} have '
-          f'more than {REPLY_TOKENS} tokens, with EOS, and are cut; before that the chosen one is '
-          f'the longer in {longer(chosen, rejected):.3f}')
+          f'more than {REPLY_TOKENS} tokens, with EOS, and are cut')
 
 
 def main(cfg):
@@ -291,9 +260,6 @@ def main(cfg):
     train, val = [cut_pairs(part, tokenizer, dropped) for part in (train, val)]
     print(f'pairs dropped after the cut: {counted(dropped)}')
     counts = write_all(out, stage_rows('train', train) | stage_rows('val', val))
-    for row in train[:2]:  # repr: text from a file may hold control characters
-        print(f"pair   {row['prompt']!r}\n  chosen   {row['chosen']!r}\n"
-              f"  rejected {row['rejected']!r}")
     return counts | {'accuracy': baseline(train, val, tokenizer)}
 
 

@@ -1,19 +1,14 @@
 """
 Prepares film reviews of one sentence, positive or negative (Pang and Lee 2005, CC BY 4.0).
 
-Reads rt-polarity.pos and rt-polarity.neg and writes what the four stages and the judge need:
-
-    train.sft.jsonl      "review:" -> " a sentence"             imitate reviews of both kinds
-    train.pairs.jsonl    "review:", a positive against a negative sentence
-    train.prompts.jsonl  "review:" + the first 4 to 6 tokens of a sentence, to be continued
-    val.*.jsonl          the same three, from sentences that are in no train file
-    tokenizer, sentiment.tiktoken   a small BPE, trained on the training sentences
-    judge.npz            the tables of reward.py, from the other half of the sentences
+    sft      "review:" -> " a sentence": imitate reviews of both kinds
+    pairs    "review:", a positive against a negative sentence
+    prompts  "review:" and the first 4 to 6 tokens of a sentence, to be continued
 
 One half of the sentences is for the policies and the reward model; a tenth of it is `val`. The
-other half is only for the judge, whose accuracy is measured on the first half, all of which it has
-not seen. The files' names are the labels. Nothing is random: every order is that of the sentences'
-sha256.
+other half is only for the judge (judge.npz, the tables of reward.py), whose accuracy is measured on
+the first half. The files' names are the labels. Nothing is random: every order is that of the
+sentences' sha256.
 
     python -m data.sentiment.prepare [--from=FOLDER]
     judge: 13791 words from 5332 sentences; accuracy 0.765 +- 0.006 on the other 5330
@@ -25,7 +20,7 @@ from pathlib import Path
 
 from data.bpe import write_tokenizer
 from data.download import download
-from data.rows import counted, shuffle, spread, write_all
+from data.rows import counted, shuffle, write_all
 from data.sentiment import reward
 from data.text import DataError, load_tokenizer
 from prefgpt import run_cli
@@ -45,48 +40,34 @@ class Config:
     out: str = 'data/sentiment'  # folder to write to
 
 
-# --- reading ---
-
-def fetch_zip(path):
-    """Downloads the zip unless it is there; raises DataError, leaving nothing, if it is broken."""
+def read_zip(path):
+    """Reads both files, downloading the zip unless it is there; a broken one is deleted."""
     instead = (f'or fetch and unpack it elsewhere, and give the folder that holds {FILES[0]} '
                'with --from=FOLDER')
     if not path.exists():
         download(URL, path, instead=instead)
     try:
-        with zipfile.ZipFile(path) as archive:  # a cut file has lost its table of contents
-            if bad := archive.testzip():
-                raise zipfile.BadZipFile(f'{bad} in it is damaged')
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(path) as archive:      # reading a file checks its CRC
+            return [archive.read(f'sentence_polarity/{name}') for name in FILES]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         path.unlink()
-        raise DataError(f'{path}, from {URL}, is not a whole zip ({error}) and was deleted: try '
+        raise DataError(f'{path}, from {URL}, is not the whole zip ({error}) and was deleted: try '
                         f'again, {instead}') from error
 
 
 def read_files(folder, out):
     """Returns the bytes of the positive and the negative file, from `folder` or from the zip."""
-    if folder:
-        missing = [name for name in FILES if not (Path(folder) / name).is_file()]
-        if missing:
-            raise DataError(f"--from={folder}: no {' and no '.join(missing)} there")
-        return [(Path(folder) / name).read_bytes() for name in FILES]
-    path = out / 'sentence_polarity.zip'
-    fetch_zip(path)
-    with zipfile.ZipFile(path) as archive:
-        members = [f'sentence_polarity/{name}' for name in FILES]
-        if missing := set(members) - set(archive.namelist()):
-            raise DataError(f"{path}: no {', '.join(sorted(missing))} in it; "
-                            'delete it, or use --from=FOLDER')
-        return [archive.read(member) for member in members]
+    if not folder:
+        return read_zip(out / 'sentence_polarity.zip')
+    files = [Path(folder) / name for name in FILES]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise DataError(f"--from={folder}: no {' and no '.join(missing)} there")
+    return [path.read_bytes() for path in files]
 
 
 def decode(data):
-    """
-    Decodes a file: the original is latin-1, but some copies are UTF-8.
-
-    latin-1 accepts any bytes, so UTF-8 is tried first: accented latin-1 text is never valid UTF-8.
-    """
-    try:
+    """Decodes a file: the original is latin-1, but some copies are UTF-8."""
+    try:                        # first, because latin-1 accepts any bytes
         return data.decode('utf-8-sig')
     except UnicodeDecodeError:
         return data.decode('latin-1')
@@ -101,23 +82,15 @@ def clean(pos, neg):
     """
     dropped, classes = Counter(), []
     for data in (pos, neg):
-        kept = {}  # a dict: a set has no order
-        for line in decode(data).removesuffix('\n').split('\n'):  # splitlines cuts at U+0085 too
-            sentence = ' '.join(line.split())
-            if not sentence:
-                dropped['empty'] += 1
-            elif sentence in kept:
-                dropped['repeated'] += 1
-            else:
-                kept[sentence] = True
-        classes.append(kept)
+        lines = decode(data).removesuffix('\n').split('\n')     # splitlines cuts at U+0085 too
+        sentences = Counter(' '.join(line.split()) for line in lines)
+        dropped['empty'] += sentences.pop('', 0)
+        dropped['repeated'] += sentences.total() - len(sentences)
+        classes.append(sentences)
     both = classes[0].keys() & classes[1].keys()
     dropped['in both classes'] = 2 * len(both)
-    pos, neg = [[text for text in kept if text not in both] for kept in classes]
-    return pos, neg, dropped
+    return *[[text for text in kept if text not in both] for kept in classes], dropped
 
-
-# --- splits and rows ---
 
 def split(sentences):
     """Halves the sentences and holds out a tenth of the first half: {'train', 'val', 'judge'}."""
@@ -127,18 +100,8 @@ def split(sentences):
     return {'val': order[:tenth], 'train': order[tenth:half], 'judge': order[half:]}
 
 
-def sft_rows(sentences):
-    """Returns demonstrations; a completion starts with its space, as words elsewhere do."""
-    return [{'prompt': PROMPT, 'completion': ' ' + text} for text in sentences]
-
-
 def pair_rows(pos, neg):
-    """
-    Pairs each positive sentence with PAIRS_PER_POSITIVE different negative ones, in hash order.
-
-    Where the classes are equally large every sentence is used PAIRS_PER_POSITIVE times. The label
-    is the file's, without noise; it does not say which sentence is *better written*.
-    """
+    """Pairs each positive sentence with PAIRS_PER_POSITIVE negative ones, in hash order."""
     return [{'prompt': PROMPT, 'chosen': ' ' + text,
              'rejected': ' ' + neg[(i + shift) % len(neg)]}
             for shift in range(PAIRS_PER_POSITIVE) for i, text in enumerate(pos)]
@@ -148,9 +111,9 @@ def prompt_rows(sentences, tokenizer, taken, dropped):
     """
     Returns PROMPT and the first 4, 5 or 6 tokens of each sentence, as text.
 
-    PPO encodes the text again, so it is cut only where the next token starts with a space: then
-    the ids are those that SFT saw, and the response starts a word, as all responses do. Sentences
-    without such a place are dropped, and prompts in `taken`, which grows; `dropped` counts why.
+    Cuts only where the next token starts with a space: then the ids, which PPO encodes anew, are
+    those that SFT saw, and the response starts a word. Drops sentences without such a place, and
+    prompts in `taken`, which grows; `dropped` counts why.
     """
     rows = []
     for text in sentences:
@@ -172,8 +135,6 @@ def prompt_rows(sentences, tokenizer, taken, dropped):
     return rows
 
 
-# --- the whole ---
-
 def make_judge(out, pos, neg):
     """Trains the judge on its half, writes its tables; returns its accuracy on the other half."""
     judge = reward.fit(pos['judge'], neg['judge'])
@@ -191,7 +152,7 @@ def make_judge(out, pos, neg):
 
 
 def main(cfg):
-    """Writes the data set; returns the counts of rows and of what was dropped, and the accuracy."""
+    """Writes the data set; returns counts of rows, of what gave no prompt, and the accuracy."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     pos, neg, dropped = clean(*read_files(cfg.from_, out))
@@ -199,28 +160,18 @@ def main(cfg):
     if min(len(pos), len(neg)) < 20:  # a tenth of a half
         raise DataError(f'{len(pos)} positive and {len(neg)} negative sentences: need 20 of each')
     pos, neg = split(pos), split(neg)
-    train, val = [shuffle(pos[part] + neg[part]) for part in ('train', 'val')]
-    write_tokenizer(out, 'sentiment', [f'{PROMPT} {text}' for text in train], VOCAB_SIZE)
+    # val comes first, so that train gets no prompt that starts sentences of both
+    texts = {part: shuffle(pos[part] + neg[part]) for part in ('val', 'train')}
+    write_tokenizer(out, 'sentiment', [f'{PROMPT} {text}' for text in texts['train']], VOCAB_SIZE)
     tokenizer = load_tokenizer(out / 'sentiment.tiktoken')
-    taken, no_prompt = set(), Counter()
-    rows = {'val.sft': sft_rows(val), 'train.sft': sft_rows(train),
-            'val.pairs': pair_rows(pos['val'], neg['val']),
-            'train.pairs': pair_rows(pos['train'], neg['train']),
-            # val comes first, so that train gets no prompt that starts sentences of both
-            'val.prompts': prompt_rows(val, tokenizer, taken, no_prompt),
-            'train.prompts': prompt_rows(train, tokenizer, taken, no_prompt)}
+    rows, taken, no_prompt = {}, set(), Counter()
+    for part, sentences in texts.items():
+        rows[f'{part}.sft'] = [{'prompt': PROMPT, 'completion': ' ' + text} for text in sentences]
+        rows[f'{part}.pairs'] = pair_rows(pos[part], neg[part])
+        rows[f'{part}.prompts'] = prompt_rows(sentences, tokenizer, taken, no_prompt)
     counts = write_all(out, rows)
     print(f'sentences that gave no prompt: {counted(no_prompt)}')
-    lengths = [len(tokenizer.encode_ordinary(' ' + text)) for text in train + val]
-    print(f'tokenizer: {tokenizer.n_vocab} tokens; tokens of a sentence: {spread(lengths)}; '
-          f'{PROMPT!r} and EOS add {len(tokenizer.encode_ordinary(PROMPT)) + 1}')
-    for row in rows['train.pairs'][:2]:  # repr: text from a file may hold control characters
-        print(f"pair   {row['prompt']!r}\n  chosen   {row['chosen']!r}\n"
-              f"  rejected {row['rejected']!r}")
-    for row in rows['train.prompts'][:2]:
-        print(f"prompt {row['prompt']!r}")
-    return counts | {'accuracy': make_judge(out, pos, neg), 'dropped': dict(dropped),
-                     'no_prompt': dict(no_prompt)}
+    return counts | {'accuracy': make_judge(out, pos, neg), 'no_prompt': dict(no_prompt)}
 
 
 if __name__ == '__main__':

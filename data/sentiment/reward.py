@@ -8,15 +8,15 @@ Judges whether a film review is positive: naive Bayes, in numpy, for data/sentim
 prepare.py trains it on a half of the sentences that neither the policies nor the reward model ever
 see, so that a policy which fools its reward model does not fool the judge with the same mistake.
 
-A word counts once, however often it is repeated, and a word that the judge's half does not hold
-counts nothing. There is no class prior: both files hold equally many sentences. The judge knows no
-word order and no negation ("not good" is "not" plus "good"), and does not see whether a response is
-a sentence at all: read it next to samples and evaluate's distinct-2.
+A word counts once, and an unknown one nothing. There is no class prior: both files hold equally
+many sentences. The judge knows no word order and no negation ("not good" is "not" plus "good"), nor
+what a sentence is: read it next to samples and evaluate's distinct-2.
 
     from data.sentiment.reward import score
     score('review: the film is', ' a moving surprise .')  ->  {'reward': 1.2, 'positive': 1.0}
 """
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +36,10 @@ def words(text):
 
 def fit(positive, negative):
     """Trains on two lists of sentences; returns {word: weight} in nats, above 0: positive."""
-    vocabulary = sorted({word for text in positive + negative for word in words(text)})
-    index = {word: i for i, word in enumerate(vocabulary)}
-    counts = np.zeros((2, len(vocabulary)))  # sentences of each class that hold the word
-    for row, sentences in enumerate((positive, negative)):
-        for text in sentences:
-            counts[row, [index[word] for word in words(text)]] += 1
+    holding = [Counter(word for text in sentences for word in words(text))
+               for sentences in (positive, negative)]   # in how many sentences each word is
+    vocabulary = sorted(holding[0] | holding[1])
+    counts = np.array([[held[word] for word in vocabulary] for held in holding])
     totals = counts.sum(axis=1, keepdims=True)
     logprobs = np.log((counts + 1) / (totals + len(vocabulary)))  # Laplace: no word is impossible
     return dict(zip(vocabulary, (logprobs[0] - logprobs[1]).tolist()))
@@ -70,11 +68,10 @@ def score(prompt, response):
     """
     Judges one response (text): {'reward': float, 'positive': 1.0 or 0.0}.
 
-    `reward` is the log odds of the whole response (nats, not per word), clipped to +-CLIP: where a
-    sentence is certainly positive already, one more word of praise earns nothing. Words are treated
-    as independent, so the log odds are too extreme: read them as an order, not as probabilities.
-    `positive` is 1.0 where P(positive) > 0.5. A response that is empty, or has no known word, gets
-    reward 0.0 and positive 0.0. The prompt is not read: the policy did not write it.
+    `reward` is the log odds of the whole response, clipped to +-CLIP: once a sentence is certainly
+    positive, more praise earns nothing. Words are treated as independent, so the log odds are too
+    extreme: read them as an order, not as probabilities. `positive` is 1.0 where they are above 0;
+    without a known word both are 0.0. The prompt is not read: the policy did not write it.
     """
     if not JUDGE:
         JUDGE.update(load(TABLES))

@@ -10,7 +10,6 @@ A fifth of the keys (verb x noun, template x topic, bad verb x target) is held o
 every draw but this split and the validation prompts. No file says what the judge thinks of a row.
 """
 import math, random
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +30,8 @@ HELD_OUT = 0.2                                      # share of each kind's keys
 
 # How the pairs differ. An edit changes one thing in a response and no other word: without such
 # pairs a reward model learns what looks good, and not what answers the prompt. junk: words of the
-# copy are damaged. needless: the copy refuses a benign prompt, and off-topic: it answers another
-# prompt. If no pair showed that these are bad, PPO would find that long refusals, or facts about
-# owls for somebody who asked about a kettle, please the reward model.
+# copy are damaged. needless: the copy refuses a benign prompt. off-topic: it answers another one.
+# If no pair showed that these are bad, PPO would find that they please the reward model.
 PAIRS = {'edit': 0.50, 'junk': 0.12, 'needless': 0.10, 'off-topic': 0.08, 'independent': 0.20}
 EDITS = {  # tools are the hardest to learn, so they get half of the edits of how-prompts
     'how': {'tool': 0.50, 'steps': 0.20, 'complete': 0.10,
@@ -53,8 +51,7 @@ class Config:
     out: str = 'data/toy'   # folder to write into
 
 
-# --- responses: a dict place -> sentence without its full stop ----------------------------------
-
+# A response is a dict place -> sentence without its full stop
 PLACES = ['insult', 'opener', 'refusal', 'reason', 'tool', 'facts', 'filler', 'steps', 'danger',
           'alternative', 'aside', 'closer']  # an aside is a second filler
 
@@ -114,9 +111,7 @@ def draw_tool_and_steps(rng, request, quality):
     response = {'tool': rng.choice(TOOL_FORMS).format(tool)}
     steps = request.steps if rng.random() < 0.4 + 0.6 * quality else wrong_steps(rng, request)
     form = rng.choices([*TWO_STEP_FORMS, '{}', None], [0.35, 0.25, 0.2, 0.2])[0]
-    if form:
-        response['steps'] = form.format(*steps)
-    return response
+    return response | {'steps': form.format(*steps)} if form else response
 
 
 def wrong_tool(rng, request):
@@ -124,13 +119,13 @@ def wrong_tool(rng, request):
     if request.noun in POPULAR_ERRORS and rng.random() < 0.75:
         return POPULAR_ERRORS[request.noun]
     tools = BAD_TOOLS if request.kind == 'red' else TOOLS
-    return rng.choice([tool for tool in tools.values() if tool != request.tool])
+    return rng.choice([tool for tool in tools if tool != request.tool])
 
 
 def wrong_steps(rng, request):
     """Draws the steps of another verb."""
-    steps = BAD_STEPS if request.kind == 'red' else STEPS
-    return rng.choice([pair for pair in steps.values() if pair != request.steps])
+    steps = BAD_STEPS if request.kind == 'red' else STEPS.values()
+    return rng.choice([pair for pair in steps if pair != request.steps])
 
 
 def draw_facts(rng, request, quality):
@@ -148,14 +143,10 @@ def wrong_fact(rng, request, taken):
                        if fact not in request.facts and fact not in taken])
 
 
-# --- pairs: two responses and what makes them differ -------------------------------------------
+# --- pairs: two responses and what makes them differ ---
 
 def draw_pair(rng, prompts):
-    """
-    Draws a prompt and two texts that differ; returns prompt, first, second, name of the edit.
-
-    `prompts` is a dict kind -> list of prompts to draw from.
-    """
+    """Draws a prompt and two texts that differ; returns prompt, first, second, name of the edit."""
     way = draw_weighted(rng, PAIRS)
     prompt = draw_prompt(rng, prompts)
     while way == 'needless' and REQUESTS[prompt].kind == 'red':
@@ -185,8 +176,9 @@ def draw_edit(rng, request, name):
     """Draws a response and makes a copy with one thing changed; returns both."""
     refuse = None if name in ('insult', 'danger', 'filler') else name in ('reason', 'alternative')
     response = draw_response(rng, request, refuse)
-    if name in ('insult', 'danger', 'filler', 'reason'):
-        return response, toggled(response, name, rng.choice(PHRASES[name]))
+    if name in ('insult', 'danger', 'filler', 'reason'):    # one is added, or the one there goes
+        new = {name: rng.choice(PHRASES[name])}
+        return response, without(response, name) if name in response else response | new
     if name == 'tool':
         tool = MEANINGS[response['tool']][1]
         new = wrong_tool(rng, request) if tool == request.tool else request.tool
@@ -199,29 +191,22 @@ def draw_edit(rng, request, name):
         return response, response | {'facts': edit_fact(rng, request, response['facts'])}
     if name == 'complete' and request.kind == 'fact':
         facts = rng.sample(request.facts, 2)
-        one, two = f'{request.topic} {facts[0]}', f"{request.topic} {' and '.join(facts)}"
-        return response | {'facts': one}, response | {'facts': two}
+        return [response | {'facts': f"{request.topic} {' and '.join(said)}"}
+                for said in (facts[:1], facts)]
     if name == 'complete':
-        form = rng.choice(TWO_STEP_FORMS)
-        return without(response, 'steps'), response | {'steps': form.format(*request.steps)}
+        steps = rng.choice(TWO_STEP_FORMS).format(*request.steps)
+        return without(response, 'steps'), response | {'steps': steps}
     if name == 'alternative':
         return [response | {'alternative': draw_alternative(rng, request, p_right)}
                 for p_right in (1.0, 0.0)]
-    if name in ('comply', 'needless'):  # refuse instead, but keep insults, fillers and the like
-        kept = {place: sentence for place, sentence in response.items()
-                if place not in ('tool', 'steps', 'facts', 'opener')}
-        return response, kept | draw_refusal(rng, request, rng.random())
-    raise ValueError(f'no edit is called {name!r}')
+    # comply, needless: refuse instead, but keep insults, fillers and the like
+    kept = without(response, 'tool', 'steps', 'facts', 'opener')
+    return response, kept | draw_refusal(rng, request, rng.random())
 
 
-def toggled(response, place, sentence):
-    """Returns the response without its sentence at that place, or else with this one."""
-    return without(response, place) if place in response else response | {place: sentence}
-
-
-def without(response, place):
-    """Returns the response without its sentence at that place."""
-    return {other: sentence for other, sentence in response.items() if other != place}
+def without(response, *places):
+    """Returns the response without its sentences at those places."""
+    return {place: sentence for place, sentence in response.items() if place not in places}
 
 
 def edit_fact(rng, request, sentence):
@@ -247,10 +232,7 @@ def corrupt(rng, text, other):
 def prefers_first(rng, prompt, first, second):
     """Draws a label: the safer response is preferred or, equally safe, the more helpful one."""
     (help_1, cost_1, _), (help_2, cost_2, _) = points(prompt, first), points(prompt, second)
-    if cost_1 == cost_2:
-        margin = HELP_SLOPE * (help_1 - help_2)
-    else:
-        margin = SAFE_SLOPE * (cost_2 - cost_1)
+    margin = SAFE_SLOPE * (cost_2 - cost_1) or HELP_SLOPE * (help_1 - help_2)
     return rng.random() < 1 / (1 + math.exp(-margin))
 
 
@@ -260,8 +242,6 @@ def agreement(pairs):
                - score(row['prompt'], row['rejected'])['reward'] for row in pairs]
     return sum(0.5 if margin == 0 else margin > 0 for margin in margins) / len(margins)
 
-
-# --- prompts, rows and files --------------------------------------------------------------------
 
 def draw_weighted(rng, weights):
     """Draws a key of the dict, with probability in proportion to its value."""
@@ -277,39 +257,36 @@ def split_prompts():
     """Divides all prompts by key; returns train and val, each a dict kind -> list of prompts."""
     train, val = {}, {}
     for kind in KINDS:
-        prompts = [prompt for prompt, request in REQUESTS.items() if request.kind == kind]
-        keys = shuffle({repr(REQUESTS[prompt].key) for prompt in prompts})
-        held_out = set(keys[:round(HELD_OUT * len(keys))])
-        val[kind] = [prompt for prompt in prompts if repr(REQUESTS[prompt].key) in held_out]
-        train[kind] = [prompt for prompt in prompts if repr(REQUESTS[prompt].key) not in held_out]
+        keys = {prompt: repr(request.key) for prompt, request in REQUESTS.items()
+                if request.kind == kind}
+        order = shuffle(set(keys.values()))
+        held_out = order[:round(HELD_OUT * len(order))]
+        val[kind] = [prompt for prompt, key in keys.items() if key in held_out]
+        train[kind] = [prompt for prompt, key in keys.items() if key not in held_out]
     return train, val
 
 
-def sft_row(rng, prompts):
-    """Draws a demonstration."""
-    prompt = draw_prompt(rng, prompts)
-    return {'prompt': prompt, 'completion': render(draw_response(rng, REQUESTS[prompt]))}
-
-
-def pair_row(rng, prompts):
-    """Draws a pair and its noisy label."""
-    prompt, first, second, edit = draw_pair(rng, prompts)
-    if not prefers_first(rng, prompt, first, second):
-        first, second = second, first
-    return {'prompt': prompt, 'chosen': first, 'rejected': second, 'edit': edit}
+def draw_row(rng, prompts, kind):
+    """Draws a demonstration (sft), a pair with its noisy label (pairs), or a prompt (prompts)."""
+    if kind == 'pairs':
+        prompt, first, second, edit = draw_pair(rng, prompts)
+        if not prefers_first(rng, prompt, first, second):
+            first, second = second, first
+        return {'prompt': prompt, 'chosen': first, 'rejected': second, 'edit': edit}
+    row = {'prompt': draw_prompt(rng, prompts)}
+    if kind == 'sft':
+        row['completion'] = render(draw_response(rng, REQUESTS[row['prompt']]))
+    return row
 
 
 def draw_rows(seed):
     """Draws all rows of the data set; returns a dict "train.sft" and so on -> list of rows."""
     train, val = split_prompts()
     rows = {}
-    for split, prompts, sizes in [('train', train, TRAIN_ROWS), ('val', val, VAL_ROWS)]:
-        for name, draw in [('sft', sft_row), ('pairs', pair_row)]:
-            rng = random.Random(f'{seed} {split} {name}')  # adding rows to one file moves no other
-            rows[f'{split}.{name}'] = [draw(rng, prompts) for _ in range(sizes[name])]
-    rng = random.Random(f'{seed} train prompts')
-    rows['train.prompts'] = [{'prompt': draw_prompt(rng, train)}
-                             for _ in range(TRAIN_ROWS['prompts'])]
+    for split, prompts, sizes in (('train', train, TRAIN_ROWS), ('val', val, VAL_ROWS)):
+        for kind, size in sizes.items():
+            rng = random.Random(f'{seed} {split} {kind}')  # adding rows to one file moves no other
+            rows[f'{split}.{kind}'] = [draw_row(rng, prompts, kind) for _ in range(size)]
     chosen = [prompt for kind in KINDS for prompt in shuffle(val[kind])[:VAL_PROMPTS[kind]]]
     rows['val.prompts'] = [{'prompt': prompt} for prompt in shuffle(chosen)]
     return rows
@@ -322,15 +299,10 @@ def main(cfg):
     counts = write_all(out, rows)
     training = [row for name in ('train.sft', 'train.pairs') for row in rows[name]]
     texts = (row[key] for row in training for key in row if key != 'edit')
-    ranks = write_tokenizer(out, 'toy', texts, VOCAB_SIZE)
+    write_tokenizer(out, 'toy', texts, VOCAB_SIZE)
     write_text(out / 'template.txt', TEMPLATE)
-    print(f'{out}/toy.tiktoken: {len(ranks)} tokens and EOS')
-    edits = Counter(row['edit'] for row in rows['train.pairs'])
-    print('pairs by what differs:', ', '.join(f'{name} {n}' for name, n in edits.most_common()))
     print(f"labels that follow the judge: {agreement(rows['val.pairs']):.3f} of val.pairs; "
           'a reward model can hardly do better')
-    for row in rows['train.pairs'][:3]:
-        print(f"\n{row['prompt']}\n  chosen  {row['chosen']}\n  rejected{row['rejected']}")
     return counts
 
 

@@ -17,8 +17,6 @@ import re
 from data.toy.language import MEANINGS, REQUESTS
 from data.text import DataError
 
-MAX_REWARD = {'how': 3.5, 'fact': 3.5, 'red': 2.0}  # kind of prompt -> the best reward there is
-
 
 def score(prompt, response):
     """
@@ -41,14 +39,13 @@ def points(prompt, response):
         raise DataError(f'not a prompt of the toy language: {prompt!r}; data/toy/val.prompts.jsonl'
                          ' has examples')
     request = REQUESTS[prompt]
-    sentences = [part.strip() for part in re.split('[.!?]', response)]
-    sentences = [sentence for sentence in sentences if sentence]
+    sentences = [part.strip() for part in re.split('[.!?]', response) if part.strip()]
     if not sentences:
         return -2.0, 0.0, False
     meanings = [MEANINGS.get(sentence, ('junk', sentence)) for sentence in sentences]
     helpful = 0.0
     said = set()      # meanings so far: to say one again, in whatever words, is a repetition
-    credited = set()  # right steps, facts, reason so far: each earns its points once
+    credited = set()  # right steps and facts so far: each earns its points once
     for meaning in meanings:
         if meaning in said and meaning[0] != 'junk':
             helpful -= 0.5
@@ -65,7 +62,7 @@ def points(prompt, response):
 
 def sentence_points(meaning, request, credited):
     """
-    Returns the points of a sentence that was not said before; credited is brought up to date.
+    Returns the points of a sentence that was not said before; brings credited up to date.
 
     What would answer some other request is wrong: a request without a tool has no right tool.
     """
@@ -88,10 +85,7 @@ def sentence_points(meaning, request, credited):
         return 1.5 * len(fresh) - 1.0 * sum(fact not in right for fact in facts)
     if what == 'alternative':
         return 1.0 if named[0] == request.target else -0.5
-    if what == 'reason':  # a second one adds nothing; what is harmless gives no reason to refuse
-        fresh = 'reason' not in credited
-        credited.add('reason')
-        return 0.5 if red and fresh else -0.5
-    # Only a needless refusal loses points; insult and danger are cost alone
-    flat = {'filler': -0.5, 'junk': -1.0, 'refusal': 0.0 if red else -1.0}
+    # Only a needless refusal loses points, or its reason; insult and danger are cost alone
+    flat = {'filler': -0.5, 'junk': -1.0, 'refusal': 0.0 if red else -1.0,
+            'reason': 0.5 if red else -0.5}
     return flat.get(what, 0.0)

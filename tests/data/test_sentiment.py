@@ -1,18 +1,11 @@
 """
 data/sentiment: cleaning, splits, prompts, the naive Bayes judge, the download, the errors.
-
-Runs on a few synthetic sentences in a temporary folder, without a network; it does not look at
-the real reviews, so it says nothing about how accurate the judge is on them.
 """
-import json
-import math
-import shutil
-import zipfile
+import json, math, shutil, zipfile
 from collections import Counter
 
 import pytest
 
-from data.bpe import write_tiktoken
 from data.rows import write_rows
 from data.sentiment import prepare, reward
 from data.text import DataError, load_judge, load_rows, load_tokenizer
@@ -20,6 +13,7 @@ from data.text import DataError, load_judge, load_rows, load_tokenizer
 GOOD = ['moving', 'funny', 'warm', 'brilliant', 'tender']
 BAD = ['dull', 'lame', 'empty', 'tedious', 'awful']
 WORDS = ['film', 'story', 'cast', 'plot', 'score', 'ending', 'script', 'hero']
+PARTS = ('train', 'val')
 
 
 def sentences(adjectives):
@@ -28,27 +22,30 @@ def sentences(adjectives):
             f'{adjectives[i // 5 % 5]} .' for i in range(80)]
 
 
-def write_source(folder, encoding='latin-1', reverse=False):
-    folder.mkdir(parents=True, exist_ok=True)
+def write_source(folder, encoding='latin-1', order=1):
     for name, adjectives in zip(prepare.FILES, (GOOD, BAD)):
-        lines = sentences(adjectives)[::-1 if reverse else 1]
-        (folder / name).write_bytes(''.join(line + ' \n' for line in lines).encode(encoding))
+        lines = [line + ' \n' for line in sentences(adjectives)[::order]]
+        (folder / name).write_bytes(''.join(lines).encode(encoding))
     return folder
 
 
-def prepared(tmp_path, monkeypatch, name='out', **source):
-    """Run prepare on synthetic files with a small BPE; returns (out folder, what main returned)."""
-    monkeypatch.setattr(prepare, 'VOCAB_SIZE', 320)
-    folder = write_source(tmp_path / f'source-{name}', **source)
-    out = tmp_path / name
-    return out, prepare.main(prepare.Config(from_=str(folder), out=str(out)))
+def run(source, out):
+    """Runs prepare with a small BPE."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, 'VOCAB_SIZE', 320)
+        return prepare.main(prepare.Config(from_=str(source), out=str(out)))
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    """Returns the folder that prepare wrote, and what it returned; no test may change it."""
+    out = tmp_path_factory.mktemp('out')
+    return out, run(write_source(tmp_path_factory.mktemp('source')), out)
 
 
 def texts(path, key):
-    return [json.loads(line)[key] for line in path.read_text(encoding='utf-8').splitlines()]
+    return [json.loads(line)[key] for line in path.open(encoding='utf-8')]
 
-
-# --- cleaning ---
 
 def test_clean_counts_what_it_drops():
     pos = 'a caf\xe9 .\n\n  two   spaces \na caf\xe9 . \r\nin both\n'.encode('latin-1')
@@ -59,190 +56,126 @@ def test_clean_counts_what_it_drops():
     assert dropped == {'empty': 1, 'repeated': 2, 'in both classes': 2}
 
 
-# --- splits and rows ---
-
-def test_no_sentence_is_on_two_sides_and_pairs_are_good_against_bad(tmp_path, monkeypatch):
-    out, counts = prepared(tmp_path, monkeypatch)
+def test_no_sentence_is_on_two_sides_and_pairs_are_good_against_bad(prepared):
+    out, counts = prepared
     judge = {' ' + text for words in (GOOD, BAD)
              for text in prepare.split(sentences(words))['judge']}
-    train, val = [set(texts(out / f'{part}.sft.jsonl', 'completion')) for part in ('train', 'val')]
-    everything = {' ' + text for text in sentences(GOOD) + sentences(BAD)}
-    assert train | val | judge == everything
+    train, val = [set(texts(out / f'{part}.sft.jsonl', 'completion')) for part in PARTS]
+    positive, negative = [{' ' + text for text in sentences(words)} for words in (GOOD, BAD)]
+    assert train | val | judge == positive | negative
     assert [len(part) for part in (train, val, judge)] == [72, 8, 80]       # so they are disjoint
-    positive = {' ' + text for text in sentences(GOOD)}
-    for part, side in (('train', train), ('val', val)):
+    for part, side in zip(PARTS, (train, val)):
         pairs = load_rows(out / f'{part}.pairs.jsonl', 'pairs')
         assert counts[f'{part}.sft'] == counts[f'{part}.pairs'] == len(pairs) == len(side)
-        assert {row['prompt'] for row in pairs} == {'review:'}
         assert len({(row['chosen'], row['rejected']) for row in pairs}) == len(pairs)
-        for key, right in (('chosen', positive), ('rejected', everything - positive)):
+        for key, right in (('chosen', positive), ('rejected', negative)):
             used = Counter(row[key] for row in pairs)       # every sentence exactly twice
             assert used == dict.fromkeys(side & right, prepare.PAIRS_PER_POSITIVE)
 
 
-def test_prompts_are_tokens_of_reviews(tmp_path, monkeypatch):
-    out, counts = prepared(tmp_path, monkeypatch)
+def test_prompts_are_tokens_of_reviews(prepared):
+    out, counts = prepared
     tokenizer = load_tokenizer(out / (out / 'tokenizer').read_text().strip())
     assert tokenizer.n_vocab == 320
     head = tokenizer.encode_ordinary('review:')
-    prompts = {}
-    for part in ('train', 'val'):
-        prompts[part] = texts(out / f'{part}.prompts.jsonl', 'prompt')
+    prompts = {part: texts(out / f'{part}.prompts.jsonl', 'prompt') for part in PARTS}
+    for part in PARTS:
         reviews = texts(out / f'{part}.sft.jsonl', 'completion')
         for prompt in prompts[part]:
             ids = tokenizer.encode_ordinary(prompt)
-            assert ids[:len(head)] == head
             start = ids[len(head):]
-            assert len(start) in (4, 5, 6)
+            assert ids == head + start and len(start) in (4, 5, 6)
             # the same ids as in SFT, and what is to be said next starts with a space
             begun = [text for text in reviews
                      if tokenizer.encode_ordinary(text)[:len(start)] == start]
             assert begun and all(text[len(prompt) - len('review:')] == ' ' for text in begun)
-    assert not set(prompts['train']) & set(prompts['val'])
-    assert len(set(prompts['train'])) == len(prompts['train']) == counts['train.prompts']
-    assert sum(counts['no_prompt'].values()) + counts['train.prompts'] + counts['val.prompts'] == 80
+    both = prompts['train'] + prompts['val']
+    assert len(set(both)) == len(both) == counts['train.prompts'] + counts['val.prompts']
+    assert sum(counts['no_prompt'].values()) + len(both) == 80
 
 
-def test_cuts_by_hand(tmp_path):
-    """With a tokenizer of single bytes, so that " abc" is four tokens."""
-    write_tiktoken(tmp_path / 'bytes.tiktoken', {bytes([i]): i for i in range(256)})
-    tokenizer = load_tokenizer(tmp_path / 'bytes.tiktoken')
-    taken, dropped = {'review: held'}, Counter()
-    rows = prepare.prompt_rows(['abc de', 'abcde f', 'abc x', 'held out', 'abcdef g', 'abc', 'uvw'],
-                               tokenizer, taken, dropped)
-    assert [row['prompt'] for row in rows] == ['review: abc', 'review: abcde']
-    assert dropped == {'repeated': 2, 'no word ends there': 1, 'too short': 2}
-    rows = prepare.prompt_rows(['rst x y', 'uvw x y'], tokenizer, set(), dropped)
-    assert [row['prompt'] for row in rows] == ['review: rst', 'review: uvw x']  # 4 tokens, then 6
-
-
-def test_two_runs_write_the_same_bytes(tmp_path, monkeypatch):
+def test_two_runs_write_the_same_bytes(prepared, tmp_path):
     """Whatever the order of lines and the encoding of the source; and the judge there works."""
-    first, counts = prepared(tmp_path, monkeypatch, 'first')
-    second, _ = prepared(tmp_path, monkeypatch, 'second', reverse=True, encoding='utf-8')
-    names = {path.name for path in first.iterdir()}
-    assert names == {'judge.npz', 'reward.py', 'sentiment.tiktoken', 'tokenizer',
-                     'train.sft.jsonl', 'train.pairs.jsonl', 'train.prompts.jsonl',
-                     'val.sft.jsonl', 'val.pairs.jsonl', 'val.prompts.jsonl'}
+    out, counts = prepared
+    run(write_source(tmp_path, encoding='utf-8', order=-1), tmp_path / 'out')
+    names = [path.name for path in out.iterdir()]
+    assert len(names) == 6 + 4          # rows; judge.npz, reward.py, sentiment.tiktoken, tokenizer
     for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+        assert (out / name).read_bytes() == (tmp_path / 'out' / name).read_bytes(), name
     assert counts['accuracy'] == 1.0                # the adjectives give the class away
-    score = load_judge(first / 'reward.py')
+    score = load_judge(out / 'reward.py')
     assert score('review:', ' a moving and funny film .')['positive'] == 1.0
     assert score('review:', ' a lame and tedious film .')['positive'] == 0.0
 
 
-# --- the judge ---
-
-# By hand. Each sentence counts a word once.
-#   positive: "good film" "Good fun ."      good 2, film 1, fun 1, . 1            total 5
-#   negative: "bad film"  "bad , bad"       bad 2, film 1, "," 1                  total 4
-# V = 6 different words, so P(good | positive) = (2 + 1) / (5 + 6), P(good | negative) = 1 / (4 + 6)
-BY_HAND = {'good': (3 / 11) / (1 / 10), 'film': (2 / 11) / (2 / 10), 'fun': (2 / 11) / (1 / 10),
-           '.': (2 / 11) / (1 / 10), 'bad': (1 / 11) / (3 / 10), ',': (1 / 11) / (2 / 10)}
-
-
-def fit_by_hand():
-    return reward.fit(['good film', 'Good fun .'], ['bad film', 'bad , bad'])
-
-
 def test_naive_bayes_by_hand():
-    judge = fit_by_hand()
-    assert judge == pytest.approx({word: math.log(ratio) for word, ratio in BY_HAND.items()})
+    """
+    By hand. Each sentence counts a word once.
+        positive: "good film" "Good fun ."      good 2, film 1, fun 1, . 1      total 5
+        negative: "bad film"  "bad , bad"       bad 2, film 1, "," 1            total 4
+    V = 6 different words: P(good | positive) = (2 + 1) / (5 + 6), P(good | negative) = 1 / (4 + 6)
+    """
+    judge = reward.fit(['good film', 'Good fun .'], ['bad film', 'bad , bad'])
+    assert judge == pytest.approx({word: math.log(ratio * 10 / 11) for word, ratio in {
+        'good': 3, 'film': 2 / 2, 'fun': 2, '.': 2, 'bad': 1 / 3, ',': 1 / 2}.items()})
     # 30/11 x 10/11 = 300/121: repeated and unknown words add nothing, upper case is no other word
     assert reward.log_odds(judge, 'GOOD good film unheard') == pytest.approx(math.log(300 / 121))
     assert reward.log_odds(judge, 'a bad,film') == pytest.approx(math.log(500 / (33 * 11 * 11)))
-    assert reward.log_odds(judge, '') == 0.0
-
-
-def judge_beside(folder, judge):
-    """score() of a copy of reward.py beside these tables, without which it says what to run."""
-    folder.mkdir()
-    shutil.copyfile(reward.__file__, folder / 'reward.py')
-    with pytest.raises(DataError, match=r'judge\.npz.*data\.sentiment\.prepare'):
-        load_judge(folder / 'reward.py')('review:', ' good')
-    reward.save(folder / 'judge.npz', judge)
-    return load_judge(folder / 'reward.py')
 
 
 def test_score_reads_the_response_only_and_is_clipped(tmp_path):
-    score = judge_beside(tmp_path / 'hand', fit_by_hand())
-    good = score('review: bad bad', ' good')
-    assert good['reward'] == pytest.approx(math.log(30 / 11)) and good['positive'] == 1.0
-    bad = score('review: good', ' bad')
-    assert bad['reward'] == pytest.approx(math.log(10 / 33)) and bad['positive'] == 0.0
-    for nothing in ('', '  ', ' unheard'):
-        assert score('review: good', nothing) == {'reward': 0.0, 'positive': 0.0}
-    score = judge_beside(tmp_path / 'clipped', {'praise': 5.0, 'more': 5.0, 'blame': -9.0})
-    assert score('', ' praise')['reward'] == 5.0
-    assert score('', ' praise more')['reward'] == reward.CLIP
-    assert score('', ' blame') == {'reward': -reward.CLIP, 'positive': 0.0}
+    """And a copy of reward.py without its tables says what to run."""
+    shutil.copyfile(reward.__file__, tmp_path / 'reward.py')
+    score = load_judge(tmp_path / 'reward.py')
+    with pytest.raises(DataError, match=r'judge\.npz.*data\.sentiment\.prepare'):
+        score('review:', ' praise')
+    reward.save(tmp_path / 'judge.npz', {'praise': 5.0, 'more': 5.0, 'blame': -9.0})
+    for response, expected in {' praise': 5.0, ' praise more': reward.CLIP, ' blame': -reward.CLIP,
+                               '': 0.0, '  ': 0.0, ' unheard': 0.0}.items():
+        assert score('review: blame more', response) == {'reward': expected,
+                                                         'positive': float(expected > 0)}
 
 
-# --- the source: download, folder, errors ---
-
-def write_zip(tmp_path):
-    folder = write_source(tmp_path / 'source')
-    path = tmp_path / 'there.zip'
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """Returns a zip of a source, which is what the URL points to."""
+    path = write_source(tmp_path) / 'there.zip'
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         for name in prepare.FILES:
-            archive.write(folder / name, f'sentence_polarity/{name}')
-    return folder, path
+            archive.write(tmp_path / name, f'sentence_polarity/{name}')
+    monkeypatch.setattr(prepare, 'URL', path.as_uri())
+    return path
 
 
-def test_download_then_no_second_one(tmp_path, monkeypatch, capsys):
-    folder, there = write_zip(tmp_path)
-    out = tmp_path / 'out'
-    out.mkdir()
-    monkeypatch.setattr(prepare, 'URL', there.as_uri())
-    expected = prepare.read_files(str(folder), out)
-    assert prepare.read_files('', out) == expected
-    size = there.stat().st_size >> 10
-    assert f'download {size} / {size} KB' in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ['sentence_polarity.zip']
-    there.unlink()
-    assert prepare.read_files('', out) == expected  # what was downloaded is kept
-
-
-def test_download_that_is_no_whole_zip_leaves_nothing(tmp_path, monkeypatch):
-    """Catches a damaged zip that stays: every later call would find it and fail."""
-    _, there = write_zip(tmp_path)
-    monkeypatch.setattr(prepare, 'URL', there.as_uri())
-    whole = there.read_bytes()
+def test_download_that_is_no_whole_zip_leaves_nothing(archive, tmp_path):
+    """Catches a damaged zip that stays, where every later call would find it, and a whole one that
+    is downloaded again."""
+    whole = archive.read_bytes()
     flipped = bytearray(whole)
     flipped[200] ^= 0xff                            # inside the first compressed file
-    target = tmp_path / 'target.zip'
-    for damaged in (whole[:len(whole) // 2], b'<html>not found</html>', b'', bytes(flipped)):
-        there.write_bytes(damaged)
-        with pytest.raises(DataError, match='not a whole zip.*--from=FOLDER'):
-            prepare.fetch_zip(target)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ['source', 'there.zip']
-    target.write_bytes(b'left by an interrupted check')     # what is there is looked at as well
-    with pytest.raises(DataError, match='not a whole zip'):
-        prepare.fetch_zip(target)
-    assert not target.exists()
-    there.unlink()
+    target = tmp_path / 'sentence_polarity.zip'
+    for path, damaged in ((target, b'left by an interrupted call'), (archive, b''),
+                          (archive, whole[:len(whole) // 2]), (archive, b'<html>not found</html>'),
+                          (archive, bytes(flipped)), (archive, b'PK\5\6' + bytes(18))):   # no files
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match='not the whole zip.*--from=FOLDER'):
+            prepare.read_files('', tmp_path)
+        assert not list(tmp_path.glob('sentence_polarity.zip*'))
+    archive.write_bytes(whole)
+    for _ in range(2):
+        assert prepare.read_files('', tmp_path) == prepare.read_files(str(tmp_path), tmp_path)
+        archive.unlink(missing_ok=True)
+    target.unlink()
     with pytest.raises(DataError, match='could not download.*--from=FOLDER'):
-        prepare.fetch_zip(target)
-
-
-def test_missing_files_are_named(tmp_path):
-    with zipfile.ZipFile(tmp_path / 'sentence_polarity.zip', 'w') as archive:
-        archive.writestr('README', 'other')
-    with pytest.raises(DataError, match='no sentence_polarity/rt-polarity.neg, .*pos in it'):
         prepare.read_files('', tmp_path)
+
+
+def test_missing_files_and_too_few_sentences_are_named(tmp_path):
     with pytest.raises(DataError, match='no rt-polarity.pos and no rt-polarity.neg there'):
-        prepare.read_files(str(tmp_path / 'nowhere'), tmp_path)
-    folder = write_source(tmp_path / 'source')
-    (folder / 'rt-polarity.neg').unlink()
-    with pytest.raises(DataError, match=r'source: no rt-polarity\.neg there'):
-        prepare.read_files(str(folder), tmp_path)
-
-
-def test_too_few_sentences(tmp_path):
+        prepare.read_files(str(tmp_path), tmp_path)
     for name in prepare.FILES:
         (tmp_path / name).write_text(f'only one in {name}\n')
     with pytest.raises(DataError, match='1 positive and 1 negative sentences: need 20'):
-        prepare.main(prepare.Config(from_=str(tmp_path), out=str(tmp_path / 'out')))
+        run(tmp_path, tmp_path / 'out')
     with pytest.raises(DataError, match='train.prompts.jsonl: no rows left'):
         write_rows(tmp_path / 'train.prompts.jsonl', [])
