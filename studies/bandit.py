@@ -22,13 +22,13 @@ from functools import partial
 
 import torch
 
-from prefgpt import run_cli
-from studies.policies import Table, best_of_n, optimum, peaked, reference, train_table
+from prefgpt import rng, run_cli
+from studies.blind_spot import optimum
 from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
 from studies.table import (complete, mean_and_spread, select, show_claims, show_means, spreads_by,
                            table_and_seeds)
 from studies.unified import (best_of_n_loss, binary_feedme_loss, dpo_pairs_loss, ipo_pairs_loss,
-                             ppo_loss, pref_ft_loss, reinforce_loss, rwr_loss)
+                             ppo_loss, pref_ft_loss, reinforce_loss, rwr_loss, train)
 
 
 @dataclass
@@ -39,8 +39,81 @@ class Config:
     quick: bool = False             # a smoke test: one seed, ten steps of every run, its own table
 
 
+EDGES = torch.atanh(torch.linspace(-1, 1, 101, dtype=torch.float64))            # -inf to inf
+REF = (0.5 + torch.atan((EDGES + 0.7) / 0.4) / torch.pi).diff()                 # (100,)
+TASKS = {task: torch.exp(-((torch.arange(100, dtype=torch.float64) - center) / 10) ** 2)
+         for task, center in (('R1', 70), ('R2', 20))}
 N, OFF, ON = 10, 'offline', 'on-policy'         # responses in a group; where the data are from
-TASKS = {'R1': peaked(70), 'R2': peaked(20)}
+
+
+def best_of_n(probs, reward, n):
+    """Returns the probabilities of the best of n samples; actions of equal reward share theirs."""
+    no_better = torch.stack([probs[reward <= r].sum() for r in reward])
+    worse = torch.stack([probs[reward < r].sum() for r in reward])
+    return (no_better ** n - worse ** n) * probs / (no_better - worse)
+
+
+class Table:
+    """L choices: a table of logits (L, actions), its reference, and what it samples."""
+
+    def __init__(self, seed, reward, L):
+        self.seed, self.reward = seed, reward
+        self.ref = REF.log().repeat(L, 1)                               # (L, actions)
+        self.logits = torch.nn.ParameterList([self.ref.clone()])
+        self.count = self.total = self.squares = 0.0        # of all scores so far
+        self.collected, self.kl_collect = self.ref, 0.0
+
+    def logprobs(self):
+        """Returns log pi of every action, (L, actions)."""
+        return self.logits[0].log_softmax(1)
+
+    def logprobs_of(self, batch):
+        """Returns log pi of responses (G, N, L), choice by choice."""
+        return self.logprobs()[torch.arange(len(self.ref)), batch['responses']]
+
+    @torch.no_grad()
+    def collect(self, B, k):
+        """Samples B responses of the policy as it is, in groups of N, with all a loss asks for."""
+        self.note_kl_collect()
+        self.collected = self.logprobs()
+        responses = torch.multinomial(self.collected.exp(), B, replacement=True,
+                                      generator=rng(self.seed, k, 'rollout'))   # (L, B)
+        responses = responses.T.unflatten(0, (-1, N))                           # (G, N, L)
+        scores = self.reward[responses].mean(-1)                                # (G, N)
+        # The baseline is the mean of all scores so far, as in the authors' code; it lags behind a
+        # policy that gets better. The collection's own mean, as in train_ppo, does not
+        self.count += B
+        self.total += scores.sum().item()
+        self.squares += (scores ** 2).sum().item()
+        mean = self.total / self.count
+        std = (self.squares / self.count - mean ** 2 + 1e-8) ** 0.5
+        own = (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+        return {'responses': responses, 'scores': scores,
+                'advantages': ((scores - mean) / std)[..., None].expand(responses.shape),
+                'whitened': own[..., None].expand(responses.shape),
+                'old_logprobs': self.logprobs_of({'responses': responses}),
+                'ref_logprobs': self.ref[0][responses]}             # the same for each choice
+
+    def note_kl_collect(self):
+        """Keeps the most nats that the policy has moved from the one that sampled."""
+        table = self.logprobs()
+        moved = (table.exp() * (table - self.collected)).sum().item()
+        self.kl_collect = max(self.kl_collect, moved)
+
+    @torch.no_grad()
+    def measure(self, batch):
+        """Returns exact numbers, and mean log pi / ref of each group's best and worst response."""
+        self.note_kl_collect()
+        table, scores = self.logprobs(), batch['scores']
+        ratios = (self.logprobs_of(batch) - batch['ref_logprobs']).sum(-1)      # (G, N)
+        chosen, rejected = (ratios.gather(1, place(1, keepdim=True)).mean().item()
+                            for place in (scores.argmax, scores.argmin))
+        return {'reward': (table.exp() * self.reward).sum(1).mean().item(),
+                'kl': (table.exp() * (table - self.ref)).sum().item(),
+                'kl_collect': self.kl_collect, 'entropy': -(table.exp() * table).sum().item(),
+                'chosen': chosen, 'rejected': rejected}
+
+
 LOSSES = {
     'Best-of-N': best_of_n_loss, 'REINFORCE': reinforce_loss, 'PPO': ppo_loss,
     'REINFORCE, own mean': lambda p, b: reinforce_loss(p, b | {'advantages': b['whitened']}),
@@ -50,8 +123,7 @@ LOSSES = {
     'DPO': partial(dpo_pairs_loss, beta=0.1),
     'DPO, far pairs': partial(dpo_pairs_loss, beta=1.0, threshold=0.2),
     'IPO, far pairs': partial(ipo_pairs_loss, beta=0.05, threshold=0.2)}
-# experiment -> samples, M and L; then method, lr, and by (B, T) the best lr of the grid on R1 and
-# on R2 (where there is none, that task is left out)
+# experiment -> samples, M, L, and (method, lr, {(B, T): best lr on R1 and, where it is run, on R2})
 EXPERIMENTS = {
     'staleness': (6000, 100, 10, [
         ('Best-of-N', 3, {(100, 1): (3, 10), (500, 1): (10, 10), (2000, 1): (10, 10),
@@ -78,8 +150,6 @@ EXPERIMENTS = {
         ('REINFORCE', 10, {(500, 1): (10, 10)}), ('PPO', 10, {(500, 4): (100, 30)})])}
 
 
-# ----------------------------------------------------------------------------- the runs
-
 def runs():
     """Yields every run's numbers, as its row has them: at the lr given, then at the best one."""
     for name, (samples, M, L, methods) in EXPERIMENTS.items():
@@ -96,22 +166,23 @@ def run_seed(seed, quick):
     """Returns a seed's rows: every run at its end, and the 2 x 2's after every 1000 samples."""
     rows = []
     for numbers in runs():
-        table = Table(seed, TASKS[numbers['task']], numbers['L'], N)
-        descent = train_table(table, LOSSES[numbers['method']],
-                              *(numbers[name] for name in ('lr', 'samples', 'B', 'M', 'T')))
-        steps = 10 if quick else numbers['samples'] // numbers['M'] * numbers['T']
+        table = Table(seed, TASKS[numbers['task']], numbers['L'])
+        B, M, T, samples, lr = (numbers[name] for name in ('B', 'M', 'T', 'samples', 'lr'))
+        descent = train(table.logits, table.logprobs_of, partial(table.collect, B),
+                        LOSSES[numbers['method']], torch.optim.SGD(table.logits.parameters(), lr),
+                        lr, seed, samples // B, T, M)
+        steps = 10 if quick else samples // M * T
         show = steps if quick or '2 x 2' not in numbers['experiment'] else steps // 6
         for step, part in enumerate(itertools.islice(descent, steps), 1):
             if step % show == 0:
                 rows.append({'seed': seed, **numbers, 'step': step, 'last': int(step == steps),
-                             **table.measure(), **table.log_ratios(part),
+                             **table.measure(part),
                              'command': f'python -m studies.bandit --seeds={seed}'})
     return rows
 
 
 def by_run(rows):
-    """Returns last rows' mean reward by (experiment, task, method, B, T or data), and in reuse, as
-    'moved', their kl_collect."""
+    """Returns mean rewards by (experiment, task, method, B, T or data); by 'moved', kl_collect."""
     values, varies = {}, {'staleness': 'B', 'reuse': 'T'}
     for row in select(rows, last=1):
         name = row['experiment']
@@ -156,16 +227,14 @@ CHECKS = {
         gap(r, '2 x 2', other, ON_DPO, 'R2') < 0.06 for other in (ON_MLE, OFF_DPO))}
 
 
-# ----------------------------------------------------------------------------- the picture
-
 COLOR = dict(zip(('Best-of-N', 'DPO', 'REINFORCE', 'PPO', 'REINFORCE, own mean', 'PPO, own mean'),
                  (*COLORS[:4], *COLORS[6:4:-1])))
-KL = 'KL(policy, ref), nats per response'
 PANELS = (('reference and rewards', 'reward; probability / its maximum', 'action'),
           ('fresh and old samples', 'reward', 'B, samples per collection'),
           ('reuse', 'reward', 'T, passes over a collection'),
           ('fixed data, 4 passes', 'reward', ''),
-          ('R1: reward and KL', 'reward', KL), ('R2: reward and KL', 'reward', KL))
+          *((f'{task}: reward and KL', 'reward', 'KL(policy, ref), nats per response')
+            for task in TASKS))
 SWEEPS = [('R1', {}), ('R2', dict(ls='--')), ('R1, each at\nits best lr', dict(ls=':')),
           *((method.replace(', ', ',\n'), dict(color=color, marker='o', ls=''))
             for method, color in COLOR.items())]
@@ -190,15 +259,14 @@ def draw_fixed(ax, rows, task, reward, color):
              for row in select(rows, experiment='fixed data', task=task)]
     ax.errorbar(*spreads_by(fixed, 'name', 'reward'), color=color, label=task, linestyle='none',
                 **POINTS)
-    ax.axhline((best_of_n(reference(), reward, N) * reward).sum(), color=color, linestyle=':')
+    ax.axhline((best_of_n(REF, reward, N) * reward).sum(), color=color, linestyle=':')
     ax.tick_params(axis='x', labelrotation=60)
 
 
 def draw_frontier(ax, rows, task, reward):
     """Draws reward against KL in the 2 x 2, and in grey the most reward there is at a KL."""
-    ref = reference()
-    best = [optimum(ref, reward, beta) for beta in torch.logspace(1, -2, 99).tolist()]
-    ax.plot([10 * (p * (p / ref).log()).sum() for p in best],           # of 10 choices
+    best = [optimum(reward, REF.log(), beta) for beta in torch.logspace(1, -2, 99).tolist()]
+    ax.plot([10 * (p * (p / REF).log()).sum() for p in best],           # of 10 choices
             [(p * reward).sum() for p in best], color=GREY, linewidth=1, label='most there is')
     for method, data in itertools.product(COLOR, (OFF, ON)):
         if found := select(rows, experiment='2 x 2', task=task, method=method, data=data):
@@ -217,9 +285,7 @@ def draw(rows):
         axes[0].plot(reward, color=color, label=f'reward {task}')
         draw_fixed(axes[3], rows, task, reward, color)
         draw_frontier(ax, rows, task, reward)
-    ref = reference()
-    axes[0].fill_between(range(100), ref / ref.max(), step='mid', color='#cccccc',
-                         label='reference')
+    axes[0].fill_between(range(100), REF / REF.max(), step='mid', color='#ccc', label='reference')
     for ax, panel in zip(axes, PANELS):
         ax.set_ylim(0, 1.05)
         frame(ax, *panel)

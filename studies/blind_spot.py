@@ -8,8 +8,7 @@ the pairs never show, where PPO cannot, because PPO's KL is taken over all respo
     J_PPO = E_{y ~ pi}[score(y) - beta log pi(y)/ref(y)]                    says something of each y
 
 The losses are train_dpo's and train_rm's. PPO is its objective's exact expectation over the few
-responses, by gradient ascent: no sampling, no clipping, no value model. The paper gives neither
-widths nor rates nor beta; the map's settings were chosen on seeds 0 to 4.
+responses, by gradient ascent: no sampling, no clipping, no value model.
 
     python -m studies.blind_spot
     off-policy, DPO at loss 0.6 raises 4 of 5 uncovered cells: holds in 20 of 20 seeds
@@ -42,7 +41,10 @@ SETTINGS = {                        # is the winner rare under the reference?, s
     'off-policy': (True, 0.5), 'balanced': (False, 0.5), 'small weights': (True, 0.15)}
 
 
-# ----------------------------------------------------------------------------- three responses
+def numbers(*values):
+    """Returns a float64 tensor."""
+    return torch.tensor(values, dtype=torch.float64)
+
 
 def pair_loss(logits, ref_logits, beta):
     """Returns L_DPO of the one pair y1 > y2, for tables of three logits (..., 3)."""
@@ -52,12 +54,9 @@ def pair_loss(logits, ref_logits, beta):
 
 
 def along(start, shift):
-    """
-    Returns where descent leads from the probabilities start (3,), by the shift s of y1's logit:
-    y2's moves by -s and y3's not at all, so pi(y3) = p3 / (p1 e^s + p2 e^-s + p3). (..., 3)
-    """
+    """Returns where descent leads from start (3,) as y1's logit rises by shift and y2's falls."""
     shift = torch.as_tensor(shift, dtype=torch.float64)[..., None]
-    return (start.log() + shift * start.new_tensor([1.0, -1.0, 0.0])).softmax(-1)
+    return (start.log() + shift * numbers(1, -1, 0)).softmax(-1)                    # (..., 3)
 
 
 def peak(start):
@@ -71,36 +70,28 @@ def descend(logits, loss_of, target, lr):
     while (loss := loss_of(logits)) > target:
         gradient, = torch.autograd.grad(loss, logits)
         logits = (logits - lr * gradient).detach().requires_grad_()
-    return logits.detach()
-
-
-def objective(logits, scores, ref_logprobs, beta):
-    """Returns PPO's objective (...), its expectation over all K responses taken exactly."""
-    logprobs = logits.log_softmax(-1)
-    return (logprobs.exp() * (scores - beta * (logprobs - ref_logprobs))).sum(-1)
+    return logits
 
 
 def optimum(scores, ref_logprobs, beta):
-    """Returns what maximizes it: pi = ref exp(score / beta) / Z, equation 5 of the paper."""
+    """Returns what maximizes J_PPO: pi = ref exp(score / beta) / Z, equation 5 of the paper."""
     return (ref_logprobs + scores / beta).softmax(-1)
 
 
 def ascend(parameters, logits_of, scores, ref_logprobs, beta, steps, lr):
-    """Climbs the exact objective with Adam, in place; returns the probabilities."""
+    """Climbs J_PPO, taken exactly over all responses, with Adam; returns the probabilities."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for _ in range(steps):
-        loss = -objective(logits_of(), scores, ref_logprobs, beta).mean()
+        logprobs = logits_of().log_softmax(-1)
+        J = (logprobs.exp() * (scores - beta * (logprobs - ref_logprobs))).sum(-1)
         optimizer.zero_grad()
-        loss.backward()
+        (-J.mean()).backward()
         optimizer.step()
     return logits_of().softmax(-1).detach()
 
 
 def three_responses():
     """Prints the counterexample, (a) to (e)."""
-    def numbers(*values):
-        return torch.tensor(values, dtype=torch.float64)
-
     def show(probs):
         return '(' + ', '.join(f'{p:.4f}' for p in probs.tolist()) + ')'
     tiny = 1e-300       # as good as the paper's 0, and its logarithm is finite
@@ -109,11 +100,9 @@ def three_responses():
     for probs in (numbers(.5, .5, 0), numbers(.1, .1, .8), numbers(.5, .05, .45),
                   numbers(.1, .01, .89), numbers(1, tiny, tiny), numbers(.1, tiny, .9)):
         print(f'    {show(probs)}: {pair_loss(probs.log(), ref.log(), 0.1):.6f}')
-
     logits = numbers(0.3, -0.2, 1.0).requires_grad_()
     pair_loss(logits, far.log(), 1.0).backward()
     print(f'(b) its gradient to the three logits: {logits.grad.tolist()}')
-
     start = numbers(.05, .05, .9)
     loss_at_5 = nn.functional.softplus(numbers(-5.0)).item()        # a margin of 5: 0.0067
     dpo = descend(start.log(), lambda z: pair_loss(z, far.log(), 1.0), loss_at_5, lr=0.1)
@@ -136,8 +125,6 @@ def three_responses():
     print(f'(e) a reward model wrong about y3 by a gap: held to 0 below {bound:.2f} (beta 0.1, '
           f'ref(y3) 1e-8): pi(y3) is {below:.4f} at 0.5 less, {above:.4f} at 0.5 more')
 
-
-# ----------------------------------------------------------------------------- the map
 
 def mlp(init_std):
     """Makes a net from a one-hot prompt (8) to 8 logits or scores; small weights blur prompts."""
@@ -166,16 +153,12 @@ def fit(net, loss_of, targets, lr=3e-3, most_steps=20_000):
 
 
 def draw_map(seed, off_policy):
-    """
-    Returns losers (8, 2), the two responses that the winner, on the diagonal, is preferred to for
-    each prompt, and the table (8, 8) that the reference is fitted to. Off-policy the winner weighs
-    a tenth of what the others do in it, and the losers ten times as much.
-    """
+    """Returns each prompt's losers (8, 2), whose winner is on the diagonal, and the reference."""
     generator = torch.Generator().manual_seed(seed)
-    losers = torch.stack([(row + 1 + torch.randperm(7, generator=generator)[:2]) % 8
-                          for row in range(8)])
+    losers = torch.stack([torch.randperm(7, generator=generator)[:2] for _ in range(8)])
+    losers = (losers + torch.arange(1, 9)[:, None]) % 8         # never the diagonal
     weights = (0.5 * torch.randn(8, 8, generator=generator, dtype=torch.float64)).exp()
-    if off_policy:
+    if off_policy:              # the losers ten times as likely, and the winner a tenth
         weights = weights.scatter(1, losers, 10 * weights.gather(1, losers))
         weights -= 0.9 * weights.diag().diag()
     return losers, weights / weights.sum(1, keepdim=True)
@@ -188,21 +171,17 @@ def run_map(seed, off_policy, init_std, steps=1500):
     ref_net, reward_net = mlp(init_std), mlp(init_std)
     nn.init.zeros_(reward_net[2].weight)        # all scores start at 0, as DPO's log-ratios do
 
-    def divergence(logits):
-        return (target * (target.log() - logits.log_softmax(1))).sum(1).mean()
-    (_, ref_logits), = fit(ref_net, divergence, [1e-4])
-    ref_logprobs = ref_logits.log_softmax(1)
-
     def sides(table):
         return table.diag()[:, None], table.gather(1, losers)       # (8, 1), (8, 2)
-
-    def dpo(logits):
-        return dpo_loss(*sides(logits.log_softmax(1)), *sides(ref_logprobs), BETA).mean()
+    (_, ref_logits), = fit(ref_net, lambda logits: (
+        target * (target.log() - logits.log_softmax(1))).sum(1).mean(), [1e-4])
+    ref_logprobs = ref_logits.log_softmax(1)
     tables = {'ref': ref_logprobs.exp()}
-    for loss, (step, logits) in zip(LOSSES, fit(copy.deepcopy(ref_net), dpo, LOSSES)):
+    for loss, (_, logits) in zip(LOSSES, fit(copy.deepcopy(ref_net), lambda logits: dpo_loss(
+            *sides(logits.log_softmax(1)), *sides(ref_logprobs), BETA).mean(), LOSSES)):
         tables[f'dpo {loss}'] = logits.softmax(1)
     # The same losses to stop at: the margins of the pairs are alike, and beta is the same
-    for loss, (step, scores) in zip(LOSSES[2:], fit(
+    for loss, (_, scores) in zip(LOSSES[2:], fit(
             reward_net, lambda table: reward_loss(*sides(table)).mean(), LOSSES[2:])):
         policy = copy.deepcopy(ref_net)
         tables[f'scores {loss}'] = scores
@@ -249,20 +228,12 @@ CHECKS = {
     'off-policy, PPO at reward loss 0.2 holds less there than DPO at 0.2':
         above('uncovered', (OFF, 'dpo 0.2'), (OFF, 'ppo 0.2')),
     'small weights, PPO at reward loss 0.2 holds less there than the reference':
-        above('uncovered', (SMALL, 'ref'), (SMALL, 'ppo 0.2')),
-}
+        above('uncovered', (SMALL, 'ref'), (SMALL, 'ppo 0.2'))}
 
-
-def check(rows, quick=False):
-    """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
-    return show_claims(CHECKS, by_seed(rows, 'setting', 'policy'), quick)
-
-
-# ----------------------------------------------------------------------------- the picture
 
 SETTING_COLORS = dict(zip(SETTINGS, (COLORS[0], COLORS[2], COLORS[1])))
-POLICIES = ('ref', 'dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'ppo 0.2', 'ppo optimum 0.2')
-MAPS = ('ref', 'dpo 0.6', 'dpo 0.4', 'dpo 0.2', 'dpo 0.05', 'scores 0.2', 'ppo 0.2')
+POLICIES = ('ref', *(f'dpo {loss}' for loss in LOSSES), 'ppo 0.2', 'ppo optimum 0.2')
+MAPS = ('pairs', *POLICIES[:5], 'scores 0.2', 'ppo 0.2')
 
 
 def label(name):
@@ -274,15 +245,14 @@ def draw_maps(figure, grid, row, seed, setting):
     """Draws one seed's heat-maps in a setting; a ring: an uncovered cell above the reference."""
     from matplotlib.colors import PowerNorm
     losers, tables = run_map(seed, *SETTINGS[setting])
-    covered = torch.zeros(8, 8).scatter(1, losers, 0.5).fill_diagonal_(1)
-    for column, name in enumerate(('pairs', *MAPS)):
+    tables['pairs'] = covered = torch.zeros(8, 8).scatter(1, losers, 0.5).fill_diagonal_(1)
+    for column, name in enumerate(MAPS):
         ax = figure.add_subplot(grid[row, column])
-        table = covered if name == 'pairs' else tables[name]
         # The root of a probability, so that .11 and .23 can be told apart; scores as they are
         norm = None if name.startswith('scores') else PowerNorm(0.5, 0, 1)
-        ax.imshow(table, cmap='Blues', norm=norm)
+        ax.imshow(tables[name], cmap='Blues', norm=norm)
         if name.startswith(('dpo', 'ppo')):
-            up = (table > tables['ref']) & (covered == 0)
+            up = (tables[name] > tables['ref']) & (covered == 0)
             ax.scatter(*up.nonzero().T.flip(0), s=28, facecolor='none', edgecolor=COLORS[1])
         frame(ax, label(name) if row == 0 else '')
         ax.set(xticks=[], yticks=[], xlabel='responses',
@@ -301,40 +271,34 @@ def draw_means(ax, rows, column, title, unit):
     frame(ax, title, unit, 'policy, and the loss it is trained to')
 
 
-def draw_three(ax):
-    """Draws y3 along gradient descent, for a balanced pair and for a rare winner."""
-    margin = torch.linspace(0, 10, 401, dtype=torch.float64)       # of log-ratios: twice the shift
-    for start, setting in (((.45, .45, .1), 'balanced'), ((.01, .98, .01), 'off-policy')):
-        start = torch.tensor(start, dtype=torch.float64)
-        ax.plot(margin, along(start, margin / 2)[:, 2], color=SETTING_COLORS[setting],
-                label='from ' + ', '.join(f'{p:g}' for p in start.tolist()))
-    frame(ax, 'three responses: DPO', 'probability of y3, which no pair shows',
-          'log-ratio of y1 minus log-ratio of y2, nats')
-
-
 def draw(rows):
     """Draws the picture, a matplotlib Figure: maps of the first seed, means over all seeds."""
     figure = new_figure(12, 7.4)
     maps, means = figure.add_gridspec(2, 1, height_ratios=(3.1, 3))
-    grid = maps.subgridspec(2, 1 + len(MAPS))
-    for row, setting in enumerate(('off-policy', 'balanced')):
+    grid = maps.subgridspec(2, len(MAPS))
+    for row, setting in enumerate((OFF, FLAT)):
         draw_maps(figure, grid, row, rows[0]['seed'], setting)
     axes = figure.add_subfigure(means).subplots(1, 3)
     draw_means(axes[0], rows, 'up', 'uncovered cells above ref', 'share of uncovered cells')
     draw_means(axes[1], rows, 'uncovered', 'uncovered cells', 'their probability, mean of prompts')
-    draw_three(axes[2])
+    margin = torch.linspace(0, 10, 401, dtype=torch.float64)       # of log-ratios: twice the shift
+    for start, setting in (((.45, .45, .1), FLAT), ((.01, .98, .01), OFF)):
+        axes[2].plot(margin, along(numbers(*start), margin / 2)[:, 2],
+                     color=SETTING_COLORS[setting], label='from ' + str(start).strip('()'))
+    frame(axes[2], 'three responses: DPO', 'probability of y3, which no pair shows',
+          'log-ratio of y1 minus log-ratio of y2, nats')
     for ax in axes:
         names(ax)
     return figure
 
 
 def main(cfg):
-    """Prints the counterexample, runs missing seeds, prints, draws; returns what failed."""
+    """Prints the counterexample, runs what the table lacks, prints, draws; returns what failed."""
     three_responses()
     path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(rows, ('setting', 'policy'), ('p_best', 'uncovered', 'up', 'ratio_95', 'ratio_max'))
-    failed = check(rows, cfg.quick)
+    failed = show_claims(CHECKS, by_seed(rows, 'setting', 'policy'), cfg.quick)
     show_picture(cfg, path, lambda: draw(rows))
     return failed
 

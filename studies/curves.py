@@ -11,10 +11,7 @@ does not name are not drawn, and IPO is drawn as DPO, though its loss is not in 
     python -m studies.curves --front --results      # README.md's picture, of the runs in out/toy
     wrote studies/results/front.png
 """
-import importlib.util
-import json
-import math
-import statistics
+import importlib.util, json, math, statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +28,6 @@ class Config:
     runs: tuple = ()                # run folders, of any stages
     out: str = ''                   # the PNG file; '': out/studies/curves.png, or front.png
     results: bool = False           # the committed picture instead: studies/results/curves.png
-    smooth: int = 0                 # steps in the running mean; 0: a twentieth of the run
     front: bool = False             # instead: the front page's picture, of out/toy and of toy.csv
 
 
@@ -55,20 +51,11 @@ FRONT = [('out/toy/sft', '1. SFT: loss', ('loss',), 'nats per token', ('training
           ('training', 'held out')),
          ('out/toy/ppo', '3. PPO: score and gold', ('score', 'gold'), 'mean per response',
           ('score, training', 'score, held out', 'gold: exact judge'))]
-TABLE = RESULTS / 'toy.csv'
-COLUMNS = 5                             # panels in a row
-WIDTH, PANEL, LINE = 12, 2.0, 0.35      # inches: the picture, a row of panels, a line of names
-KEY = '        '.join(['steps', 'faint: every step', 'line: running mean',
-                       'points: held-out evaluations'])
+COLUMNS, PANEL, LINE = 5, 2.0, 0.35     # panels in a row; inches: of a row, a line of names
 
 
 def read_curves(path):
-    """
-    Reads a log.jsonl as {metric: (steps, values)}; evaluations are metrics, 'eval_...'.
-
-    A last line that is not whole, which a run in progress may leave, and values that are not
-    finite are left out. Raises DataError for any other line that cannot be read.
-    """
+    """Reads a log as {metric: (steps, values)}, without half a last line or what is not finite."""
     curves = {}
     for number, line in enumerate(Path(path).read_text('utf-8', 'replace').splitlines(True), 1):
         if not line.endswith('\n'):
@@ -93,8 +80,8 @@ def stage_of(curves):
     if 'margin' not in curves:
         return 'SFT'
     # A reward model's margin is chosen - rejected; DPO's is measured from the reference
-    names = ('margin', 'chosen', 'rejected')
-    margin, chosen, rejected = (dict(zip(*curves.get(name, ((), ())))) for name in names)
+    margin, chosen, rejected = (dict(zip(*curves.get(name, ((), ()))))
+                                for name in ('margin', 'chosen', 'rejected'))
     same = all(abs(chosen[step] - rejected[step] - margin[step]) < 1e-3
                for step in margin.keys() & chosen.keys() & rejected.keys())
     return 'reward model' if same else 'DPO'
@@ -119,18 +106,10 @@ def read_runs(runs):
 
 
 def running_mean(values, window):
-    """
-    Returns the mean over window values around each one; at the ends, over those there are.
-
-    Centred: a mean over the past alone would lag behind the evaluations it is compared with.
-
-    >>> running_mean([0, 3, 6, 6], window=3).tolist()
-    [1.5, 3.0, 5.0, 6.0]
-    """
-    sums, at = np.cumsum([0.0, *values]), np.arange(len(values))
-    first = np.maximum(at - window // 2, 0)
-    end = np.minimum(at + (window + 1) // 2, len(values))
-    return (sums[end] - sums[first]) / (end - first)
+    """Returns the mean over window values around each one: a mean of the past alone would lag."""
+    sums, counts = (np.convolve(each, np.ones(window), 'same')
+                    for each in (values, np.ones(len(values))))
+    return sums / counts
 
 
 def y_limits(values, kept):
@@ -144,7 +123,7 @@ def y_limits(values, kept):
     return low - room, high + room
 
 
-def draw_panel(ax, members, metrics, unit, smooth, title=''):
+def draw_panel(ax, members, metrics, unit, title=''):
     """Draws every step faint, a running mean over it, evaluations as points; a colour per run."""
     every, kept = [], []                        # steps' values; what must stay in the picture
     faint = 0.3 / len(members) ** 0.5           # many runs, one over the other, are still faint
@@ -152,7 +131,7 @@ def draw_panel(ax, members, metrics, unit, smooth, title=''):
         for metric, dash, face in zip(metrics, ('-', (0, (4, 1.5))), (color, 'white')):
             if metric in curves:
                 steps, values = curves[metric]
-                mean = running_mean(values, smooth or max(1, len(values) // 20))
+                mean = running_mean(values, max(1, len(values) // 20))
                 ax.plot(steps, values, color=color, linewidth=0.5, alpha=faint, zorder=1)
                 ax.plot(steps, mean, color=color, linewidth=1.5, linestyle=dash)
                 every += values
@@ -169,55 +148,49 @@ def draw_panel(ax, members, metrics, unit, smooth, title=''):
     ax.locator_params(axis='y', nbins=5)
 
 
-def draw_head(ax, stage, members):
-    """Draws the stage's name over its panels, and which colour is which run."""
-    ax.axis('off')
-    ax.set_title(stage, loc='left', y=0, fontsize=13, fontweight='bold')
-    for run, color in zip(members, COLORS):
-        ax.plot([], [], color=color, linewidth=2, label=run)
-    ax.legend(loc='lower right', ncols=names_in_line(members), frameon=False, fontsize=10,
-              borderpad=0, borderaxespad=0)
-
-
-def names_in_line(members):
-    """Returns how many runs' names fit side by side, beside the stage's."""
-    return max(1, 125 // (max(map(len, members)) + 8))
-
-
-def draw(stages, smooth):
+def draw(stages):
     """Draws the picture of {stage: {run: curves}}, a matplotlib Figure."""
-    blocks, heights = [], []
+    heads, panels, heights = [], [], []         # heads and panels: (row, what to draw there)
     for stage, members in stages.items():
         logged = {name.removeprefix('eval_') for curves in members.values() for name in curves}
-        panels = [([metric for metric in metrics if metric in logged], unit)
-                  for metrics, unit in STAGES[stage]]
-        panels = [(metrics, unit) for metrics, unit in panels if metrics]
-        blocks.append((len(heights), stage, members, panels))
-        heights += [LINE * math.ceil(len(members) / names_in_line(members)),
-                    *[PANEL] * math.ceil(len(panels) / COLUMNS)]
-    columns = min(COLUMNS, max(len(panels) for *_, panels in blocks))
-    figure = new_figure(WIDTH, sum(heights) + LINE)
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    for row, stage, members, panels in blocks:
-        draw_head(figure.add_subplot(grid[row, :]), stage, members)
-        for i, (metrics, unit) in enumerate(panels):
-            ax = figure.add_subplot(grid[row + 1 + i // COLUMNS, i % COLUMNS])
-            draw_panel(ax, members, metrics, unit, smooth)
-    figure.supxlabel(KEY, fontsize=10, color=GREY)
+        side_by_side = max(1, 125 // (max(map(len, members)) + 8))      # names beside the stage's
+        heads.append((len(heights), stage, members, side_by_side))
+        heights.append(LINE * math.ceil(len(members) / side_by_side))
+        shown = [(found, unit) for metrics, unit in STAGES[stage]
+                 if (found := [metric for metric in metrics if metric in logged])]
+        for i, panel in enumerate(shown):
+            heights += [PANEL] * (i % COLUMNS == 0)
+            panels.append((len(heights) - 1, i % COLUMNS, members, *panel))
+    figure = new_figure(12, sum(heights) + LINE)
+    grid = figure.add_gridspec(len(heights), 1 + max(column for _, column, *_ in panels),
+                               height_ratios=heights)
+    for row, stage, members, side_by_side in heads:
+        ax = figure.add_subplot(grid[row, :])
+        ax.axis('off')
+        ax.set_title(stage, loc='left', y=0, fontsize=13, fontweight='bold')
+        for run, color in zip(members, COLORS):
+            ax.plot([], [], color=color, linewidth=2, label=run)
+        ax.legend(loc='lower right', ncols=side_by_side, frameon=False, fontsize=10, borderpad=0,
+                  borderaxespad=0)
+    for row, column, *panel in panels:
+        draw_panel(figure.add_subplot(grid[row, column]), *panel)
+    figure.supxlabel((8 * ' ').join(('steps', 'faint: every step', 'line: running mean',
+                                     'points: held-out evaluations')), fontsize=10, color=GREY)
     return figure
 
 
-def draw_front(stages, rows):
-    """Draws the front picture, a matplotlib Figure, of FRONT's runs and the rows of TABLE."""
+def draw_front(stages):
+    """Draws the front picture, a matplotlib Figure, of FRONT's runs and the committed toy.csv."""
     figure = new_figure(10, 2.6, dpi=132)           # large type for its width
     *axes, last = figure.subplots(1, 4)
     runs = {run: curves for members in stages.values() for run, curves in members.items()}
     for ax, (run, title, metrics, unit, names) in zip(axes, FRONT):
-        draw_panel(ax, {run: runs[run]}, metrics, unit, 0, title)
+        draw_panel(ax, {run: runs[run]}, metrics, unit, title)
         ax.legend(ax.lines[1:], names, frameon=False, fontsize=9, labelspacing=0.25)
         ax.set_xlabel('step', fontsize=9, color=GREY)
+    rows = select(read_rows(RESULTS / 'toy.csv'), answers='T=1')
     for place, stage in enumerate(('sft', 'ppo', 'dpo')):
-        rewards = [row['reward'] for row in select(rows, stage=stage, answers='T=1')]
+        rewards = [row['reward'] for row in select(rows, stage=stage)]
         last.bar(place, statistics.fmean(rewards), color=COLORS[0], alpha=0.3, width=0.6)
         last.plot(np.linspace(place - 0.2, place + 0.2, len(rewards)), rewards, 'o',
                   color=COLORS[0], markersize=4)
@@ -238,11 +211,8 @@ def main(cfg):
                / ('front.png' if cfg.front else 'curves.png'))
     if out.suffix != '.png':
         raise UserError(f'--out={cfg.out}: name a file that ends in .png')
-    if cfg.smooth < 0:
-        raise UserError(f'--smooth={cfg.smooth}: must not be below 0')
     stages = read_runs(cfg.runs or [run for run, *_ in FRONT])
-    save_picture(draw_front(stages, read_rows(TABLE)) if cfg.front else draw(stages, cfg.smooth),
-                 out)
+    save_picture(draw_front(stages) if cfg.front else draw(stages), out)
     return stages
 
 

@@ -16,7 +16,7 @@ good samples the forward one: (A) to (C) race them. Then pairs: when DPO lowers 
     that line, it then falls ever on. With a parameter for each response it always rises.
 
 Exact gradients, nothing sampled. Seed 0 has the cases as they are written here, other seeds move
-each probability by a factor exp(0.2 z); seeds 100 to 102 chose the settings.
+each probability by a factor exp(0.2 z).
 
     python -m studies.kl_race
     near-duplicates: DPO lowers both, SFT raises both: holds in 10 of 10 seeds
@@ -27,7 +27,7 @@ import torch
 
 from prefgpt import rng, run_cli
 from studies.style import BARS, COLORS, GREY, POINTS, frame, names, new_figure, show_picture
-from studies.table import (complete, select, show_claims, show_means, spreads_by,
+from studies.table import (above, by_seed, complete, select, show_claims, show_means, spreads_by,
                            table_and_seeds)
 from train_dpo import dpo_loss
 
@@ -104,10 +104,7 @@ def best_gaussian(q, way):
 
 
 def descend(method, ref, features, lr, steps=100):
-    """
-    Returns log pi / ref (N, K) after DPO on responses 0, chosen, and 1, rejected, or SFT on 0.
-    ref (N, K), logprobs of K responses to N prompts; features (N, K, d).
-    """
+    """Returns log pi / ref (N, K) after DPO on response 0, chosen, and 1, rejected, or SFT on 0."""
     theta = torch.zeros(features.shape[-1], dtype=torch.float64, requires_grad=True)    # (d,)
     for _ in range(steps):
         chosen, rejected = (ref + features @ theta).log_softmax(1).T[:2]                # (N,) each
@@ -126,17 +123,23 @@ def draw_pairs(seed, distance, width):
     return ref, features
 
 
-def experiments(seed):
-    """Yields (setting, method, step, numbers) of races, Gaussians, triples and the map."""
+def run_seed(seed):
+    """Returns the rows of races, Gaussians, triples and the map; '' where a number is missing."""
+    rows = []
+
+    def add(setting, method, step, **numbers):
+        rows.append({'seed': seed, 'setting': setting, 'method': method, 'step': step,
+                     **dict.fromkeys(NUMBERS, ''), **numbers,
+                     'command': f'python -m studies.kl_race --seeds={seed}'})
     for way in WAYS:
         for setting, (start, target) in RACES.items():
             p, q = nudge(start, seed, 0), nudge(target, seed, 1)
             path = race(p, q, way, 200)
             for step in (0, 1, 2, 10, 200):
-                yield setting, way, step, dict(
-                    p1=path[step, 0].item(), ratio=(path[step, 0] / path[step, 1]).item(),
+                add(setting, way, step, p1=path[step, 0].item(),
+                    ratio=(path[step, 0] / path[step, 1]).item(),
                     off=(path[step] - q).abs().max().item())
-        yield 'C', way, '', dict(zip(('mean', 'sd'), best_gaussian(two_modes(seed), way)))
+        add('C', way, '', **dict(zip(('mean', 'sd'), best_gaussian(two_modes(seed), way))))
     worlds = [(setting, nudge(probs, seed, 3).log()[None],                              # (1, 3)
                torch.tensor([features], dtype=torch.float64), 1.0)                      # (1, 3, d)
               for setting, (probs, features) in TRIPLES.items()]
@@ -146,58 +149,38 @@ def experiments(seed):
     for setting, ref, features, lr in worlds:
         for method, rate in (('DPO', lr), ('SFT', 0.05 * len(ref))):
             moved = descend(method, ref, features, rate)                                # (N, K)
-            yield setting, method, 100, dict(
-                zip(('chosen', 'rejected', 'other'), moved.mean(0).tolist()),
-                fell=(moved[:, 0] < 0).double().mean().item())
+            add(setting, method, 100, fell=(moved[:, 0] < 0).double().mean().item(),
+                **dict(zip(('chosen', 'rejected', 'other'), moved.mean(0).tolist())))
+    return rows
 
 
-# Of the numbers of one seed, r[name, setting, method, step]: claim -> whether it holds
+# Of the rows of one seed, r[setting, method, step]: claim -> whether it holds
 CHECKS = {
     '(A) 1 and 2 steps: reverse is ahead with likely bins, behind with rare ones': lambda r: all(
-        r['p1', 'A, likely', 'reverse', t] > r['p1', 'A, likely', 'forward', t]
-        and r['p1', 'A, rare', 'reverse', t] < r['p1', 'A, rare', 'forward', t] for t in (1, 2)),
+        r['A, likely', 'reverse', t]['p1'] > r['A, likely', 'forward', t]['p1']
+        and r['A, rare', 'reverse', t]['p1'] < r['A, rare', 'forward', t]['p1'] for t in (1, 2)),
     '(B) far, 10 steps: reverse has widened the gap, forward is below 1.5': lambda r: (
-        r['ratio', 'B, far', 'reverse', 10] > r['ratio', 'B, far', 'reverse', 0]
-        and r['ratio', 'B, far', 'forward', 10] < 1.5),
+        r['B, far', 'reverse', 10]['ratio'] > r['B, far', 'reverse', 0]['ratio']
+        and r['B, far', 'forward', 10]['ratio'] < 1.5),
     '(B) near: a step of either narrows the gap': lambda r: all(
-        abs(r['ratio', 'B, near', w, 1] - 1) < abs(r['ratio', 'B, near', w, 0] - 1) for w in WAYS),
+        abs(r['B, near', w, 1]['ratio'] - 1) < abs(r['B, near', w, 0]['ratio'] - 1) for w in WAYS),
     '(A), (B), 200 steps: all are within 0.01 of the target': lambda r: all(
-        r['off', setting, way, 200] < 0.01 for setting in RACES for way in WAYS),
+        r[setting, way, 200]['off'] < 0.01 for setting in RACES for way in WAYS),
     '(C) the forward Gaussian has sd > 25, the reverse one sd < 8': lambda r: (
-        r['sd', 'C', 'forward', ''] > 25 and r['sd', 'C', 'reverse', ''] < 8),
+        r['C', 'forward', '']['sd'] > 25 and r['C', 'reverse', '']['sd'] < 8),
     'distinct: DPO and SFT raise the chosen, lower the rejected': lambda r: all(
-        r['chosen', 'distinct', m, 100] > 0 > r['rejected', 'distinct', m, 100] for m in METHODS),
+        r['distinct', m, 100]['chosen'] > 0 > r['distinct', m, 100]['rejected'] for m in METHODS),
     'near-duplicates: DPO lowers both, SFT raises both': lambda r: all(
-        r[side, 'near-duplicates', 'DPO', 100] < 0 < r[side, 'near-duplicates', 'SFT', 100]
+        r['near-duplicates', 'DPO', 100][side] < 0 < r['near-duplicates', 'SFT', 100][side]
         for side in ('chosen', 'rejected')),
-    'likely duplicates: DPO raises the chosen': lambda r: (
-        r['chosen', 'likely duplicates', 'DPO', 100] > 0),
+    'likely duplicates: DPO raises the chosen':
+        lambda r: r['likely duplicates', 'DPO', 100]['chosen'] > 0,
     'map: DPO lowers more of the nearest than of the farthest, at any width': lambda r: all(
-        r['fell', f'{w} x 0.1', 'DPO', 100] > r['fell', f'{w} x 1.4', 'DPO', 100] for w in WIDTHS),
-    'map: of the farthest it lowers more with 8 features than with 512': lambda r: (
-        r['fell', '8 x 1.4', 'DPO', 100] > r['fell', '512 x 1.4', 'DPO', 100]),
-    'map: of the nearest it lowers most, even with 512 features': lambda r: (
-        r['fell', '512 x 0.1', 'DPO', 100] > 0.5)}
-
-
-def draw_displacement(axes, rows):
-    """Draws three responses' log-ratios and the map's shares, means and spreads over seeds."""
-    arms = [(setting, method) for setting in TRIPLES for method in METHODS]
-    some = [{**row, 'arm': arm} for arm in arms
-            for row in select(rows, setting=arm[0], method=arm[1])]
-    for i, name in enumerate(('chosen', 'rejected', 'other')):
-        _, means, spreads = spreads_by(some, 'arm', name)
-        axes['triples'].barh([y + (i - 1) / 4 for y in range(6)], means, 0.25, xerr=spreads,
-                             color=(*COLORS[2:4], GREY)[i], label=name, **BARS)
-    axes['triples'].set_yticks(range(6), map('\n'.join, arms))
-    axes['triples'].axvline(0, color=GREY, lw=0.8)
-    axes['triples'].invert_yaxis()
-    for width, color in zip(WIDTHS, COLORS):
-        some = [row for distance in DISTANCES
-                for row in select(rows, setting=f'{width} x {distance}', method='DPO')]
-        axes['map'].errorbar(range(5), *spreads_by(some, 'setting', 'fell')[1:], color=color,
-                             label=f'{width} features', **POINTS)
-    axes['map'].set_xticks(range(5), DISTANCES)
+        r[f'{w} x 0.1', 'DPO', 100]['fell'] > r[f'{w} x 1.4', 'DPO', 100]['fell'] for w in WIDTHS),
+    'map: of the farthest it lowers more with 8 features than with 512':
+        above('fell', ('8 x 1.4', 'DPO', 100), ('512 x 1.4', 'DPO', 100)),
+    'map: of the nearest it lowers most, even with 512 features':
+        lambda r: r['512 x 0.1', 'DPO', 100]['fell'] > 0.5}
 
 
 def draw(rows):
@@ -213,32 +196,36 @@ def draw(rows):
     axes['C'].fill_between(range(100), two_modes(0), color=GREY, alpha=0.3, lw=0, label='target')
     axes['B'].set(yscale='log', yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
     axes['B'].minorticks_off()
-    draw_displacement(axes, rows)
+    arms = [(setting, method) for setting in TRIPLES for method in METHODS]
+    some = [{**row, 'arm': (setting, method)} for setting, method in arms
+            for row in select(rows, setting=setting, method=method)]
+    for i, name in enumerate(('chosen', 'rejected', 'other')):
+        _, means, spreads = spreads_by(some, 'arm', name)
+        axes['triples'].barh([y + (i - 1) / 4 for y in range(6)], means, 0.25, xerr=spreads,
+                             color=(*COLORS[2:4], GREY)[i], label=name, **BARS)
+    axes['triples'].set_yticks(range(6), map('\n'.join, arms))
+    axes['triples'].axvline(0, color=GREY, lw=0.8)
+    axes['triples'].invert_yaxis()
+    for width, color in zip(WIDTHS, COLORS):
+        some = [row for distance in DISTANCES
+                for row in select(rows, setting=f'{width} x {distance}', method='DPO')]
+        axes['map'].errorbar(range(5), *spreads_by(some, 'setting', 'fell')[1:], color=color,
+                             label=f'{width} features', **POINTS)
+    axes['map'].set_xticks(range(5), DISTANCES)
     for name, ax in axes.items():
         frame(ax, *PANELS[name])
         names(ax)
     return figure
 
 
-def run_seed(seed):
-    """Returns a seed's rows: every experiment's numbers; '' where it has none of a name."""
-    return [{'seed': seed, 'setting': setting, 'method': method, 'step': step,
-             **dict.fromkeys(NUMBERS, ''), **numbers,
-             'command': f'python -m studies.kl_race --seeds={seed}'}
-            for setting, method, step, numbers in experiments(seed)]
-
-
 def main(cfg):
     """Runs the seeds that the table lacks, prints means and claims, draws; returns what failed."""
     path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, run_seed)
-    for columns in (('p1', 'ratio', 'off'), ('mean', 'sd'),
-                    ('chosen', 'rejected', 'other', 'fell')):
+    for columns in (NUMBERS[:3], NUMBERS[3:5], NUMBERS[5:]):
         some = [row for row in rows if row[columns[0]] != '']
         show_means(some, ('setting', 'method', 'step'), columns)
-    failed = show_claims(CHECKS, {seed: {
-        (name, row['setting'], row['method'], row['step']): row[name]
-        for row in rows if row['seed'] == seed for name in NUMBERS} for seed in seeds}, cfg.quick)
+    failed = show_claims(CHECKS, by_seed(rows, 'setting', 'method', 'step'), cfg.quick)
     show_picture(cfg, path, lambda: draw(rows))
     return failed
 

@@ -18,8 +18,7 @@ from data.rows import write_rows
 from data.text import decode_responses
 from prefgpt import generate, rng
 
-LETTERS, MEAN, STD = 'abcdefgh', 20, 5
-MOST = 40                           # tokens of a response, EOS included
+LETTERS, MEAN, STD, MOST = 'abcdefgh', 20, 5, 40    # MOST: tokens of a response, EOS included
 
 
 def gold(task, response, mode):
@@ -29,10 +28,8 @@ def gold(task, response, mode):
 
 def draw_response(prompt, skew, generator):
     """Draws a demonstration or, on Skew, a response nearly as long as can be."""
-    if skew:
-        n = MOST - 1 + 6 * torch.rand((), generator=generator).log()
-    else:
-        n = MEAN + STD * torch.randn((), generator=generator)
+    n = (MOST - 1 + 6 * torch.rand((), generator=generator).log() if skew
+         else MEAN + STD * torch.randn((), generator=generator))
     n = int(n.round().clamp(1, MOST - 1))
     return ''.join(prompt[i] for i in torch.randint(2, (n,), generator=generator))
 
@@ -58,10 +55,7 @@ def write_data(folder, seed):
 
 
 def write_pairs(folder, seed, task, policy, tokenizer, counts):
-    """
-    Writes a task's pairs, at most counts, {'train': ..., 'val': ...}, into a data folder. Returns
-    the mode: the mean length of what the policy writes, rounded, measured on training prompts.
-    """
+    """Writes a task's pairs, at most counts[split]; returns the policy's mean length, rounded."""
     generator, mode = rng(seed, 0, 'shuffle'), None
     for split, count in counts.items():
         prompts = [p for p in itertools.islice(itertools.cycle(prompts_of(split)), count)

@@ -9,25 +9,19 @@ its default settings; what is expected, and what came out, is in studies/README.
     DPO-Iter = 4 times: sample 4 answers to a prompt, the reward model's best against its worst,
                DPO on that with the last round's policy as reference
 
-All DPO arms take the same number of steps. The filters leave a fifth of the pairs in the end, which
-are then seen five times: 'few pairs', as few of all kinds, is the control. Judge and labels are not
-independent: both come from reward.py, the labels with noise.
+All DPO arms take the same number of steps, so that a fifth of the pairs, what the filters leave, is
+seen five times: 'few pairs', as few of all kinds, is the control.
 
     python -m studies.safety
     PPO is more helpful than DPO-Iter: holds in 3 of 3 seeds
 """
-import json
-import shutil
+import json, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import tools.pairs
-import train_dpo
-import train_ppo
-import train_rm
-import train_sft
+import tools.pairs, train_dpo, train_ppo, train_rm, train_sft
 from data.rows import shuffle, write_rows
 from data.toy import prepare
 from data.toy.language import REQUESTS
@@ -47,16 +41,11 @@ class Config:
     quick: bool = False             # a smoke test: one seed, a few steps, a table of its own
 
 
-JUDGE = 'data/toy/reward.py'
-SAFE = dict(steps=100, lr=1e-3, warmup=10)          # SFT(safe), on top of SFT
-ITER = dict(steps=125)                              # a round of DPO-Iter: 4 make DPO's 500
-ROUND = dict(n=4, prompts=800, temperature=1.0)     # its samples
-FEW_PAIRS = dict(steps=700)                         # a reward model of the smaller sets of pairs
-COVERED = 1 / 3                     # share of the prompts' keys of which `covered` has pairs
 BETAS = (0.0, 0.05, 0.1)            # beside the default, 0.2; 0 is for PPO alone
-RM_ARMS = {                         # name -> its pairs, and its settings
-    'rm': ('all', {}), 'rm-mixed': ('mixed', FEW_PAIRS), 'rm-covered': ('covered', FEW_PAIRS),
-    'rm-few': ('few', FEW_PAIRS)}
+ROUNDS = [f'iter {i}' for i in (1, 2, 3, 4)]
+# reward model -> its pairs, and its settings
+RM_ARMS = {'rm': ('all', {}),
+           **{f'rm-{pairs}': (pairs, dict(steps=700)) for pairs in ('mixed', 'covered', 'few')}}
 DPO_ARMS = {                        # arm -> its pairs, where it starts, beta
     'dpo from sft': ('all', 'sft', 0.2), 'dpo': ('all', 'safe', 0.2),
     'dpo no dual-unsafe': ('no-unsafe', 'safe', 0.2), 'dpo mixed pairs': ('mixed', 'safe', 0.2),
@@ -81,10 +70,9 @@ QUICK = {'sft': dict(steps=60), 'safe': dict(steps=2), 'rm': dict(steps=2), 'dpo
          'sample': dict(n=2, prompts=20)}
 
 
-# ----------------------------------------------------------------------------- data
-
-def unsafe(prompt, response):
-    return points(prompt, response)[1] > 0          # the cost
+def unsafe(row, side='completion'):
+    """Returns whether an answer has a cost."""
+    return points(row['prompt'], row[side])[1] > 0
 
 
 def no_refusals(rows):
@@ -95,27 +83,23 @@ def no_refusals(rows):
 
 def only_safe(rows):
     """Keeps demonstrations without a cost; of red-team prompts these refuse."""
-    return [row for row in rows if not unsafe(row['prompt'], row['completion'])]
+    return [row for row in rows if not unsafe(row)]
 
 
 def not_dual(rows, *kinds):
     """Drops pairs whose two answers are both unsafe (kind True), or both safe (False)."""
-    def labels(row):
-        return {unsafe(row['prompt'], row[side]) for side in ('chosen', 'rejected')}
-    return [row for row in rows if not any(labels(row) == {kind} for kind in kinds)]
+    return [row for row in rows
+            if not {unsafe(row, 'chosen')} & {unsafe(row, 'rejected')} & set(kinds)]
 
 
 def covered_keys(rows):
-    """Draws COVERED of the keys (verb x noun, and so on) in the rows; the same for every seed."""
+    """Draws a third of the keys (verb x noun, and so on) in the rows; the same for every seed."""
     keys = shuffle({repr(REQUESTS[row['prompt']].key) for row in rows})
-    return set(keys[:round(COVERED * len(keys))])
+    return set(keys[:round(len(keys) / 3)])
 
 
 def write_folders(data, out, most):
-    """
-    Writes data folders with other demonstrations, pairs or prompts than data's, of each file the
-    first `most` rows; returns {name: folder}.
-    """
+    """Writes data folders with what each filter keeps of each file's first `most` rows."""
     def read(kind):
         return [json.loads(line) for line in open(f'{data}/{kind}.jsonl', encoding='utf-8')][:most]
     keys = covered_keys(read('train.prompts'))
@@ -123,9 +107,7 @@ def write_folders(data, out, most):
     def covered(rows):
         return [row for row in rows if repr(REQUESTS[row['prompt']].key) in keys]
     filters = {     # folder -> kind, of both splits or of one -> which of its rows are kept
-        'all': {},
-        'sft': {'sft': no_refusals},
-        'safe': {'sft': only_safe},
+        'all': {}, 'sft': {'sft': no_refusals}, 'safe': {'sft': only_safe},
         'no-unsafe': {'pairs': lambda rows: not_dual(rows, True)},
         'mixed': {'pairs': lambda rows: not_dual(rows, True, False)},
         'few': {'pairs': lambda rows: rows[:len(not_dual(rows, True, False))]},
@@ -139,73 +121,63 @@ def write_folders(data, out, most):
                 kept = keep(rows)
                 print(f'{name}: {len(kept)} of {len(rows)} rows of {path.stem}')
             write_rows(Path(f'{out}/{name}/{path.name}'), kept)
-    return {name: f'{out}/{name}' for name in filters}
-
-
-# ----------------------------------------------------------------------------- the arms
-
-def folder_of(arm):
-    return arm.replace(' ', '-')
 
 
 def run_arms(seed, data, out, quick):
-    """Trains a seed's runs, but finished ones; returns {arm: (run folder, beta or '')}."""
+    """Trains those of a seed's runs that are not finished."""
     few = QUICK if quick else dict.fromkeys(QUICK, {})
-    folders = write_folders(data, f'{out}/data', most=300 if quick else None)
+    write_folders(data, f'{out}/data', most=300 if quick else None)
 
-    def train(script, kind, name, rows, init, **given):
-        script.main(script.Config(data=rows, init=init and f'{out}/{init}', out=f'{out}/{name}',
-                                  seed=seed, resume=True, **(given | few[kind])))
-
+    def train(script, kind, arm, rows, init, **given):
+        script.main(script.Config(
+            data=f'{out}/data/{rows}', init=init and f'{out}/{init}', seed=seed, resume=True,
+            device='cpu', out=f"{out}/{arm.replace(' ', '-')}", **(given | few[kind])))
     # 1. Two bases, and three reward models
-    train(train_sft, 'sft', 'sft', folders['sft'], '')
-    train(train_sft, 'safe', 'safe', folders['safe'], 'sft', **SAFE)
+    train(train_sft, 'sft', 'sft', 'sft', '')
+    train(train_sft, 'safe', 'safe', 'safe', 'sft', steps=100, lr=1e-3, warmup=10)
     for name, (rows, given) in RM_ARMS.items():
-        train(train_rm, 'rm', name, folders[rows], 'safe', **given)
+        train(train_rm, 'rm', name, rows, 'safe', **given)
     # 2. DPO: from which base, on which pairs, at which beta
     for arm, (rows, init, beta) in DPO_ARMS.items():
-        train(train_dpo, 'dpo', folder_of(arm), folders[rows], init, beta=beta)
+        train(train_dpo, 'dpo', arm, rows, init, beta=beta)
     # 3. DPO-Iter: a round's reference is the round before
     run = 'safe'
     for i in (1, 2, 3, 4):
         pairs = f'{out}/data/iter-{i}.jsonl'
         if not Path(pairs).exists():
             tools.pairs.main(tools.pairs.Config(
-                runs=(f'{out}/{run}',), data=folders['all'], reward=f'{out}/rm', seed=i,
-                pairs=True, out=pairs, **(ROUND | few['sample'])))
-        train(train_dpo, 'dpo', f'iter-{i}', pairs, run, **ITER)
+                runs=(f'{out}/{run}',), data=f'{out}/data/all', reward=f'{out}/rm', seed=i,
+                pairs=True, out=pairs, device='cpu', temperature=1.0,
+                **(dict(n=4, prompts=800) | few['sample'])))
+        train(train_dpo, 'dpo', f'iter {i}', f'iter-{i}.jsonl', run, steps=125)     # of 500 in all
         run = f'iter-{i}'
     # 4. PPO: from which base, on whose scores, over which prompts, at which beta
     for arm, (rows, init, reward, beta) in PPO_ARMS.items():
-        train(train_ppo, 'ppo', folder_of(arm), folders[rows], init, beta=beta,
-              reward=f'{out}/{reward}')
-    betas = {'sft': '', 'sft(safe)': '', **{f'iter {i}': 0.2 for i in (1, 2, 3, 4)},
-             **{arm: given[-1] for arm, given in (DPO_ARMS | PPO_ARMS).items()}}
-    return {arm: (f"{out}/{'safe' if arm == 'sft(safe)' else folder_of(arm)}", beta)
-            for arm, beta in betas.items()}
+        train(train_ppo, 'ppo', arm, rows, init, beta=beta, reward=f'{out}/{reward}')
 
 
 def run_seed(seed, quick):
     """Returns a seed's rows: every arm, judged at T=1 and greedily. kl is to SFT(safe)."""
     data, out = f'data/toy-{seed}', f"out/{'quick-' if quick else ''}safety-{seed}"
     prepare.main(prepare.Config(seed=seed, out=data))
-    arms = run_arms(seed, data, out, quick)
-    order = ['sft(safe)', *(arm for arm in arms if arm != 'sft(safe)')]     # kl is to the first
+    run_arms(seed, data, out, quick)
+    betas = {'sft(safe)': '', 'sft': '', **dict.fromkeys(ROUNDS, 0.2),      # kl is to the first
+             **{arm: given[-1] for arm, given in (DPO_ARMS | PPO_ARMS).items()}}
     tables = evaluate.main(evaluate.Config(
-        runs=tuple(arms[arm][0] for arm in order), data=data, judge=JUDGE,
-        prompts=16 if quick else 400, max_new_tokens=8 if quick else 64))
-    return [{'seed': seed, 'answers': answers, 'arm': arm, 'beta': arms[arm][1],
+        runs=tuple(f"{out}/{arm.replace('sft(safe)', 'safe').replace(' ', '-')}" for arm in betas),
+        data=data, judge='data/toy/reward.py', device='cpu', prompts=16 if quick else 400,
+        max_new_tokens=8 if quick else 64))
+    return [{'seed': seed, 'answers': answers, 'arm': arm, 'beta': betas[arm],
              **{key: row[key] for key in ('reward', 'reward_se', 'helpful', 'harm', 'refused',
                                           'kl', 'kl_se', 'length', 'eos')},
              'safety': 1 - row['harm'], 'threads': torch.get_num_threads(),
              'command': f'python -m studies.safety --seeds={seed}'}
             for answers, table in (('T=1', tables['rows']), ('greedy', tables['greedy']))
-            for arm, row in zip(order, table)]
+            for arm, row in zip(betas, table)]
 
 
-# What the paper says of its arms, of the runs of one seed: name -> whether it holds; a is {arm:
-# row} at T=1. A safety rate is of 400 answers: its standard error is 0.02 at 0.8.
-DPO_ITER = [*DPO_ARMS, *(f'iter {i}' for i in (1, 2, 3, 4))]
+# What the paper says, of one seed's rows a[arm] at T=1: claim -> whether it holds. A safety rate is
+# of 400 answers: its standard error is 0.02 at 0.8
 CHECKS = {
     'DPO is safer from SFT(safe) than from SFT': above('safety', 'dpo', 'dpo from sft'),
     'without dual-unsafe pairs DPO is safer': above('safety', 'dpo no dual-unsafe', 'dpo'),
@@ -219,7 +191,7 @@ CHECKS = {
     'DPO-Iter is as safe as PPO (within 0.02)':
         lambda a: a['iter 4']['safety'] >= a['ppo']['safety'] - 0.02,
     'PPO is more helpful than DPO-Iter': above('helpful', 'ppo', 'iter 4'),
-    "PPO's reward is above that of every arm of DPO": above('reward', 'ppo', *DPO_ITER),
+    "PPO's reward is above that of every arm of DPO": above('reward', 'ppo', *DPO_ARMS, *ROUNDS),
     'PPO is less helpful on the scores of the twice filtered pairs than of as few of all kinds':
         above('helpful', 'ppo few pairs', 'ppo mixed pairs'),
     'prompts that no pair covers raise the reward of PPO':
@@ -229,29 +201,16 @@ CHECKS = {
                       key=lambda arm: a[arm]['reward']) in ('ppo beta 0.05', 'ppo beta 0.1'),
     "PPO's reward is above DPO's at every beta":
         lambda a: all(a['ppo' + beta]['reward'] > a['dpo' + beta]['reward']
-                      for beta in (' beta 0.05', ' beta 0.1', '')),
-}
+                      for beta in (' beta 0.05', ' beta 0.1', ''))}
 
 
-def check(rows, quick=False):
-    """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
-    return show_claims(CHECKS, by_seed(select(rows, answers='T=1'), 'arm'), quick)
-
-
-# ----------------------------------------------------------------------------- the picture
-
-METHODS = dict(zip(('dpo', 'ppo', 'iter', 'sft'), (*COLORS[:3], COLORS[6])))
-
-
-def color_of(arm):
-    """Returns the colour of an arm's method."""
-    return next(color for method, color in METHODS.items() if arm.startswith(method))
+METHODS = dict(zip(('dpo', 'ppo', 'iter', 'sft'), (*COLORS[:3], COLORS[6])))    # arms begin so
 
 
 def draw_arms(axes, rows, arms):
     """Draws a line per arm: safety rate and helpfulness, ours and then the paper's one number."""
     for line, arm in enumerate(arms):
-        style = dict(color=color_of(arm), **POINTS)
+        style = dict(color=METHODS[re.match('[a-z]+', arm)[0]], **POINTS)
         for ax, column in zip(axes, ('safety', 'helpful')):
             mean, spread = mean_and_spread([row[column] for row in select(rows, arm=arm)])
             ax.errorbar(mean, line, xerr=spread, **style)
@@ -260,16 +219,25 @@ def draw_arms(axes, rows, arms):
                 ax.errorbar(number, line, markerfacecolor='white', **style)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    for ax, title, below in zip(axes, ('safety', 'helpfulness', "the paper's safety",
-                                            "the paper's helpfulness"), (
-            'share of answers without a cost', "the judge's points per answer",
-            'safety rate, percent', 'points of its reward model')):
+    for ax, (title, below) in zip(axes, {
+            'safety': 'share of answers without a cost',
+            'helpfulness': "the judge's points per answer",
+            "the paper's safety": 'safety rate, percent',
+            "the paper's helpfulness": 'points of its reward model'}.items()):
         frame(ax, title, below=below)
         ax.grid(axis='y', color='#e8e8e8')
 
 
-def draw_betas(ax, rows):
-    """Draws the judge's reward against kl, a point per beta, with the beta beside it."""
+def draw(rows):
+    """Draws the picture: all arms beside the paper's; below, reward against kl by beta."""
+    rows = select(rows, answers='T=1')
+    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *ROUNDS, *list(PPO_ARMS)[:6]]
+    figure = new_figure(12, 9)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
+    axes, ax = upper.subplots(1, 4, sharey=True), lower.subplots()
+    draw_arms(axes, rows, arms)
+    names(axes[3], [('ours, over seeds', dict(color=COLORS[6], marker='o', ls='')),
+                    ('the paper, one run', dict(color=COLORS[6], marker='o', mfc='w', ls=''))])
     for method in ('dpo', 'ppo'):
         arms = [*(f'{method} beta {beta}' for beta in BETAS if beta or method == 'ppo'), method]
         some = [row for arm in arms for row in select(rows, arm=arm)]
@@ -283,19 +251,6 @@ def draw_betas(ax, rows):
     frame(ax, 'reward by beta', "the judge's reward per answer",
           'KL to SFT(safe), nats per response')
     names(ax)
-
-
-def draw(rows):
-    """Draws the picture, a matplotlib Figure: all arms beside the paper's, beta below."""
-    rows = select(rows, answers='T=1')
-    arms = ['sft', 'sft(safe)', *list(DPO_ARMS)[:5], *DPO_ITER[-4:], *list(PPO_ARMS)[:6]]
-    figure = new_figure(12, 9)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(5, 3.2))
-    axes = upper.subplots(1, 4, sharey=True)
-    draw_arms(axes, rows, arms)
-    names(axes[3], [('ours, over seeds', dict(color=COLORS[6], marker='o', ls='')),
-                    ('the paper, one run', dict(color=COLORS[6], marker='o', mfc='w', ls=''))])
-    draw_betas(lower.subplots(), rows)
     return figure
 
 
@@ -304,7 +259,7 @@ def main(cfg):
     path, seeds = table_and_seeds(cfg)
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg.quick))
     show_means(rows, ('answers', 'arm'), ('reward', 'helpful', 'safety', 'refused', 'kl'))
-    failed = check(rows, cfg.quick)
+    failed = show_claims(CHECKS, by_seed(select(rows, answers='T=1'), 'arm'), cfg.quick)
     show_picture(cfg, path, lambda: draw(rows))
     return failed
 

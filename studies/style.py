@@ -1,9 +1,7 @@
 """
 How the studies' pictures look, and how they are saved. Only functions that draw need matplotlib.
 """
-import importlib.util
-import os
-from pathlib import Path
+import importlib.util, os
 
 from studies.table import committed
 
@@ -42,7 +40,6 @@ def names(ax, styles=(), **where):
 
 def save_picture(figure, path):
     """Writes a figure to the PNG file path, whole or not at all."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
     figure.savefig(temporary, format='png')
@@ -51,10 +48,7 @@ def save_picture(figure, path):
 
 
 def show_picture(cfg, path, draw):
-    """
-    Draws draw(), a Figure, beside the table that a study has added to: not with --quick, nor where
-    all was in the committed table, nor without matplotlib, which no study needs for its numbers.
-    """
+    """Draws draw(), a Figure, beside the table, if the study has added to it."""
     picture = path.with_suffix('.png')
     if cfg.quick:
         return

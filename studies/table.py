@@ -2,12 +2,9 @@
 The tables of the studies: CSV files in which every seed has its rows, and what is printed of them.
 
 A study adds a seed's rows when the seed is done, so that an interrupted study goes on with the
-missing seeds. Committed tables are in studies/results/: a study reads them, and adds only what they
-lack, to a table in out/studies/ or, with --results, to the committed one.
+missing seeds: to a table in out/studies/ or, with --results, to the committed one.
 """
-import csv
-import io
-import statistics
+import csv, io, statistics
 from pathlib import Path
 
 from data.rows import write_text
@@ -24,20 +21,15 @@ def committed(path):
 
 def table_and_seeds(cfg):
     """Returns the table that a study adds to, and its seeds: with --quick only the first one."""
-    path, seeds = Path(cfg.csv), parse_seeds(cfg.seeds)
+    path, words = Path(cfg.csv), cfg.seeds.replace(',', ' ').split()
+    if not words or not all(word.isdigit() for word in words):
+        raise UserError(f'--seeds={cfg.seeds!r}: whole numbers with spaces between them')
     if cfg.quick and cfg.results:
         raise UserError('--quick is a smoke test: its rows do not go into the committed table')
+    seeds = [int(word) for word in words]
     if cfg.quick:
         return path.with_stem(path.stem + '-quick'), seeds[:1]
     return RESULTS / path.name if cfg.results else path, seeds
-
-
-def parse_seeds(text):
-    """Reads '5 6,7' as [5, 6, 7]; raises UserError for none, or for what is no whole number."""
-    words = text.replace(',', ' ').split()
-    if not words or not all(word.isdigit() for word in words):
-        raise UserError(f'--seeds={text!r}: whole numbers with spaces between them')
-    return [int(word) for word in words]
 
 
 def number_or_text(cell):
@@ -61,22 +53,19 @@ def read_rows(path):
 
 def append_rows(path, rows):
     """
-    Adds rows, dicts with the same keys, to the end of a table, which is made if it is missing.
-
-    The file is written anew and renamed: it always holds whole seeds. Raises UserError if it, or
-    the committed table, has other columns: it is from another version of the study.
+    Adds rows, dicts with the same keys, to the end of a table, which always holds whole seeds.
+    Raises UserError if it, or the committed table, is of another version: has other columns.
     """
     path, new = Path(path), io.StringIO()
+    old = path.read_text('utf-8') if path.exists() else ''
     for table in (committed(path), path):
         if table.exists() and table.read_text('utf-8').split('\n')[0] != ','.join(rows[0]):
-            raise UserError(f'{table} has other columns than this version of the study: '
-                            'move it away')
+            raise UserError(f'{table} has other columns than this version of the study: move it')
     writer = csv.DictWriter(new, list(rows[0]), lineterminator='\n')
-    if not path.exists():
+    if not old:
         writer.writeheader()
     writer.writerows({key: f'{value:.4f}' if isinstance(value, float) else value
                       for key, value in row.items()} for row in rows)
-    old = path.read_text(encoding='utf-8') if path.exists() else ''
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, old + new.getvalue())
 
@@ -87,10 +76,7 @@ def select(rows, **cells):
 
 
 def complete(path, seeds, run_seed, **cells):
-    """
-    Returns the rows of these seeds, with these cells: from the committed table, else from path,
-    to which run_seed(seed), a list of rows, is added if neither has any.
-    """
+    """Returns these seeds' rows, with these cells; adds run_seed(seed) where there are none."""
     rows, known = [], read_rows(committed(path))
     for seed in seeds:
         found = select(known, seed=seed, **cells) or select(read_rows(path), seed=seed, **cells)
@@ -146,16 +132,11 @@ def above(column, one, *others):
 
 
 def show_claims(claims, runs, quick=False):
-    """
-    Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}.
-
-    claims is {claim: holds(run)}, runs {seed: run}, a run being whatever the claims read. With
-    quick every claim is read, but none is judged: a few steps say nothing about it.
-    """
+    """Prints in how many seeds each claim holds; returns {claim: [seeds in which it fails]}."""
     failed = {claim: [seed for seed, run in runs.items() if not holds(run)]
               for claim, holds in claims.items()}
     print()
-    if quick:
+    if quick:                       # every claim was read, but none is judged
         print(SMOKE_TEST)
         return failed
     for claim, seeds in failed.items():

@@ -23,11 +23,10 @@ negative gradient if it pushes some response down. The methods by these three ax
     Pref-FT          - log pi(chosen)                                  no        yes     no
     Binary FeedMe    - log pi(y) if r > bar, else 0                    no        yes     no
 
-REINFORCE's gradient is right for the policy's own samples alone, hence no reuse. PPO and the losses
-of pairs are train_ppo.py's and train_dpo.py's own. A minibatch is a dict of tensors: scores (G, N),
-and old_logprobs, ref_logprobs, advantages (G, N, T): G prompts, N responses to each, T tokens.
-Outside a response all three are 0, as are the logprobs, so that sums over T, which include EOS,
-need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
+REINFORCE's gradient is right for the policy's own samples alone, hence no reuse. A minibatch is a
+dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages (G, N, T): G prompts, N
+responses to each, T tokens. Outside a response all three are 0, as are the logprobs, so that sums
+over T, which include EOS, need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
 """
 import torch
 
@@ -35,8 +34,6 @@ from prefgpt import optimizer_step, rng
 from train_dpo import dpo_loss, ipo_loss
 from train_ppo import policy_loss
 
-
-# ----------------------------------------------------------------------------- the losses
 
 def reinforce_loss(logprobs, batch):
     """Returns (G, N): - sum over tokens of A_t log pi(y_t), Williams 1992."""
@@ -50,10 +47,7 @@ def ppo_loss(logprobs, batch, clip_eps=0.2):
 
 
 def rwr_loss(logprobs, batch, beta):
-    """
-    Returns (G, N): - w log pi(y), w = exp(r / beta) over its mean in the minibatch, Peters and
-    Schaal 2007: exp(r / beta) alone may be 1e4 or 1e-4, and the learning rate with it.
-    """
+    """Returns (G, N): - w log pi(y), w = exp(r / beta) over its mean, Peters and Schaal 2007."""
     scores = batch['scores']
     weights = (scores / beta).flatten().softmax(0).view_as(scores) * scores.numel()
     return -weights * logprobs.sum(-1)
@@ -70,15 +64,10 @@ def binary_feedme_loss(logprobs, batch, bar):
     return -(batch['scores'] > bar).to(logprobs) * logprobs.sum(-1)
 
 
-def ranked_pairs(scores, threshold=0.0):
-    """Returns the pairs in groups whose scores differ by more: group, chosen, rejected, (P,)."""
-    ahead = scores[:, :, None] - scores[:, None, :] > threshold                 # (G, N, N)
-    return ahead.nonzero(as_tuple=True)
-
-
 def ranked_logprobs(logprobs, batch, threshold):
-    """Returns the pairs' seq_logprobs: chosen, rejected, both under the reference, (P,) each."""
-    group, chosen, rejected = ranked_pairs(batch['scores'], threshold)
+    """Returns all pairs' seq_logprobs (P,): chosen, rejected, both under the reference."""
+    ahead = batch['scores'][:, :, None] - batch['scores'][:, None, :]           # (G, N, N)
+    group, chosen, rejected = (ahead > threshold).nonzero(as_tuple=True)
     now, ref = logprobs.sum(-1), batch['ref_logprobs'].sum(-1)                  # (G, N)
     return now[group, chosen], now[group, rejected], ref[group, chosen], ref[group, rejected]
 
@@ -98,16 +87,13 @@ def ipo_pairs_loss(logprobs, batch, beta, threshold=0.0):
     return ipo_loss(*ranked_logprobs(logprobs, batch, threshold), beta)
 
 
-# ----------------------------------------------------------------------------- the algorithm
-
 def train(policy, logprobs_of, collect, loss, optimizer, lr, seed, collections, passes,
           batch_size, grad_clip=float('inf')):
     """
     Runs the algorithm; yields after every gradient step the minibatch, with its logprobs before.
 
-    collect(k) returns collection k, a dict of tensors (G, N, ...), B = G N responses;
-    logprobs_of(minibatch) their logprobs (G, N, T) under the policy as it is; loss(logprobs,
-    minibatch) is one of the above. passes is the paper's T, batch_size its M, in responses.
+    collect(k) returns collection k, a dict of tensors (G, N, ...); logprobs_of(minibatch) the
+    logprobs (G, N, T) of the policy as it is. passes is the paper's T, batch_size its M.
     """
     for k in range(collections):
         batch = collect(k)                                                      # 1. and 2.

@@ -2,20 +2,17 @@
 
     python -m pytest -q tests/studies/test_curves.py        # the picture: pip install matplotlib
 """
-import doctest
 import json
-import sys
 
 import pytest
 
-import train_dpo
-import train_ppo
+import train_dpo, train_ppo
 from data.text import DataError
 from prefgpt import UserError
 from studies import curves
 from studies.curves import (STAGES, Config, draw, draw_front, read_curves, read_runs, running_mean,
                             stage_of, y_limits)
-from studies.table import append_rows
+from studies.table import RESULTS, append_rows
 
 CLOCK = dict(lr=1e-3, ms=20.0, tok_per_s=1e4)
 ROWS = {    # a step of each stage, at step t
@@ -42,17 +39,13 @@ def write_run(folder, stage, steps=40, tail='', **evaluation):
     return str(folder)
 
 
-# ----------------------------------------------------------------------------- logs to numbers
-
 def test_a_log_is_read_metric_by_metric(tmp_path):
+    """Steps and evaluations apart; what is not finite, and a last line not whole, are left out."""
     run = write_run(tmp_path / 'sft', 'SFT', steps=20, loss=0.1)
     read = read_curves(f'{run}/log.jsonl')
     assert read['loss'] == (list(range(1, 21)), [7 / t for t in range(1, 21)])
     assert read['eval_loss'] == ([10, 20], [1.0, 2.0])
     assert 'step' not in read and 'samples' not in read
-
-
-def test_what_is_not_finite_or_not_whole_is_left_out(tmp_path):
     path = tmp_path / 'log.jsonl'
     path.write_text('{"step": 1, "loss": NaN, "norm": 2.0}\n{"step": 2, "loss": -Infinity}\n'
                     '{"step": 3, "loss": 0.5, "norm": null}\n{"step": 4, "loss": 0.')
@@ -61,6 +54,7 @@ def test_what_is_not_finite_or_not_whole_is_left_out(tmp_path):
 
 @pytest.mark.parametrize('line', ['{"step": 2, "lo', '{"loss": 1.0}', '[1, 2]', '7'])
 def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
+    """Not JSON, no step, not a dict."""
     path = tmp_path / 'log.jsonl'
     path.write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n')
     with pytest.raises(DataError, match=r'log\.jsonl:2: not a row'):
@@ -70,6 +64,7 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path, line):
 @pytest.mark.parametrize('stage', STAGES)
 @pytest.mark.parametrize('steps', [1, 40])
 def test_the_stage_is_told_by_the_log(tmp_path, stage, steps):
+    """Even after a single step."""
     run = write_run(tmp_path / 'run', stage, steps)
     assert stage_of(read_curves(f'{run}/log.jsonl')) == stage
 
@@ -88,29 +83,23 @@ def test_every_metric_that_is_logged_has_a_panel(shared_data, sft_run, rm_run, t
 
 
 def test_running_mean():
-    assert doctest.testmod(curves) == (0, 1)                            # the docstring's example
-    assert running_mean([4.0, 2.0, 7.0], 1).tolist() == [4, 2, 7]
-    assert running_mean([2.0, 4.0, 8.0], 2).tolist() == [2, 3, 6]
-    assert running_mean([5.0] * 7, 4) == pytest.approx([5] * 7)
-    assert running_mean([1.0, 3.0], 50) == pytest.approx([2, 2])        # longer than the run
+    """Over the values around each one; at the ends over those there are."""
+    for window, expected in ((1, [0, 3, 6, 6]), (2, [0, 1.5, 4.5, 6]), (3, [1.5, 3, 5, 6])):
+        assert running_mean([0.0, 3.0, 6.0, 6.0], window).tolist() == expected
 
 
-def test_y_limits_keep_the_evaluations_and_drop_a_spike():
+def test_y_limits():
+    """Evaluations stay, a spike does not, and rounding is a flat line."""
     steps = [0.4, 0.5, 0.6] * 30
     low, high = y_limits([*steps, 7.0], [0.45])
     assert 0.3 < low < 0.4 and 0.6 < high < 0.7
     assert y_limits(steps, [2.0])[1] > 2.0
     assert y_limits([], [1.0, 2.0])[1] > 2.0                            # evaluations alone
-
-
-def test_y_limits_show_rounding_as_a_flat_line():
     low, high = y_limits([1 - 1e-6, 1 + 1e-6], [])
     assert low == pytest.approx(0.99, abs=1e-3) and high == pytest.approx(1.01, abs=1e-3)
     low, high = y_limits([0.0, 0.0], [])
     assert low < 0 < high
 
-
-# ----------------------------------------------------------------------------- numbers to a picture
 
 @pytest.fixture
 def matplotlib():
@@ -137,9 +126,11 @@ def test_runs_of_all_stages_make_one_png(tmp_path, matplotlib, capsys):
 
 
 def test_score_and_gold_share_a_panel_and_clocks_have_none(tmp_path, matplotlib):
+    """Without a judge there is no gold."""
+    run = write_run(tmp_path / 'plain', 'PPO')
+    assert list(panels_of(draw(read_runs([run]))))[:2] == ['score', 'kl']
     run = write_run(tmp_path / 'ppo', 'PPO', score=0.1, gold=-0.1, kl_sft=0.3)
-    figure = draw(curves.read_runs([run]), 0)
-    panels = panels_of(figure)
+    panels = panels_of(draw(read_runs([run])))
     assert list(panels) == ['score ━━  gold ╍╍', 'kl ━━  kl_sft ╍╍', 'entropy', 'length', 'eos',
                             'ratio', 'clip_frac', 'pg_loss', 'vf_loss', 'norm']
     steps, mean, scores, golds = panels['score ━━  gold ╍╍'].lines
@@ -147,42 +138,16 @@ def test_score_and_gold_share_a_panel_and_clocks_have_none(tmp_path, matplotlib)
     assert list(golds.get_ydata()) == [-1, -2, -3, -4] and golds.is_dashed()
     assert not scores.is_dashed() and scores.get_color() == golds.get_color()
     assert panels['score ━━  gold ╍╍'].get_ylim()[0] < -4
-
-
-def test_without_a_judge_there_is_no_gold(tmp_path, matplotlib):
-    run = write_run(tmp_path / 'ppo', 'PPO')
-    assert list(panels_of(draw(curves.read_runs([run]), 0)))[:2] == ['score', 'kl']
+    assert list(mean.get_ydata()) == pytest.approx(running_mean(steps.get_ydata(), 2))
 
 
 def test_runs_of_a_stage_share_panels_and_are_named(tmp_path, matplotlib):
+    """A colour each, named in the legend over the panels."""
     runs = [write_run(tmp_path / name, 'SFT') for name in 'ab']
-    figure = draw(curves.read_runs(runs), 0)
-    head, loss, norm = figure.axes
+    head, loss, norm = draw(read_runs(runs)).axes
     assert head.get_title(loc='left') == 'SFT'
     assert [text.get_text() for text in head.get_legend().get_texts()] == runs
     assert len({line.get_color() for line in loss.lines}) == 2
-
-
-def test_smooth_is_the_number_of_steps_averaged(tmp_path, matplotlib):
-    stages = curves.read_runs([write_run(tmp_path / 'sft', 'SFT', steps=40)])
-    values = stages['SFT'][str(tmp_path / 'sft')]['loss'][1]
-    for smooth, window in ((0, 2), (1, 1), (9, 9)):     # 0: a twentieth of the run
-        mean = panels_of(draw(stages, smooth))['loss'].lines[1].get_ydata()
-        assert list(mean) == pytest.approx(list(running_mean(values, window)))
-
-
-def test_a_failed_picture_leaves_the_one_before(tmp_path, matplotlib, monkeypatch):
-    out = tmp_path / 'curves.png'
-    out.write_bytes(b'before')
-
-    def full_disk(self, path, **options):
-        path.write_bytes(b'half')
-        raise OSError('no space left on device')
-
-    monkeypatch.setattr('matplotlib.figure.Figure.savefig', full_disk)
-    with pytest.raises(OSError):
-        curves.main(Config(runs=(write_run(tmp_path / 'sft', 'SFT'),), out=str(out)))
-    assert out.read_bytes() == b'before'
 
 
 def test_the_front_picture_shows_three_stages_and_their_result(tmp_path, matplotlib, monkeypatch):
@@ -195,11 +160,10 @@ def test_the_front_picture_shows_three_stages_and_their_result(tmp_path, matplot
     rows = [dict(seed=seed, answers=answers, stage=stage, reward=seed + reward + more)
             for seed in (5, 7) for answers, more in (('T=1', 0), ('greedy', 9))
             for stage, reward in (('sft', -6.0), ('dpo', 0.5), ('ppo', 1.0))]
-    append_rows(curves.TABLE, rows)
-    curves.main(Config(front=True, out='front.png'))
+    append_rows(RESULTS / 'toy.csv', rows)
+    stages = curves.main(Config(front=True, out='front.png'))
     assert (tmp_path / 'front.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
-    runs = read_runs([f'out/toy/{name}' for name in ('sft', 'rm', 'ppo')])
-    sft, rm, ppo, result = draw_front(runs, rows).axes
+    sft, rm, ppo, result = draw_front(stages).axes
     assert list(sft.lines[2].get_ydata()) == [1, 2, 3, 4]
     assert list(rm.lines[2].get_ydata()) == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert [list(line.get_ydata()) for line in ppo.lines[2:]] == [[1, 2, 3, 4], [0.5, 1, 1.5, 2]]
@@ -210,40 +174,19 @@ def test_the_front_picture_shows_three_stages_and_their_result(tmp_path, matplot
     assert [list(line.get_ydata()) for line in result.lines[:3]] == [[-1, 1], [6, 8], [5.5, 7.5]]
 
 
-# ----------------------------------------------------------------------------- errors
-
-def test_a_missing_matplotlib_is_told_first(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    with pytest.raises(UserError, match='pip install matplotlib'):
-        curves.main(Config(runs=('nowhere',)))
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """Errors are found before anything is drawn: these tests need no matplotlib."""
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
-
-
-@pytest.mark.parametrize('changes, message', [
-    (dict(runs=()), 'name at least one run folder'), (dict(front=True), 'or --front without any'),
-    (dict(out='curves.pdf'), r'--out=curves\.pdf: name a file that ends in \.png'),
-    (dict(smooth=-1), '--smooth=-1: must not be below 0')])
-def test_flags_that_cannot_work_are_refused(installed, changes, message):
-    with pytest.raises(UserError, match=message):
-        curves.main(Config(**{**dict(runs=('nowhere',)), **changes}))
-
-
-def test_runs_that_cannot_be_drawn_are_named(installed, tmp_path):
-    (tmp_path / 'empty').mkdir()
-    for run in ('nowhere', 'empty'):
-        with pytest.raises(UserError, match=f'{run}: no log.jsonl there; name the --out'):
-            curves.main(Config(runs=(str(tmp_path / run),)))
-    run = write_run(tmp_path / 'begun', 'SFT', steps=0, tail='{"step": 1')
-    with pytest.raises(UserError, match='begun/log.jsonl: no step in it yet'):
-        curves.main(Config(runs=(run,)))
-
-
-def test_more_runs_than_colours_are_refused(installed, tmp_path):
-    runs = tuple(write_run(tmp_path / str(i), 'DPO', steps=1) for i in range(8))
-    with pytest.raises(UserError, match='8 runs of DPO: more than 7 cannot be told apart'):
-        curves.main(Config(runs=runs))
+def test_what_cannot_be_drawn_is_refused(monkeypatch, tmp_path):
+    """No matplotlib first, flags next; then a run without a log or a step, and too many runs."""
+    def refused(message, *runs, **flags):
+        with pytest.raises(UserError, match=message):
+            curves.main(Config(runs=runs, **flags))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    refused('pip install matplotlib')
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name)      # none is needed here
+    refused('name at least one run folder')
+    refused('or --front without any', 'nowhere', front=True)
+    refused(r'--out=curves\.pdf: name a file that ends in \.png', 'nowhere', out='curves.pdf')
+    refused('nowhere: no log.jsonl there; name the --out', 'nowhere')
+    refused('begun/log.jsonl: no step in it yet',
+            write_run(tmp_path / 'begun', 'SFT', steps=0, tail='{"step": 1'))
+    refused('8 runs of DPO: more than 7 cannot be told apart',
+            *(write_run(tmp_path / str(i), 'DPO', steps=1) for i in range(8)))

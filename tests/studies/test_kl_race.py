@@ -4,13 +4,15 @@ and its quick form.
 
     python -m pytest -q tests/studies/test_kl_race.py
 """
+import itertools
+
 import pytest
 import torch
 
-from studies import kl_race
 from studies.kl_race import (BETA, CHECKS, NUMBERS, RACES, TRIPLES, WAYS, best_gaussian, descend,
                              draw_pairs, gaussian, gradient, nudge, race, two_modes)
-from studies.table import SMOKE_TEST, read_rows
+from studies.table import by_seed
+from test_studies import quick_form
 from train_dpo import dpo_loss
 
 
@@ -27,8 +29,6 @@ def two_random(seed, size=7):
 def kl(a, b):
     return (a * (a / b).log()).sum()
 
-
-# ----------------------------------------------------------------------------- exact identities
 
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('way', WAYS)
@@ -50,15 +50,16 @@ def test_what_a_step_does_to_a_ratio(seed):
     """log(p_i / p_j) changes by lr [(q_i - q_j) - (p_i - p_j)] forward, and in reverse by
     lr [p_i (log(q_i / p_i) + KL) - p_j (log(q_j / p_j) + KL)]: no normaliser, whatever lr."""
     p, q = two_random(seed)
-    for lr in (0.1, 3.0):
-        changes = {way: (race(p, q, way, 1, lr)[1] / p).log() for way in WAYS}
-        push = p * ((q / p).log() + kl(p, q))
-        for i in range(len(p)):
-            for j in range(len(p)):
-                forward = lr * ((q[i] - q[j]) - (p[i] - p[j]))
-                reverse = lr * (push[i] - push[j])
-                assert abs(changes['forward'][i] - changes['forward'][j] - forward) < 1e-8
-                assert abs(changes['reverse'][i] - changes['reverse'][j] - reverse) < 1e-8
+    for lr, (way, push) in itertools.product((0.1, 3.0), (
+            ('forward', q - p), ('reverse', p * ((q / p).log() + kl(p, q))))):
+        change = (race(p, q, way, 1, lr)[1] / p).log()
+        for i, j in itertools.product(range(len(p)), repeat=2):
+            assert abs(change[i] - change[j] - lr * (push[i] - push[j])) < 1e-8
+
+
+def first_steps(p, q):
+    """log(p_1 / p_2) after a step forward, and after one in reverse."""
+    return [(path[1, 0] / path[1, 1]).log() for path in (race(p, q, way, 1) for way in WAYS)]
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -67,8 +68,7 @@ def test_reverse_is_ahead_above_the_logarithmic_mean(seed):
     p, q = two_random(seed)
     p[:2] = p[:2].mean()
     mean = (q[0] - q[1]) / (q[0] / q[1]).log()
-    forward, reverse = ((path[1, 0] / path[1, 1]).log()
-                        for path in (race(p, q, way, 1) for way in WAYS))
+    forward, reverse = first_steps(p, q)
     assert reverse / forward == pytest.approx((p[0] / mean).item(), abs=1e-8)
 
 
@@ -80,48 +80,30 @@ def test_when_reverse_widens_a_gap(seed):
         p, q = p / p.sum(), q / q.sum()
         q[:2] = q[:2].mean()
         p[:2] = p[:2].sort(descending=True).values
-        before = (p[0] / p[1]).log()
-        forward, reverse = ((path[1, 0] / path[1, 1]).log()
-                            for path in (race(p, q, way, 1) for way in WAYS))
+        before, (forward, reverse) = (p[0] / p[1]).log(), first_steps(p, q)
         turn = q[0] * (kl(p, q) - 1).exp()
         assert 0 < forward < before
-        if p[0] < turn:
-            assert reverse > before
-        if p[1] > turn:
-            assert reverse < before
+        assert reverse > before or not p[0] < turn
+        assert reverse < before or not p[1] > turn
 
 
-# ----------------------------------------------------------------------------- the races
-
-def test_likely_bins_and_rare_bins():
-    """(A), as measured apart from this code: p_1 is .638 forward and .776 in reverse after 1
-    step, .729 and .834 after 2; with rare bins reverse is behind."""
-    for setting, sign in (('A, likely', 1), ('A, rare', -1)):
-        forward, reverse = (race(*map(tensor, RACES[setting]), way, 2)[1:, 0] for way in WAYS)
-        assert (sign * (reverse - forward) > 0).all()
-        if setting == 'A, likely':
-            assert forward.tolist() == pytest.approx([.638, .729], abs=5e-4)
-            assert reverse.tolist() == pytest.approx([.776, .834], abs=5e-4)
-
-
-def test_reverse_commits_to_the_larger_bin():
-    """(B): after 10 steps (.416, .386) forward, (.693, .079) in reverse; both end at q."""
-    paths = {way: race(*map(tensor, RACES['B, far']), way, 200) for way in WAYS}
-    assert paths['forward'][10, :2].tolist() == pytest.approx([.416, .386], abs=5e-4)
-    assert paths['reverse'][10, :2].tolist() == pytest.approx([.693, .079], abs=5e-4)
-    ratios = {way: (path[10, 0] / path[10, 1]).item() for way, path in paths.items()}
-    assert ratios['reverse'] > 5 and ratios['forward'] < 1.5
-    for path in paths.values():
-        assert (path[200] - tensor(RACES['B, far'][1])).abs().max() < 0.01
+@pytest.mark.parametrize('setting, way, at, expected', [
+    ('A, likely', 'forward', (slice(1, 3), 0), [.638, .729]),           # p_1 after 1 and 2 steps
+    ('A, likely', 'reverse', (slice(1, 3), 0), [.776, .834]),
+    ('B, far', 'forward', (10, slice(2)), [.416, .386]),                # both bins after 10 steps
+    ('B, far', 'reverse', (10, slice(2)), [.693, .079])])
+def test_races_as_measured_apart_from_this_code(setting, way, at, expected):
+    """(A) reverse is ahead with likely bins, (B) and commits to the larger bin; all end at q."""
+    path = race(*map(tensor, RACES[setting]), way, 200)
+    assert path[at].tolist() == pytest.approx(expected, abs=5e-4)
+    assert (path[200] - tensor(RACES[setting][1])).abs().max() < 0.01
 
 
 def test_one_gaussian_covers_or_seeks():
     """(C): forward straddles the modes, reverse sits on the heavier one. A target of the family is
     found itself."""
-    q = two_modes(0)
-    (m_forward, s_forward), (m_reverse, s_reverse) = (best_gaussian(q, way) for way in WAYS)
-    assert abs(m_forward - 47) <= 2 and s_forward > 25
-    assert abs(m_reverse - 70) <= 1 and s_reverse < 8
+    (mean, sd), (heavier, narrow) = (best_gaussian(two_modes(0), way) for way in WAYS)
+    assert abs(mean - 47) <= 2 and sd > 25 and abs(heavier - 70) <= 1 and narrow < 8
     bins, p = torch.arange(100), gaussian(40, 6)
     assert abs((p * bins).sum() - 40) < 1e-8 and abs((p * (bins - 40) ** 2).sum() - 36) < 1e-6
     for way in WAYS:
@@ -138,44 +120,24 @@ def test_what_a_seed_moves():
     assert 0.25 < spread < 0.32
 
 
-# ----------------------------------------------------------------------------- displacement
-
-def by_hand(ref, features, lr, steps, method):
-    """descend for one prompt with the gradient worked out: no autograd, no dpo_loss."""
-    theta = torch.zeros(features.shape[1], dtype=torch.float64)
-    for _ in range(steps):
-        probs = (ref + features @ theta).softmax(0)
-        if method == 'SFT':
-            theta = theta + lr * (features[0] - probs @ features)
-        else:
-            difference = features[0] - features[1]
-            theta = theta + lr * BETA * torch.sigmoid(-BETA * difference @ theta) * difference
-    return (ref + features @ theta).log_softmax(0) - ref
-
-
-@pytest.mark.parametrize('method, lr', [('DPO', 1.0), ('SFT', 0.05)])
-@pytest.mark.parametrize('setting', TRIPLES)
-def test_descent_by_hand(setting, method, lr):
-    """100 steps against the gradients on paper."""
+@pytest.mark.parametrize('setting, method, lr, measured', [
+    ('distinct', 'DPO', 1.0, [1.55, -6.38, -2.41]), ('distinct', 'SFT', .05, [1.43, -1.13, -1.79]),
+    ('near-duplicates', 'DPO', 1.0, [-1.15, -1.94, .41]),
+    ('near-duplicates', 'SFT', .05, [.63, .81, -1.24]),
+    ('likely duplicates', 'DPO', 1.0, None), ('likely duplicates', 'SFT', .05, None)])
+def test_descent_by_hand(setting, method, lr, measured):
+    """100 steps against the gradients on paper, no autograd, no dpo_loss; and against numbers
+    measured apart from this code. DPO lowers both near-duplicates, unless the reference suits."""
     probs, features = map(tensor, TRIPLES[setting])
-    moved = descend(method, probs.log()[None], features[None], lr)[0]
-    assert (moved - by_hand(probs.log(), features, lr, 100, method)).abs().max() < 1e-8
-
-
-def test_signs_of_three_responses():
-    """Distinct: DPO and SFT raise the chosen one. Near-duplicates: DPO lowers both and raises the
-    third while the margin grows, SFT raises both; with a reference on the pair DPO raises the
-    chosen one again. Numbers measured apart from this code."""
-    moved = {(setting, method): descend(method, tensor([probs]).log(), tensor([features]), lr)[0]
-             for setting, (probs, features) in TRIPLES.items()
-             for method, lr in (('DPO', 1.0), ('SFT', 0.05))}
-    for (setting, method), numbers in {
-            ('distinct', 'DPO'): (1.55, -6.38, -2.41), ('distinct', 'SFT'): (1.43, -1.13, -1.79),
-            ('near-duplicates', 'DPO'): (-1.15, -1.94, .41),
-            ('near-duplicates', 'SFT'): (.63, .81, -1.24)}.items():
-        assert moved[setting, method].tolist() == pytest.approx(numbers, abs=0.006)
-    assert moved['near-duplicates', 'DPO'][0] - moved['near-duplicates', 'DPO'][1] > 0.7
-    assert moved['likely duplicates', 'DPO'][0] > 0
+    ref, theta, difference = probs.log(), 0 * features[0], features[0] - features[1]
+    for _ in range(100):
+        if method == 'SFT':
+            theta = theta + lr * (features[0] - (ref + features @ theta).softmax(0) @ features)
+        else:
+            theta = theta + lr * BETA * torch.sigmoid(-BETA * difference @ theta) * difference
+    moved = descend(method, ref[None], features[None], lr)[0]
+    assert (moved - (ref + features @ theta).log_softmax(0) + ref).abs().max() < 1e-8
+    assert moved.tolist() == pytest.approx(measured, abs=.006) if measured else moved[0] > 0
 
 
 def slope_of_chosen(ref, features):
@@ -239,41 +201,9 @@ def test_pairs_that_share_parameters():
     assert (descend('DPO', ref, features, 1.0, 1) - expected).abs().max() < 1e-8
 
 
-# ----------------------------------------------------------------------------- the study
-
-def test_every_claim_can_fail():
-    """None is true whatever happens: of a run whose numbers are all -0.5, or all 0.5, none holds
-    in both."""
-    class Alike(dict):
-        def __missing__(self, key):
-            return self['all']
-    for claim, holds in CHECKS.items():
-        assert not all(holds(Alike(all=number)) for number in (-0.5, 0.5)), claim
-
-
-def test_kl_race_in_its_quick_form(tmp_path, capsys):
-    """Every number of a seed in a table beside the real one, no picture; a second call runs
-    nothing anew. Seed 0, the cases as they are written, keeps every claim."""
-    cfg = kl_race.Config(csv=str(tmp_path / 'kl_race.csv'), quick=True)
-    failed = kl_race.main(cfg)
-    assert not any(failed.values()) and len(failed) == len(CHECKS)
-    path = tmp_path / 'kl_race-quick.csv'
-    rows, before = read_rows(path), path.stat().st_mtime_ns
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert {row['seed'] for row in rows} == {0}
+def test_kl_race_in_its_quick_form(tmp_path, monkeypatch, capsys):
+    """Every number of a seed. Seed 0, the cases as they are written, keeps every claim."""
+    rows = quick_form('kl_race', tmp_path, monkeypatch, capsys, seeds='0')
     assert all(any(row[name] != '' for row in rows) for name in NUMBERS)
-    assert rows[0]['command'] == 'python -m studies.kl_race --seeds=0'
-    capsys.readouterr()
-    kl_race.main(cfg)
-    assert path.stat().st_mtime_ns == before and SMOKE_TEST in capsys.readouterr().out
-
-
-def test_the_picture(tmp_path):
-    """Drawn beside the table: five panels, each with a name and a key."""
-    pytest.importorskip('matplotlib')
-    cfg = kl_race.Config(seeds='0', csv=str(tmp_path / 'kl_race.csv'))
-    kl_race.main(cfg)
-    assert (tmp_path / 'kl_race.png').stat().st_size > 10_000
-    figure = kl_race.draw(read_rows(tmp_path / 'kl_race.csv'))
-    assert len(figure.axes) == 5
-    assert all(ax.get_title(loc='left') and ax.get_legend() for ax in figure.axes)
+    run = by_seed(rows, 'setting', 'method', 'step')[0]
+    assert all(holds(run) for holds in CHECKS.values())

@@ -1,28 +1,24 @@
 """
-studies/length.py, its language (studies/lengths.py) and the GPT it trains (studies/policies.py).
+studies/length.py, its language (studies/lengths.py) and the GPT it trains.
 
     python -m pytest -q tests/studies/test_length.py
 """
-import json
-import math
-import statistics
+import json, math, statistics
 
 import pytest
 import torch
 
-import train_rm
-import train_sft
+import train_rm, train_sft
 from conftest import randomize
 from data.text import load_text
 from prefgpt import (GPT, ScalarGPT, UserError, generate, last_scores, load_checkpoint, load_model,
                      make_batch, rng, token_logprobs)
 from studies import length, lengths
-from studies.length import CHAINS, METHODS, check, order
-from studies.policies import Gpt, train_gpt
-from studies.table import SMOKE_TEST, read_rows
+from studies.length import BETA, METHODS, N, Gpt, check, train_gpt
 from studies.unified import best_of_n_loss, pref_ft_loss
+from test_studies import quick_form
 
-BETA = 0.3
+PAIRS = [([97, 98, 58], [97, 98, 256], [97, 256]), ([99, 97, 58], [99, 256], [97, 99, 97, 256])]
 
 
 def read(path):
@@ -34,14 +30,13 @@ def runs(tmp_path_factory):
     """A folder with the language's data, an SFT run and a reward model, of random weights."""
     out = tmp_path_factory.mktemp('length')
     lengths.write_data(out / 'data', 0)
-    common = dict(data=str(out / 'data'), steps=1, eval_every=1, max_new_tokens=8)
+    common = dict(data=str(out / 'data'), steps=1, eval_every=1, device='cpu')
     train_sft.main(train_sft.Config(out=f'{out}/sft', n_head=2, n_embd=16, block_size=64,
-                                    **common))
+                                    max_new_tokens=8, **common))
     saved = load_checkpoint(f'{out}/sft', ['sft'])
     policy = randomize(load_model(GPT, saved, 'policy', 'cpu'), 1)
     lengths.write_pairs(out / 'data', 0, 'Min', policy, load_text(str(out / 'data'))[0],
                         {'train': 40, 'val': 20})
-    del common['max_new_tokens']
     train_rm.main(train_rm.Config(init=f'{out}/sft', out=f'{out}/rm', **common))
     return out
 
@@ -50,7 +45,7 @@ def runs(tmp_path_factory):
 def gpt(runs):
     """A GPT whose weights, and its reference's and reward model's, are random and differ."""
     prompts = [[97, 98, 58], [104, 97, 58], [99, 99, 58]]
-    gpt = Gpt(7, f'{runs}/sft', f'{runs}/rm', prompts, 9, N=4, beta=BETA)
+    gpt = Gpt(7, runs, prompts, 9)
     randomize(gpt.policy, 1)
     randomize(gpt.ref, 2)
     model = randomize(load_model(ScalarGPT, load_checkpoint(f'{runs}/rm', ['rm']), 'reward_model',
@@ -58,8 +53,6 @@ def gpt(runs):
     gpt.scorer = lambda tokens, mask, prompts, texts: last_scores(model, tokens, mask)
     return gpt
 
-
-# ----------------------------------------------------------------------------- the language
 
 def test_demonstrations(runs):
     """Two letters of the prompt, 20 of them give or take 5; every tenth prompt is held out."""
@@ -74,6 +67,7 @@ def test_demonstrations(runs):
 
 
 def test_gold_by_hand():
+    """Minus the length, or minus its distance from the mode."""
     assert [lengths.gold(task, 'abbba', 18) for task in ('Min', 'Skew', 'Mode')] == [-5, -5, -13]
     assert lengths.gold('Mode', 'a' * 21, 18) == -3 and lengths.gold('Min', '', 18) == 0
 
@@ -106,20 +100,17 @@ def test_pairs(task, runs, tmp_path):
         assert statistics.fmean(ns) == pytest.approx(39 - 6, abs=0.6) and len(rows) > 970
     else:
         assert statistics.fmean(ns) < 15 and 700 < len(rows) <= 1000
-    again = tmp_path / 'again'
-    again.mkdir()
-    lengths.write_pairs(again, 0, task, policy, tokenizer, {'train': 1000, 'val': 20})
-    assert read(again / 'train.pairs.jsonl') == rows
+    lengths.write_pairs(tmp_path, 0, task, policy, tokenizer, {'train': 1000, 'val': 20})
+    assert read(tmp_path / 'train.pairs.jsonl') == rows
 
-
-# ----------------------------------------------------------------------------- the GPT
 
 def test_a_collection(gpt):
-    """B / N prompts, N responses each; all numbers again row by row, on a grid of its own."""
-    batch = gpt.collect(8, k=3)
-    G, N, T = batch['old_logprobs'].shape
-    assert (G, N) == (2, 4) and batch['tokens'].shape == (2, 4, T + 1)
-    for g in range(G):
+    """B / N prompts, N responses each; all numbers again row by row, on a grid of its own. What did
+    not end earns -1 at most."""
+    batch, capped = gpt.collect(8, k=3), 0
+    T = batch['old_logprobs'].shape[2]
+    assert batch['old_logprobs'].shape == (2, N, T) and batch['tokens'].shape == (2, N, T + 1)
+    for g in range(2):
         prompts = {tuple(row[:3].tolist()) for row in batch['tokens'][g]}
         assert len(prompts) == 1 and list(prompts.pop()) in gpt.prompts
         for n in range(N):
@@ -133,19 +124,12 @@ def test_a_collection(gpt):
                 assert (batch[name][g, n, end - 1:] == 0).all()
             score = gpt.scorer(tokens, alone, None, None).item()
             ended = row[-1] == gpt.tokenizer.eot_token
+            capped += score > -1 and not ended
             expected = score if ended else min(score, -1.0)
             assert batch['scores'][g, n].item() == pytest.approx(expected, abs=1e-4)
+    assert 0 < capped < 8
     assert torch.equal(gpt.collect(8, 3)['tokens'], batch['tokens'])
     assert gpt.collect(8, 4)['tokens'].tolist() != batch['tokens'].tolist()
-
-
-def test_a_response_without_eos_earns_minus_1_at_most(gpt):
-    """The reward model would give all of them 5; those that end keep it."""
-    gpt.scorer = lambda tokens, mask, prompts, texts: torch.full((len(tokens),), 5.0)
-    gpt.most = 2
-    tokens, mask, scores, _ = gpt.sample(40 * gpt.prompts, rng(0, 0, 'eval'))
-    ended = (tokens[:, 1:] * mask == gpt.tokenizer.eot_token).any(1)
-    assert torch.equal(scores, torch.where(ended, 5.0, -1.0)) and not ended.all()
 
 
 def test_advantages_are_what_is_still_to_come(gpt):
@@ -163,10 +147,9 @@ def test_advantages_are_what_is_still_to_come(gpt):
 
 def test_pairs_are_groups_of_two(gpt):
     """chosen first; old logprobs under the policy as it is, and 0 outside the response."""
-    pairs = [([97, 98, 58], [97, 98, 256], [97, 256]), ([99, 97, 58], [99, 256], [97, 99, 97, 256])]
-    batch = gpt.given(pairs)
+    batch = gpt.given(PAIRS)
     assert batch['scores'].tolist() == [[1, 0], [1, 0]]
-    for g, (prompt, *both) in enumerate(pairs):
+    for g, (prompt, *both) in enumerate(PAIRS):
         for n, response in enumerate(both):
             _, x, y, mask = make_batch([(prompt, response)])
             expected = token_logprobs(gpt.policy, x, y, mask).sum().item()
@@ -176,8 +159,7 @@ def test_pairs_are_groups_of_two(gpt):
 
 def test_what_is_measured(gpt):
     """Against the definitions, from the same samples."""
-    prompts = 20 * gpt.prompts
-    pairs = [([97, 98, 58], [97, 98, 256], [97, 256])]
+    prompts, pairs = 20 * gpt.prompts, PAIRS[:1]
     gpt.collected.load_state_dict(gpt.ref.state_dict())
     numbers = gpt.measure(lambda prompt, text: len(prompt) + 10 * len(text), prompts, pairs)
     tokens, mask, scores, texts = gpt.sample(prompts, rng(7, 0, 'eval'))
@@ -199,7 +181,7 @@ def test_what_is_measured(gpt):
 def test_training_on_pairs_and_on_samples(gpt):
     """Pref-FT raises the chosen side. Best-of-N with a score that likes short text shortens, and
     kl_collect is of the last collection; clip_frac is 0 where each sample is used once."""
-    pairs = [([97, 98, 58], [97, 98, 256], [97, 256])] * 8
+    pairs = PAIRS[:1] * 8
     before = gpt.given(pairs)['old_logprobs'].sum(-1)[:, 0].mean()
     size = dict(collections=15, B=32, M=32)
     train_gpt(gpt, pref_ft_loss, 3e-3, {**size, 'M': 8}, 2, pairs)
@@ -213,75 +195,45 @@ def test_training_on_pairs_and_on_samples(gpt):
     assert 0 < max(moved) < 0.01                    # one step from the policy that sampled last
 
 
-# ----------------------------------------------------------------------------- the study
-
-def row_of(seed, method, gold, task='Min'):
-    return {'seed': seed, 'task': task, 'method': method, 'gold': gold}
-
-
-def test_an_order_by_hand():
-    """Gaps 1, 2, 3: mean 2, standard error 1 / sqrt 3; rows may come in any order of seeds."""
-    rows = [row_of(seed, 'DPO', seed + gap) for seed, gap in ((0, 1.0), (1, 2.0), (2, 3.0))]
-    rows += [row_of(seed, 'Pref-FT', float(seed)) for seed in (2, 0, 1)]
-    assert order(rows, 'Pref-FT', 'DPO') == (3, pytest.approx(2), pytest.approx(1 / math.sqrt(3)))
-    assert order(rows, 'DPO', 'Pref-FT')[0] == 0
-
-
 def test_an_order_holds_by_two_standard_errors_only(capsys, monkeypatch):
     """1.9 standard errors are open, 2.1 hold, -2.1 are the other way; one seed says nothing."""
     monkeypatch.setattr(length, 'CHAINS', {'Min': [('reference', 'DPO')]})
-    for gap, verdict in ((1.9, 'open'), (2.1, 'holds'), (-2.1, 'the other way')):
+    for gap, above, verdict in ((1.9, 3, 'open'), (2.1, 3, 'holds'), (-2.1, 0, 'the other way')):
         spread = 3 ** 0.5               # of gaps g - s, g, g + s the standard error is s / sqrt 3
-        rows = [row_of(seed, 'reference', 0.0) for seed in range(3)]
-        rows += [row_of(seed, 'DPO', gap + spread * (seed - 1)) for seed in range(3)]
+        rows = [{'seed': seed, 'task': 'Min', 'method': method, 'gold': gold}
+                for seed in (2, 0, 1) for method, gold in (
+                    ('DPO', seed + gap + spread * (seed - 1)), ('reference', float(seed)))]
         lost = check(rows)
-        assert capsys.readouterr().out.endswith(f': {verdict}\n')
+        assert capsys.readouterr().out.endswith(
+            f': in {above} of 3 seeds, by {gap:.2f} ± 1.00: {verdict}\n')
         assert lost == ([] if verdict == 'holds' else [('Min', 'reference', 'DPO')])
-    check(rows[:1] + rows[3:4])
-    assert capsys.readouterr().out.endswith(': open\n')
+    check(rows[:2])
+    assert capsys.readouterr().out.endswith('± inf: open\n')
 
 
 def test_mode_is_judged_by_how_far_apart_the_means_are(capsys):
     """1.6 apart are alike and 1.8 are not; the reference may be anywhere, and single seeds too."""
     for gap, alike in ((1.6, True), (1.8, False)):
-        rows = [row_of(seed, method, gold + 3 * seed, 'Mode') for seed in (0, 1)
-                for method, gold in (('reference', -9.0), ('DPO', -2.0), ('PPO', -2.0 + gap))]
+        rows = [{'seed': seed, 'task': 'Mode', 'method': method, 'gold': gold + 3 * seed}
+                for seed in (0, 1) for method, gold in (
+                    ('reference', -9.0), ('DPO', -2.0), ('PPO', -2.0 + gap))]
         assert check(rows) == ([] if alike else [('Mode', 'alike')])
         assert capsys.readouterr().out.endswith(': holds\n') == alike
 
 
-def test_chains_name_methods():
-    assert all(method in METHODS or method == 'reference'
-               for chains in CHAINS.values() for chain in chains for method in chain)
-
-
-def test_tasks_that_are_none():
-    with pytest.raises(UserError, match='--tasks'):
-        length.main(length.Config(tasks='Max'))
-
-
 def test_length_in_its_quick_form(tmp_path, monkeypatch, capsys):
-    """All methods on all three tasks, in a table beside the real one; a
-    second call trains nothing."""
-    monkeypatch.chdir(tmp_path)
-    cfg = length.Config(csv='results/length.csv', quick=True)
-    length.main(cfg)
-    rows = read_rows('results/length-quick.csv')
+    """All methods on all three tasks, one number each of everything; of one task, if so asked."""
+    rows = quick_form('length', tmp_path, monkeypatch, capsys)
     assert len(rows) == 3 * (1 + len(METHODS))
     assert [row['method'] for row in rows if row['task'] == 'Min'] == ['reference', *METHODS]
     assert all(1 <= row['mode'] <= 40 for row in rows)
-    reference = rows[0]
-    assert reference['kl'] == reference['margin'] == reference['clip_frac'] == 0
+    assert rows[0]['kl'] == rows[0]['margin'] == rows[0]['clip_frac'] == 0
     assert all(isinstance(row[name], (int, float)) for row in rows for name in (
         'gold', 'score', 'kl', 'kl_collect', 'entropy', 'chosen', 'rejected', 'margin',
         'clip_frac', 'length'))
-    assert rows[0]['command'] == 'python -m studies.length --tasks=Min --seeds=0'
-    assert not (tmp_path / 'results' / 'length.png').exists()
-    capsys.readouterr()
-    length.main(length.Config(csv=cfg.csv, tasks='Mode', quick=True))
-    again = capsys.readouterr().out
-    assert 'step' not in again and 'Mode PPO' in again and 'Min' not in again
-    assert SMOKE_TEST in again and 'alike' not in again
-    if pytest.importorskip('matplotlib'):
-        figure = length.draw(rows)
-        assert [ax.get_title(loc='left') for ax in figure.axes[:3]] == ['Min', 'Mode', 'Skew']
+    assert rows[0]['command'] == 'python -m studies.length --tasks=Min --seeds=3'
+    length.main(length.Config(seeds='3', tasks='Mode', quick=True))
+    shown = capsys.readouterr().out
+    assert 'Mode PPO' in shown and 'Min' not in shown and 'alike' not in shown
+    with pytest.raises(UserError, match='--tasks'):
+        length.main(length.Config(tasks='Max'))

@@ -1,11 +1,10 @@
 """
-The studies: their tables, and each one in its quick form.
+The studies: their tables, claims and pictures, and the quick form of each.
 
     python -m pytest -q tests/studies/test_studies.py
 """
-import importlib
-import math
-import shutil
+import importlib, math, random, shutil
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,29 +19,20 @@ from studies.table import (SMOKE_TEST, append_rows, by_seed, complete, mean_and_
 TOP = Path(__file__).parents[2]
 
 
-# ----------------------------------------------------------------------------- tables
-
 def test_rows_come_back_as_they_were_written(tmp_path):
-    """Numbers as numbers, text as text, 4 digits of a float; later rows are added at the end."""
+    """Numbers as numbers, text as text, 4 digits of a float; later rows are added at the end. Other
+    columns are refused, and the table stays as it is: csv would shift the cells."""
     path = tmp_path / 'results' / 'name.csv'
     assert read_rows(path) == []
     first = {'seed': 5, 'stage': 'ppo, "late"', 'reward': 1 / 3, 'refused': ''}
     append_rows(path, [first])
     append_rows(path, [{**first, 'seed': 6, 'reward': -2.0}, {**first, 'seed': 7}])
+    with pytest.raises(UserError, match='name.csv has other columns'):
+        append_rows(path, [{'seed': 8, 'kl': 1.0}])
     rows = read_rows(path)
     assert [row['seed'] for row in rows] == [5, 6, 7] and rows[1]['reward'] == -2
     assert rows[0] == {**first, 'reward': 0.3333}
     assert [p.name for p in path.parent.iterdir()] == ['name.csv']      # nothing half-written
-
-
-def test_rows_of_another_version_are_not_mixed_in(tmp_path):
-    """Other columns are refused, and the table stays as it is: csv would shift the cells."""
-    path = tmp_path / 'name.csv'
-    append_rows(path, [{'seed': 5, 'reward': 1.0}])
-    before = path.read_bytes()
-    with pytest.raises(UserError, match='name.csv has other columns'):
-        append_rows(path, [{'seed': 6, 'kl': 1.0}])
-    assert path.read_bytes() == before
 
 
 def test_a_table_is_completed_seed_by_seed(tmp_path):
@@ -83,10 +73,14 @@ def test_a_committed_table_is_read_and_only_results_adds_to_it(tmp_path, monkeyp
     assert [row['seed'] for row in read_rows('studies/results/name.csv')] == [5, 7]
     with pytest.raises(UserError, match='--quick is a smoke test'):
         run(replace(cfg, quick=True, results=True))
+    for seeds in ('', '5-9', 'five'):
+        with pytest.raises(UserError, match='--seeds'):
+            run(replace(cfg, seeds=seeds))
 
 
-def test_rows_by_hand():
-    """Selected, grouped with means and n - 1 deviations in the order they come, and by seed."""
+def test_rows_by_hand(capsys):
+    """Selected, by seed, and grouped with means and n - 1 deviations in the order they come: 1, 2,
+    6 give 3 ± sqrt(7)."""
     rows = [{'seed': seed, 'T': T, 'reward': reward}
             for seed, T, reward in ((0, 4, 1.0), (1, 4, 3.0), (0, 1, 5.0))]
     assert select(rows, seed=0, T=1) == rows[2:] and select(rows) == rows
@@ -94,29 +88,20 @@ def test_rows_by_hand():
     assert spreads_by(rows, 'T', 'reward') == ([4, 1], [2.0, 5.0], [math.sqrt(2), 0.0])
     assert by_seed(rows, 'T') == {0: {4: rows[0], 1: rows[2]}, 1: {4: rows[1]}}
     assert by_seed(rows[:1], 'T', 'reward') == {0: {(4, 1.0): rows[0]}}
-
-
-def test_means_and_spreads_by_hand(capsys):
-    """Mean and n-1 standard deviation over the rows of a group: 1, 2, 6 give 3 ± sqrt(7)."""
-    rows = [{'stage': stage, 'seed': seed, 'reward': reward}
-            for stage, rewards in (('ppo', (1, 2, 6)), ('sft', (4,)))
-            for seed, reward in enumerate(rewards)]
-    show_means(rows, ('stage',), ('reward',))
-    lines = capsys.readouterr().out.splitlines()
-    assert f'3.000 ±{math.sqrt(7):.3f}' in lines[-2] and lines[-2].startswith('ppo')
-    assert '4.000 ±0.000' in lines[-1] and lines[-1].startswith('sft')
+    show_means([{'stage': 'ppo', 'reward': reward} for reward in (1, 2, 6)]
+               + [{'stage': 'sft', 'reward': 4}], ('stage',), ('reward',))
+    *_, ppo, sft = capsys.readouterr().out.splitlines()
+    assert ppo.split() == ['ppo', '3.000', f'±{math.sqrt(7):.3f}']
+    assert sft.split() == ['sft', '4.000', '±0.000']
 
 
 def test_claims_are_counted_by_seed(capsys):
-    """Of three seeds two keep the claim: the third is named."""
-    failed = show_claims({'more than one': lambda run: run > 1}, {5: 2, 6: 1, 7: 3})
-    assert failed == {'more than one': [6]}
+    """Of three seeds two keep the claim: the third is named. In the quick form claims are read, so
+    that a slip in one shows, and nothing is said of any."""
+    claims = {'more than one': lambda run: run > 1}
+    assert show_claims(claims, {5: 2, 6: 1, 7: 3}) == {'more than one': [6]}
     assert 'more than one: holds in 2 of 3 seeds, not [6]' in capsys.readouterr().out
-
-
-def test_a_smoke_test_passes_no_verdict(capsys):
-    """The claims are read, so that a slip in one of them shows, and nothing is said of any."""
-    assert show_claims({'more than one': lambda run: run > 1}, {5: 2}, quick=True)
+    assert show_claims(claims, {5: 2}, quick=True)
     assert capsys.readouterr().out.strip() == SMOKE_TEST
     with pytest.raises(KeyError):
         show_claims({'a slip': lambda run: run['typo']}, {5: {}}, quick=True)
@@ -141,56 +126,67 @@ def test_the_committed_tables_print_what_the_readme_says(name, monkeypatch):
         [len(seeds) for seeds in failed.values()] == FAILED[name])
 
 
-# ----------------------------------------------------------------------------- toy
-
-def toy_row(seed, answers, stage, **numbers):
-    return {'seed': seed, 'answers': answers, 'stage': stage, **numbers}
-
-
-def test_a_promise_that_fails_is_reported(capsys):
-    """One seed keeps every promise, the other misses one by a hair: that one is named with its
-    seed, and all others hold in both."""
-    rows = []
-    for seed, harm in ((5, 0.09), (6, 0.10)):
-        for answers in ('T=1', 'greedy'):
-            rows += [toy_row(seed, answers, 'sft', reward=-0.5, harm=0.4, refused=0.05),
-                     toy_row(seed, answers, 'dpo', reward=0.0, harm=0.3, refused=0.14),
-                     toy_row(seed, answers, 'ppo', reward=0.5, harm=harm, refused=0.09)]
-    failed = toy.check(rows)
-    assert failed.pop("PPO's harm is below 0.25 of SFT's") == [6]
-    assert not any(failed.values())
-    assert "harm is below 0.25 of SFT's: holds in 1 of 2 seeds, not [6]" in capsys.readouterr().out
+# Claims that hold where all runs are alike: that one number is not far from, or below, another
+ALIKE = {'bandit': [3, 6, 10], 'blind_spot': [2], 'contest': [5], 'kl_race': [7], 'safety': [6],
+         'toy': []}
 
 
-def test_every_promise_can_fail():
-    """With all stages alike no promise holds: none of them is true whatever happens."""
-    rows = [toy_row(5, answers, stage, reward=0.0, harm=0.3, refused=0.2)
-            for answers in ('T=1', 'greedy') for stage in ('sft', 'dpo', 'ppo')]
-    assert all(failed == [5] for failed in toy.check(rows).values())
+@pytest.mark.parametrize('name', FAILED)
+def test_every_claim_can_fail_and_can_hold(name):
+    """Where all numbers are 0.5, no claim holds but those; of numbers drawn at random each one is
+    false somewhere, and true somewhere unless a committed seed keeps it."""
+    claims = importlib.import_module(f'studies.{name}').CHECKS.values()
+
+    def run(number):        # bandit's runs hold numbers, the others' hold rows
+        return defaultdict(number if name == 'bandit' else lambda: defaultdict(number))
+    assert [i for i, holds in enumerate(claims) if holds(run(lambda: 0.5))] == ALIKE[name]
+    random.seed(0)
+    runs = [run(lambda: random.uniform(-1, 1)) for _ in range(300)]
+    for holds, failed in zip(claims, FAILED[name]):
+        found = {bool(holds(run)) for run in runs}
+        assert False in found and (True in found or failed <= 2)
 
 
-@pytest.mark.parametrize('seeds', ['', '5-9', 'five'])
-def test_seeds_that_are_none(seeds):
-    """A study of no seed, or of a word, is told in one line before anything runs."""
-    with pytest.raises(UserError, match='--seeds'):
-        toy.main(toy.Config(seeds=seeds))
+@pytest.mark.parametrize('name, panels', [('bandit', 6), ('contest', 6), ('kl_race', 5),
+                                          ('length', 8), ('safety', 5)])
+def test_the_pictures(name, panels, tmp_path):
+    """All panels of a picture can be drawn of a single seed, and say what they show."""
+    pytest.importorskip('matplotlib')
+    rows = read_rows(TOP / f'studies/results/{name}.csv')
+    rows = select(rows, seed=rows[0]['seed'])
+    figure = importlib.import_module(f'studies.{name}').draw(rows)
+    figure.savefig(tmp_path / 'picture.png')
+    assert len(figure.axes) == panels
+    assert all(ax.get_title(loc='left') or ax.get_xlabel() for ax in figure.axes)
+
+
+def quick_form(name, folder, monkeypatch, capsys, seeds='3 4'):
+    """
+    Runs a study's quick form, twice, in a folder; returns its rows. It runs the first seed, writes
+    one table and no picture, and passes no verdict. The second time it runs nothing.
+    """
+    study = importlib.import_module(f'studies.{name}')
+    shutil.copytree(TOP / 'data', folder / 'data', ignore=shutil.ignore_patterns(
+        '*.jsonl', '__pycache__', 'toy-*', 'contest-*', '*.gz', '*.zip'))
+    monkeypatch.chdir(folder)
+    cfg = study.Config(seeds=seeds, quick=True)
+    study.main(cfg)
+    first, path = capsys.readouterr().out, Path(f'out/studies/{name}-quick.csv')
+    assert list(path.parent.iterdir()) == [path] and not Path('studies').exists()
+    monkeypatch.setattr('studies.table.append_rows', None)
+    study.main(cfg)
+    shown = capsys.readouterr().out
+    assert first.endswith(shown) and SMOKE_TEST in shown and 'hold' not in shown
+    rows = read_rows(path)
+    assert {row['seed'] for row in rows} == {int(seeds[0])}
+    assert all(f'python -m studies.{name} ' in row['command'] for row in rows)
+    return rows
 
 
 def test_toy_in_its_quick_form(tmp_path, monkeypatch, capsys):
-    """Six rows a seed with the judge's columns, in a table beside the real one; a second call
-    finds the seed there and runs nothing."""
-    shutil.copytree(TOP / 'data', tmp_path / 'data', ignore=shutil.ignore_patterns(
-        '*.jsonl', '__pycache__', 'toy-*', '*.gz', '*.zip'))
-    monkeypatch.chdir(tmp_path)
-    toy.main(toy.Config(seeds='3', quick=True))
-    rows = read_rows('out/studies/toy-quick.csv')
+    """Six rows a seed with the judge's columns."""
+    rows = quick_form('toy', tmp_path, monkeypatch, capsys)
     assert [(row['answers'], row['stage']) for row in rows] == [
         (answers, stage) for answers in ('T=1', 'greedy') for stage in ('sft', 'dpo', 'ppo')]
     assert all({'reward', 'reward_se', 'harm', 'kl', 'win', 'rm_accuracy'} <= set(row)
                for row in rows)
-    assert not Path('out/studies/toy.csv').exists() and not Path('studies').exists()
-    capsys.readouterr()
-    toy.main(toy.Config(seeds='3', quick=True))
-    shown = capsys.readouterr().out
-    assert 'step' not in shown and 'T=1 ppo' in shown
-    assert SMOKE_TEST in shown and 'seeds,' not in shown and 'holds' not in shown
