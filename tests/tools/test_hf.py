@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE, randomize, save_tiny_run, tiny_config, tiny_gpt
-from golden.port import body
 
 import tools.hf
 import train_sft
@@ -25,6 +26,9 @@ from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, last_scores, load_che
                      make_batch, save_checkpoint)
 from tools.bench import make_tokenizer
 from tools.hf import Config, halves, read_safetensors, write_safetensors
+
+sys.path.append(str(Path(__file__).parents[1] / 'golden'))
+from port import body
 
 TEXTS = ["it's the 12th test,  isn't it?\n\n\tThe end. the the then",
          'def f(x):\n    return x ** 2\n', '你好，世界。你好', '😀👩\u200d🚀', 'café naïve \xa0\xad\x85',
