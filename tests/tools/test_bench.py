@@ -288,7 +288,7 @@ def test_the_rate_of_a_program():
                          'tokens') == 24.5
     failed = python("print('1 tokens/s'); raise SystemExit(3)")
     others = python("print('27,350 tokens/s 1.5e+04 tokens/s 24.5 episodes/s')")
-    for wrong, told in ((failed, 'status 3, last rate 1 '), (others, 'status 0, last rate 0 tokens'),
+    for wrong, told in ((failed, 'status 3, last rate 1 '), (others, 'status 0, last rate 0 '),
                         ('no-such-program', 'status 127')):
         with pytest.raises(UserError, match=told):
             bench.rate_of(wrong, 'tokens')
