@@ -52,22 +52,18 @@ def write(run, judge, tmp_path):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(runs=()), '0 run folders.*name one'), (dict(runs=('RUN', 'RUN')), '2 run folders'),
+    (dict(runs=()), '0 run folders.*name one'), (dict(runs=('a', 'b')), '2 run folders'),
     (dict(out=''), '--out=,'), (dict(reward=''), '--reward=:'),
-    (dict(pairs=True, temperature=1.0), '--n=1.*--pairs.*--n=2'),
-    (dict(n=4), '--n=4.*--temperature=1'), (dict(split='test'), '--split=test.*val'),
-    (dict(out='JUDGE'), 'reward.py is there.*remove'), (dict(prompts=-1), '--prompts=-1'),
-    (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(data='nowhere'), 'nowhere'),
-    (dict(reward='RUN'), 'its stage is sft, not rm')])
-def test_what_cannot_work_is_named(run, judge, tmp_path, changes, words):
+    (dict(pairs=True), '--n=1.*--pairs.*--n=2'), (dict(n=4), '--n=4.*--temperature=1'),
+    (dict(split='test'), '--split=test.*val'), (dict(out='reward.py'), 'reward.py is there.*remove'),
+    (dict(prompts=-1), '--prompts=-1'), (dict(data='nowhere'), 'nowhere'),
+    (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(reward='RUN'), 'is sft, not rm')])
+def test_what_cannot_work_is_named(run, judge, tmp_path, monkeypatch, changes, words):
     """An error names the flag and what to do, before anything is sampled; nothing is written."""
-    names = {'RUN': run, 'JUDGE': judge, 'OUT': str(tmp_path / 'out.jsonl')}
-    flags = {'out': 'OUT', 'reward': 'JUDGE', **changes}
-    flags = {key: names.get(value, value) if isinstance(value, str) else value
-             for key, value in flags.items()}
-    flags['runs'] = tuple(run for _ in changes.get('runs', ('RUN',)))
+    monkeypatch.chdir(tmp_path)
+    changes['reward'] = {'RUN': run}.get(changes.get('reward', judge), changes.get('reward', judge))
     with pytest.raises(UserError, match=words):
-        pairs.main(Config(**flags))
+        pairs.main(Config(**{'runs': (run,), 'out': 'out.jsonl', **changes}))
     assert os.listdir(tmp_path) == ['reward.py'] and Path(judge).read_text() == JUDGE
 
 
