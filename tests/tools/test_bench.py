@@ -1,8 +1,5 @@
 """tools/bench.py and memory.py: the workload is what it says, the formulas are counts."""
-import json
-import re
-import shlex
-import sys
+import json, re, shlex, sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,8 +17,6 @@ from tools.memory import memory
 TINY = bench.Shape(GPTConfig(16, 300, 2, 2, 8), prompt=3, shortest=2, longest=5, batch=4,
                    gpu_batch=4)
 
-
-# ----------------------------------------------------------------------------- the workload
 
 @pytest.mark.parametrize('shape', ['toy', 'small', 'gpt2'])
 def test_rows_have_the_lengths_of_the_table(shape):
@@ -41,8 +36,6 @@ def test_rows_have_the_lengths_of_the_table(shape):
     for ids in (words, words[::-1]):
         assert tokenizer.encode_ordinary(tokenizer.decode(ids)) == ids
 
-
-# ----------------------------------------------------------------------------- what is printed
 
 def test_every_stage_at_toy_shape(capsys, monkeypatch, tmp_path):
     """The toy model and its rows, a few at a time."""
@@ -145,8 +138,6 @@ def test_errors_name_the_choices(wrong, told):
         bench.main(bench.Config(**wrong))
 
 
-# ----------------------------------------------------------------------------- work
-
 def test_forward_flops_by_hand_and_as_torch_counts_them():
     """2 blocks, 8 wide, 300 words, 5 tokens of which 2 meet the vocabulary; and all matrix products
     of a real model. torch counts a causal attention whole, so it is left out there."""
@@ -177,8 +168,6 @@ def test_row_work_by_hand():
     assert bench.row_work('ppo', TINY, row) == (5, 7, 5, 3 * forward(7, 5) + forward(7) + forward(8)
                                                 + 4 * 3 * (forward(7, 5) + forward(7)))
 
-
-# ----------------------------------------------------------------------------- memory
 
 def bytes_of(model):
     """Weights, gradients and moments of a real model after a real step, and its matrices' sizes."""
@@ -239,8 +228,6 @@ def test_the_table(capsys):
     sft, ppo, dpo = results[:3]                         # GPT-2 124M
     assert dpo['row'] == ppo['row'] == 2 * sft['row'] and ppo['cache'] == 12 * 2 * 1024 * 768 * 2
 
-
-# ----------------------------------------------------------------------------- side by side
 
 def test_two_programs_in_turn(capsys, monkeypatch):
     """Theirs, ours, theirs, ours, theirs, ours; the medians' ratio, and not the ratios' median."""

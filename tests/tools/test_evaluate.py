@@ -1,10 +1,5 @@
-"""tools/evaluate.py on tiny runs: every column against a count or a loop of its own.
-
-    python -m pytest -q tests/tools/test_evaluate.py
-"""
-import json
-import math
-import statistics
+"""tools/evaluate.py on tiny runs: every column against a count or a loop of its own."""
+import json, math, statistics
 
 import pytest
 import torch
@@ -15,7 +10,7 @@ import train_rm
 from data.text import load_judge, load_text
 from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, rng,
                      save_checkpoint)
-from tools.evaluate import Config, distinct, mean_scores, show_table, standard_error, win_rate
+from tools.evaluate import Config, distinct, mean_scores, standard_error, win_rate
 
 # Says what it saw: 'hushed' is left out for prompts that are not loud
 JUDGE = '''
@@ -41,10 +36,7 @@ def save_tiny_rm(folder, data, shift=0.0, **shape):
 
 @pytest.fixture
 def runs(tiny_data, tmp_path, sft_run):
-    """
-    Two run folders, as text, as on the command line: random weights, on a copy of the data that a
-    test may change, and a policy that has learned to end its responses.
-    """
+    """Two run folders: random weights, on data that a test may change, and one that ends."""
     return [str(save_tiny_run(tmp_path / 'random', tiny_data)), str(sft_run)]
 
 
@@ -165,37 +157,29 @@ def test_win_rate_by_hand():
     assert win_rate([response(1.0000001, 'a')], [response(1.0, 'b')]) == 1
 
 
-def test_the_table_puts_the_error_beside_its_mean(capsys):
-    """A standard error is beside its mean and is no column; a number that a row lacks leaves a
-    '-' and does not move the numbers after it under other names."""
-    show_table([{'run': 'out/a', 'reward': -1 / 3, 'reward_se': 0.0812, 'refused': 0.25, 'kl': 0.0},
-                {'run': 'out/second', 'reward': 2.0, 'reward_se': None, 'kl': 4.5}], 'title')
-    assert capsys.readouterr().out == (
-        '\ntitle\n'
-        'run                reward  refused     kl\n'
-        'out/a       -0.333 ±0.081    0.250  0.000\n'
-        'out/second          2.000        -  4.500\n')
-
-
 # ----------------------------------------------------------------------------- whole tables
 
-def test_columns_are_counts_over_the_samples(runs, judge, samples, tmp_path, capsys):
-    """Every column but kl of both runs in both tables, from the judge's word on each of the
-    recorded samples, compared with the first run's response to the same prompt. --json, whose
-    folder is made, holds what is printed."""
-    path = tmp_path / 'new' / 'evaluate.json'
-    tables = evaluate(runs, prompts=24, json=str(path))
+@pytest.mark.parametrize('by', ['reward.py', 'rm'])
+def test_columns_are_counts_over_the_samples(runs, tiny_data, judge, samples, tmp_path, capsys, by):
+    """Every column but kl of both runs in both tables, from the judge's word on each sample, or a
+    reward model's number at its last token, alone, minus the shift; --json holds what is printed."""
+    path, columns, score, near = tmp_path / 'new' / 'evaluate.json', ['empty', 'hushed'], None, 1e-9
+    if by == 'rm':                              # --judge goes before the reward.py beside the data
+        by, columns, near = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7), [], 1e-4
+        score = scores_alone(by)
+    tables = evaluate(runs, prompts=24, json=str(path), judge=by if score else '')
     assert list(tables) == ['rows', 'greedy', 'responses'] and len(samples) == 4
     for name, calls in (('rows', samples[:2]), ('greedy', samples[2:])):
         both = [responses_of(call) for call in calls]
-        first, second = ([len(text_of(ids)) for ids in responses] for responses in both)
+        first, second = ([score(prompt, ids) if score else len(text_of(ids))
+                          for prompt, ids in zip(prompts_of(call), responses_of(call))]
+                         for call in calls)
         assert [row['run'] for row in tables[name]] == runs
         for row, responses, rewards in zip(tables[name], both, (first, second)):
-            assert list(row) == ['run', 'reward', 'empty', 'hushed', 'reward_se', 'win', *OWN]
+            assert list(row) == ['run', 'reward', *columns, 'reward_se', 'win', *OWN]
             check_counts(row, responses)
-            check_rewards(row, rewards, first)
-        assert tables[name][1]['win'] < 0.5                         # longer is better: it ends
-    assert any(a == b for a, b in zip(first, second))               # a tie is among them
+            check_rewards(row, rewards, first, near)
+    assert score or any(a == b for a, b in zip(first, second))      # a tie is among them
     assert tables['rows'][1]['eos'] > 0.5       # so that the counts above count something
 
     assert json.loads(path.read_text()) == {name: tables[name] for name in ('rows', 'greedy')}
@@ -232,13 +216,14 @@ def test_kl_is_the_sum_over_tokens_and_the_mean_over_responses(runs, samples):
     assert tables['rows'][1]['kl'] > 1          # a learned policy is far from a random one
 
 
-def test_ordinary_rows_answer_with_the_eval_stream(runs, tiny_data, judge, samples):
+def test_all_runs_answer_with_the_eval_stream(runs, tiny_data, judge, samples):
     """The samples are those of rng(seed, 0, 'eval'), from the first prompt on, with or without a
     best-of-N row: figures that were published before that row was there stay as they are."""
     prompts = [list(prompt.encode()) for prompt in held_out(tiny_data, 8)]
-    expected, _ = generate(policy_of(runs[0]), prompts, 6, EOS, 1.0, rng(3, 0, 'eval'))
     plain = evaluate(runs, seed=3)
-    assert torch.equal(samples[0][1][0], expected)
+    for run, (_, (tokens, _)) in zip(runs, samples):
+        expected, _ = generate(policy_of(run), prompts, 6, EOS, 1.0, rng(3, 0, 'eval'))
+        assert torch.equal(tokens, expected)
     more = evaluate(runs, seed=3, best_of=3)
     for name in ('rows', 'greedy'):
         assert plain[name] == more[name][:2]
@@ -271,18 +256,6 @@ def test_answers_do_not_depend_on_the_batch_size(runs, judge):
                 assert row == {**expected, **near}
 
 
-def test_a_run_given_twice_gives_equal_rows(runs, tiny_data, tmp_path, samples):
-    """The same weights meet the same random numbers: equal rows, kl exactly 0 and win exactly 1/2
-    in both. Another seed gives other samples, but the same greedy answers."""
-    tables = evaluate([runs[0], runs[0]], judge=save_tiny_rm(tmp_path / 'rm', tiny_data))
-    for table in (tables['rows'], tables['greedy']):
-        assert table[0] == table[1]
-        assert table[1]['kl'] == 0 and table[1]['win'] == 0.5
-    evaluate([runs[0]], seed=1)
-    first, _, greedy, _, other, other_greedy = map(responses_of, samples)
-    assert first != other and greedy == other_greedy
-
-
 def test_the_judge_by_name_reads_the_whole_prompt(runs, tiny_data, judge, monkeypatch):
     """--judge comes before the reward.py beside the data. It gets the prompt as the file has it,
     even where the model's was cut to fit the block, and a response without the text of EOS."""
@@ -312,28 +285,10 @@ def test_prompts_come_from_the_first_runs_data_or_from_the_flags(runs, tiny_data
         assert prompts_of(samples[0]) == expected
 
 
-def test_a_reward_model_as_judge(runs, tiny_data, judge, tmp_path, samples):
-    """reward is the model's number at the last token, minus the shift, a response at a time without
-    padding; it has an error and a win, and no column but these. --judge comes before the
-    reward.py beside the data. A score of the padding, or without the shift, would differ."""
-    rm_run = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7)
-    score = scores_alone(rm_run)
-    rows = evaluate(runs, judge=rm_run)['rows']
-    first, second = ([score(prompt, ids) for prompt, ids in zip(prompts_of(call),
-                                                                responses_of(call))]
-                     for call in samples[:2])
-    for row, rewards in zip(rows, (first, second)):
-        assert list(row) == ['run', 'reward', 'reward_se', 'win', *OWN]
-        check_rewards(row, rewards, first, abs=1e-4)
-
-
 # ----------------------------------------------------------------------------- best of N
 
 def picked(calls, N, score):
-    """
-    Of the recorded samples, by a loop over all of them, the ids of the best of N, by prompt: of the
-    highest score, the first of equal ones; without EOS it is at most -1.
-    """
+    """Of the recorded samples, the ids of the best of N, by prompt; without EOS a score is <= -1."""
     rows = [row for call in calls for row in zip(prompts_of(call), responses_of(call))]
     best = []
     for i in range(0, len(rows), N):

@@ -1,16 +1,8 @@
 """
 tools/hf.py against readers of its own: the numpy GPT-2 of tests/golden/port.py, a BPE in ten lines,
-bytes by hand (I24).
-
-transformers itself is asked in test_outside.py. Nothing here needs a network: the hub is a folder.
-
-    python -m pytest -q tests/tools/test_hf.py
+bytes by hand (I24). transformers is asked in test_outside.py. No network: the hub is a folder.
 """
-import hashlib
-import json
-import re
-import struct
-import sys
+import hashlib, json, re, struct, sys
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +31,7 @@ SMALL = dict(n_layer=1, n_embd=8, block_size=16, vocab_size=301)
 # ----------------------------------------------------------------------------- independent readers
 
 def numpy_hidden(tensors, tokens):
-    """
-    GPT-2's last hidden states (T, C) of one row of ids, in float64, and the embedding (V, C).
-
-    transformers' Conv1D has weights (in, out), the port's linear (out, in).
-    """
+    """GPT-2's last hidden states (T, C) of one row, and the embedding; Conv1D has (in, out)."""
     w = {name.removeprefix('transformer.'): np.asarray(tensor, np.float64)
          for name, tensor in tensors.items()}
     w = {name: weight.T if '.c_' in name else weight for name, weight in w.items()}
@@ -209,6 +197,9 @@ BAD_FILES = {
     'an overlap': (raw({'x': entry('F32', [2], 0, 8), 'y': entry('F32', [1], 4, 8)}, F * 2), "'y'"),
     'something after the end': (raw({'x': entry('F32', [1], 0, 4)}, F + b'\0'), '1 bytes after'),
     'a huge tensor': (raw({'x': entry('F32', [2 ** 60], 0, 2 ** 62)}, F), "'x'"),
+    'a mask alone': (raw({'h.0.attn.bias': entry('BOOL', [4], 0, 4)}, F), 'Missing key(s)'),
+    'a weight of bools': (raw({'h.0.attn.c_attn.bias': entry('BOOL', [4], 0, 4)}, F), 'torch.bool'),
+    'another bias': (raw({'other.h.0.attn.bias': entry('U8', [4], 0, 4)}, F), "'other.h.0.attn.bia"),
     **{f'{kept} of it': (kept, '') for kept in (0.0, 0.001, 0.5, 0.999)}}
 
 
@@ -219,7 +210,7 @@ def test_a_bad_safetensors_file_is_refused(name, folder, tmp_path):
     path = folder / 'model.safetensors'
     path.write_bytes(data if isinstance(data, bytes)
                      else path.read_bytes()[:int(path.stat().st_size * data)])
-    refused(folder, tmp_path / 'out', 'model.safetensors', told)
+    refused(folder, tmp_path / 'out', str(folder), told)
 
 
 # ----------------------------------------------------------------------------- weights in
@@ -236,22 +227,6 @@ def test_an_imported_model_has_numpys_logits(prefix, tmp_path, bpe):
     folder = write_folder(tmp_path / 'hf', tensors | more, bpe, vocab_size=301,
                           config={'n_inner': 64 if prefix else None})    # four times the width
     same_logits(imported(folder, tmp_path / 'out' / 'base'), tensors, [300, 1, 2, 44, 77, 5])
-
-
-@pytest.mark.parametrize('name', ['h.0.attn.bias', 'h.0.attn.c_attn.bias', 'other.h.0.attn.bias',
-                                  'transformer.h.0.mlp.bias'])
-def test_a_buffer_of_bools_is_passed_over_but_never_a_weight(name, folder, tmp_path):
-    """The causal mask was uint8, then bool; a weight of bools is an error."""
-    path = folder / 'model.safetensors'
-    good = path.read_bytes()
-    length = struct.unpack('<Q', good[:8])[0]
-    header, data = json.loads(good[8:8 + length]), good[8 + length:]
-    path.write_bytes(raw({**header, name: entry('BOOL', [4], len(data), len(data) + 4)},
-                         data + b'\x01\x01\x00\x01'))
-    if name == 'h.0.attn.bias':
-        imported(folder, tmp_path / 'out')
-    else:
-        refused(folder, tmp_path / 'out', f"'{name}'")
 
 
 WEIGHT = 'transformer.h.0.attn.c_attn.weight'
@@ -468,9 +443,9 @@ def hub(tmp_path, monkeypatch):
     return path
 
 
-def test_a_hub_name_is_downloaded_and_imported(hub, tmp_path, capsys):
+def test_a_hub_name_is_downloaded_and_imported(hub, folder, tmp_path, monkeypatch, bpe, capsys):
     """The weights of gpt2 are checked, and one wrong byte is enough; of the others the sum is
-    printed and said to be unchecked. Only the run folder remains."""
+    printed and said to be unchecked. Only the run folder remains. A folder goes before a name."""
     policy = imported('gpt2', tmp_path / 'out' / 'base')
     assert torch.equal(policy.wte.weight, read_safetensors(hub)['wte.weight'])
     assert 'not checked' not in capsys.readouterr().out
@@ -480,6 +455,9 @@ def test_a_hub_name_is_downloaded_and_imported(hub, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['base', 'medium']
     hub.write_bytes(hub.read_bytes()[:-1] + b'?')
     refused('gpt2', tmp_path / 'out' / 'other', 'model.safetensors', 'sha256')
+    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
+    folder.rename(tmp_path / 'gpt2')
+    assert imported('gpt2', tmp_path / 'out' / 'folder').config.vocab_size == 301
 
 
 def test_an_interrupted_download_goes_on(hub, tmp_path, monkeypatch):
@@ -496,19 +474,6 @@ def test_an_interrupted_download_goes_on(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(tools.hf, 'download', download)
     run('import', 'gpt2', out=tmp_path / 'out' / 'base')
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['base']
-
-
-def test_what_other_folders_hold_is_left_alone(hub, folder, tmp_path, monkeypatch, bpe):
-    """A folder that happens to be called as our download may hold what no download put there; a
-    folder goes before a hub's name."""
-    (tmp_path / 'base.download').mkdir()
-    (tmp_path / 'base.download' / 'thesis.txt').write_text('all of it')
-    with pytest.raises(UserError, match='could not download'):
-        run('import', 'gpt2', out=tmp_path / 'base')
-    assert (tmp_path / 'base.download' / 'thesis.txt').read_text() == 'all of it'
-    monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
-    folder.rename(tmp_path / 'gpt2')
-    assert imported('gpt2', tmp_path / 'out' / 'base').config.vocab_size == 301
 
 
 # ----------------------------------------------------------------------------- the command

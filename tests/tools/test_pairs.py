@@ -1,9 +1,5 @@
-"""tools/pairs.py on tiny runs: the scored samples and the pairs that it writes.
-
-    python -m pytest -q tests/tools/test_pairs.py
-"""
-import json
-import os
+"""tools/pairs.py on tiny runs: the scored samples and the pairs that it writes."""
+import json, os
 from collections import Counter
 from pathlib import Path
 
@@ -55,19 +51,17 @@ def write(run, judge, tmp_path):
     (dict(runs=()), '0 run folders.*name one'), (dict(runs=('a', 'b')), '2 run folders'),
     (dict(out=''), '--out=,'), (dict(reward=''), '--reward=:'),
     (dict(pairs=True), '--n=1.*--pairs.*--n=2'), (dict(n=4), '--n=4.*--temperature=1'),
-    (dict(split='test'), '--split=test.*val'), (dict(out='reward.py'), 'reward.py is there.*remove'),
+    (dict(split='test'), '--split=test.*val'), (dict(out='reward.py'), 'py is there.*remove'),
     (dict(prompts=-1), '--prompts=-1'), (dict(data='nowhere'), 'nowhere'),
     (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(reward='RUN'), 'is sft, not rm')])
 def test_what_cannot_work_is_named(run, judge, tmp_path, monkeypatch, changes, words):
     """An error names the flag and what to do, before anything is sampled; nothing is written."""
     monkeypatch.chdir(tmp_path)
-    changes['reward'] = {'RUN': run}.get(changes.get('reward', judge), changes.get('reward', judge))
+    flags = {'runs': (run,), 'out': 'out.jsonl', 'reward': judge, **changes}
     with pytest.raises(UserError, match=words):
-        pairs.main(Config(**{'runs': (run,), 'out': 'out.jsonl', **changes}))
+        pairs.main(Config(**{**flags, 'reward': flags['reward'].replace('RUN', run)}))
     assert os.listdir(tmp_path) == ['reward.py'] and Path(judge).read_text() == JUDGE
 
-
-# ----------------------------------------------------------------------------- scored samples
 
 def test_empty_responses_are_not_written(write, monkeypatch, tmp_path):
     """EOS at once is a sample and has a score, but train_sft.py could not read such a row: it is
@@ -171,8 +165,6 @@ def test_nothing_half_written_is_left(write, tmp_path, fault):
         write('new/samples.jsonl', reward=str(tmp_path / 'bad.py'), batch_size=1)
     assert os.listdir(tmp_path / 'new') == []
 
-
-# ----------------------------------------------------------------------------- pairs
 
 @pytest.mark.parametrize('samples, expected', [
     ([('a', 1.0), ('b', 3.0), ('c', 2.0)], ('b', 3.0, 'a', 1.0, False)),

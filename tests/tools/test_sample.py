@@ -1,11 +1,5 @@
-"""tools/sample.py on tiny runs: what is shown, and the chat.
-
-    python -m pytest -q tests/tools/test_sample.py
-"""
-import io
-import os
-import subprocess
-import sys
+"""tools/sample.py on tiny runs: what is shown, and the chat."""
+import io, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -42,8 +36,6 @@ def asked(monkeypatch):
     monkeypatch.setattr(sample, 'generate', generate_and_keep)
     return calls
 
-
-# ----------------------------------------------------------------------------- side by side
 
 def test_the_first_held_out_prompts_are_answered_greedily(run, random_run, capsys):
     """Without flags: three held-out prompts, one block each, a line for each run, as run.sh calls
@@ -112,8 +104,6 @@ def test_what_cannot_work_is_named(run, changes, words):
     with pytest.raises(UserError, match=words):
         sample.main(Config(**{**changes, 'runs': tuple(run for _ in changes.get('runs', 'R'))}))
 
-
-# ----------------------------------------------------------------------------- chat
 
 @pytest.fixture
 def talk(run, monkeypatch):
