@@ -76,12 +76,6 @@ def text_of(ids):
     return bytes(token for token in ids if token != EOS).decode(errors='replace')
 
 
-def held_out(data, number):
-    """The first so many held-out prompts, as text."""
-    lines = (data / 'val.prompts.jsonl').read_text().splitlines()
-    return [json.loads(line)['prompt'] for line in lines[:number]]
-
-
 def policy_of(run):
     return load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
 
@@ -116,8 +110,7 @@ def check_rewards(row, rewards, others, abs=1e-9):
 # ----------------------------------------------------------------------------- by hand
 
 def test_distinct_by_hand():
-    """(a b), (b c) and again (a b): 2 of 3 pairs differ; pairs do not cross from text to text, and
-    a text of one word has none. Words: 3 of the 6 differ."""
+    """2 of 3 pairs differ, (a b) is there twice; pairs do not cross from text to text."""
     texts = ['a b c', ' a  b\n', 'a', '']
     assert distinct(texts, 2) == pytest.approx(2 / 3)
     assert distinct(texts, 1) == pytest.approx(3 / 6)
@@ -127,9 +120,8 @@ def test_distinct_by_hand():
 
 
 def test_means_and_errors_by_hand():
-    """A key that the judge gives for two of three prompts is averaged over two: dividing by three
-    would make refusals of benign prompts look rarer than they are. Of 1, 2, 3, 6: mean 3, squares
-    4 + 1 + 0 + 9 = 14, std sqrt(14 / 3), over sqrt(4). One number says nothing of its error."""
+    """A number that the judge leaves out for a prompt is averaged over the others. Of 1, 2, 3, 6:
+    squares 4 + 1 + 0 + 9 = 14, std sqrt(14 / 3), over sqrt(4). One has no error, and not 0."""
     assert mean_scores([{'reward': 2}, {'reward': 2, 'refused': 1.0},
                         {'reward': 4, 'refused': 0.0}]) == {'reward': 8 / 3, 'refused': 0.5}
     assert mean_scores([{}, {}]) == {}
@@ -145,9 +137,8 @@ def response(reward, text='', eos=True, kl=0.0):
 
 
 def test_win_rate_by_hand():
-    """Against 1, 1, 1, 1: 2 wins, 1 ties, 0 loses and 3 wins: (1 + 1/2 + 0 + 1) / 4; the other way
-    round it is 1 minus that. A reward model scores one text a digit apart in two batches: a tie.
-    The same text with and without EOS are two responses, and so are two texts."""
+    """Against 1, 1, 1, 1: 2 wins, 1 ties, 0 loses, 3 wins. A reward model scores one text a digit
+    apart in two batches: a tie. With and without EOS it is two responses."""
     first = [response(1.0, text) for text in 'abcd']
     other = [response(reward, text) for reward, text in zip((2.0, 1.0, 0.0, 3.0), 'efgh')]
     assert win_rate(other, first) == 0.625
@@ -162,7 +153,7 @@ def test_win_rate_by_hand():
 @pytest.mark.parametrize('by', ['reward.py', 'rm'])
 def test_columns_are_counts_over_the_samples(runs, tiny_data, judge, samples, tmp_path, capsys, by):
     """Every column but kl of both runs in both tables, from the judge's word on each sample, or a
-    reward model's number at its last token, alone, minus the shift; --json holds what is printed."""
+    reward model's number at its last token, alone, minus the shift; --json holds what is shown."""
     path, columns, score, near = tmp_path / 'new' / 'evaluate.json', ['empty', 'hushed'], None, 1e-9
     if by == 'rm':                              # --judge goes before the reward.py beside the data
         by, columns, near = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7), [], 1e-4
@@ -195,10 +186,9 @@ def log_p(policy, ids):
 
 
 def test_kl_is_the_sum_over_tokens_and_the_mean_over_responses(runs, samples):
-    """kl of the first run is exactly 0, and so is its error; the other's is a double loop over its
-    own samples of log p(token) under it, minus the same under the first run, with a forward pass
-    per token; kl_se is the spread of the eight sums, not of the tokens. Without a judge its columns
-    are absent."""
+    """A double loop over its samples of log p(token) under a run, minus the same under the first,
+    with a forward pass per token; kl_se is the spread of the eight sums. The first run's is exactly
+    0."""
     tables = evaluate(runs)
     first, second = map(policy_of, runs)
     for name, (_, (tokens, response_mask)) in (('rows', samples[1]), ('greedy', samples[3])):
@@ -216,12 +206,11 @@ def test_kl_is_the_sum_over_tokens_and_the_mean_over_responses(runs, samples):
     assert tables['rows'][1]['kl'] > 1          # a learned policy is far from a random one
 
 
-def test_all_runs_answer_with_the_eval_stream(runs, tiny_data, judge, samples):
+def test_all_runs_answer_with_the_eval_stream(runs, judge, samples):
     """The samples are those of rng(seed, 0, 'eval'), from the first prompt on, with or without a
     best-of-N row: figures that were published before that row was there stay as they are."""
-    prompts = [list(prompt.encode()) for prompt in held_out(tiny_data, 8)]
     plain = evaluate(runs, seed=3)
-    for run, (_, (tokens, _)) in zip(runs, samples):
+    for run, ((_, prompts, *_), (tokens, _)) in zip(runs, samples):
         expected, _ = generate(policy_of(run), prompts, 6, EOS, 1.0, rng(3, 0, 'eval'))
         assert torch.equal(tokens, expected)
     more = evaluate(runs, seed=3, best_of=3)
@@ -230,9 +219,8 @@ def test_all_runs_answer_with_the_eval_stream(runs, tiny_data, judge, samples):
 
 
 def test_several_samples_a_prompt(runs, judge, samples):
-    """Twelve samples of each of four prompts, side by side: the columns are counted again on the
-    samples, the error is over the four means, the greedy table stays one response each, and the
-    responses themselves are there for who counts something else."""
+    """Twelve samples of each of four prompts, side by side: columns are counted again on the
+    samples, the error is over the four means, and the greedy table stays one response each."""
     tables = evaluate(runs, prompts=4, samples=12)
     assert [len(prompts_of(call)) for call in samples] == [48, 48, 4, 4]
     for row, kept, call in zip(tables['rows'], tables['responses'], samples):
@@ -301,13 +289,12 @@ def picked(calls, N, score):
 @pytest.mark.parametrize('which', [0, 1])
 def test_the_best_of_n_by_a_reward_model(runs, tiny_data, judge, tmp_path, samples, which):
     """The row is made of what a loop over all N samples of every prompt picks, scored one by one;
-    its other columns are the judge's, who did not pick. N samples of one prompt taken for samples
-    of N prompts would be told by the prompts that the samples begin with."""
+    its other columns are the judge's, who did not pick."""
     rm_run = save_tiny_rm(tmp_path / 'rm', tiny_data, shift=0.7)
     tables = evaluate([runs[which]], data=str(tiny_data), best_of=4, select=rm_run, batch_size=13)
     calls = samples[1:-1]                       # 3, 3 and 2 prompts; around them the run's own
     assert [len(prompts_of(call)) for call in calls] == [12, 12, 8]
-    prompts = held_out(tiny_data, 8)
+    prompts = prompts_of(samples[0])
     assert sum(map(prompts_of, calls), []) == [prompt for prompt in prompts for _ in range(4)]
 
     best, row = picked(calls, 4, scores_alone(rm_run)), tables['rows'][1]
@@ -323,9 +310,8 @@ def test_the_best_of_n_by_a_reward_model(runs, tiny_data, judge, tmp_path, sampl
 @pytest.mark.parametrize('select', ['float(len(response))', '-float(len(response))', '-2.0', ''])
 def test_a_response_without_eos_is_not_picked_for_its_score(runs, tiny_data, judge, tmp_path,
                                                             samples, select):
-    """With the longer the better, what was cut off scores most and must not be picked where
-    another one ended; with the shorter the better it keeps its own score, below -1 already; of
-    equal scores the first is picked; without --select the judge picks, here the longer."""
+    """What was cut off counts at most -1, be the longer better, or the shorter (below -1 already);
+    of equal scores the first is picked; without --select the judge picks, here the longer."""
     path = tmp_path / 'select.py' if select else tiny_data / 'reward.py'
     if select:
         path.write_text(f'def score(prompt, response):\n    return {{"reward": {select}}}\n')

@@ -150,9 +150,9 @@ def entry(dtype, shape, begin, end):
 
 
 def test_safetensors_bytes_by_hand(tmp_path):
-    """Two tensors, byte for byte; the header is filled up with spaces to a multiple of 8. A
-    transposed one, whose rows do not follow one another in memory, is written as it looks. Half
-    precision is read, in any order of the header: 1.5 is 0x3e00, or 0x3fc0 as bfloat16."""
+    """Two tensors, byte for byte; a transposed one, whose rows are not in order in memory, is
+    written as it looks. Half precision is read, in any order: 1.5 is 0x3e00, or 0x3fc0 as
+    bfloat16."""
     header = (b'{"__metadata__": {"format": "pt"}, '
               b'"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, '
               b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}')
@@ -189,7 +189,6 @@ BAD_FILES = {
     'an unread dtype': (raw({'x': entry('F64', [1], 0, 8)}, F + F), "{'dtype': 'F64'"),
     'a negative size': (raw({'x': entry('F32', [-1, -1], 0, 4)}, F), "'x'"),
     'a size that is no integer': (raw({'x': entry('F32', [1.0], 0, 4)}, F), "'x'"),
-    'no numbers': (raw({'x': entry('F32', [0], 0, 0)}, b''), "'x'"),
     'the shape does not fill the span': (raw({'x': entry('F32', [3], 0, 8)}, F + F), "'x'"),
     'offsets the wrong way round': (raw({'x': entry('F32', [1], 4, 0)}, F), "'x'"),
     'past the end': (raw({'x': entry('F32', [2], 0, 8)}, F), "'x'"),
@@ -199,7 +198,7 @@ BAD_FILES = {
     'a huge tensor': (raw({'x': entry('F32', [2 ** 60], 0, 2 ** 62)}, F), "'x'"),
     'a mask alone': (raw({'h.0.attn.bias': entry('BOOL', [4], 0, 4)}, F), 'Missing key(s)'),
     'a weight of bools': (raw({'h.0.attn.c_attn.bias': entry('BOOL', [4], 0, 4)}, F), 'torch.bool'),
-    'another bias': (raw({'other.h.0.attn.bias': entry('U8', [4], 0, 4)}, F), "'other.h.0.attn.bia"),
+    'another bias': (raw({'other.h.0.attn.bias': entry('U8', [4], 0, 4)}, F), "'other.h.0.attn"),
     **{f'{kept} of it': (kept, '') for kept in (0.0, 0.001, 0.5, 0.999)}}
 
 
@@ -287,9 +286,6 @@ def test_sft_starts_from_an_imported_model(tiny_data, tmp_path, monkeypatch):
                device='cpu')
     assert train_sft.main(train_sft.Config(out=str(tmp_path / 'sft'), **cfg))['loss'] > 0
     assert load_checkpoint(tmp_path / 'sft', ['sft'])['template'] == TEMPLATE
-    write_tiktoken(tiny_data / 'bytes.tiktoken', train_bpe(TEXTS, 300))
-    with pytest.raises(UserError, match=f'another tokenizer.*from {re.escape(str(exported))}'):
-        train_sft.main(train_sft.Config(out=str(tmp_path / 'other'), **cfg))
 
 
 # ----------------------------------------------------------------------------- tokenizer
@@ -325,8 +321,8 @@ def test_halves_are_the_last_merge():
     ('merges.txt', lambda text: '\n'.join(sorted(text.split('\n')))),
     ('merges.txt', lambda text: text.rsplit('\n', 2)[0] + '\n')])
 def test_another_tokenizer_than_gpt2s_is_refused(name, change, folder, tmp_path):
-    """Its ids would be other words than the model has learned: another token, another order of the
-    merges, one merge less; and what is no JSON."""
+    """Another token, EOS, order of the merges, one merge less: ids would be other words; or no
+    JSON."""
     text = (folder / name).read_text('utf-8')
     assert change(text) != text
     (folder / name).write_text(change(text), 'utf-8')
@@ -355,9 +351,8 @@ def save_run(folder, kind, name, model, tokenizer, **extra):
 
 @pytest.mark.parametrize('kind', ['base', 'sft', 'ppo', 'dpo'])
 def test_an_exported_policy_gives_numpy_our_logits(kind, tmp_path, bpe):
-    """Names with prefix, Conv1D's order, no lm_head beside the embedding it would repeat; in
-    config.json the shape, and whatever transformers would take for granted and is not so with us;
-    and import of it is the same policy, bit for bit. (I24)"""
+    """Names with prefix, Conv1D's order, no lm_head; config.json says what transformers would take
+    for granted and is not so with us; import of it is the same policy, bit for bit. (I24)"""
     policy = tiny_gpt(1, vocab_size=301)
     folder = run('export', save_run(tmp_path / kind, kind, 'policy', policy, bpe),
                  out=tmp_path / 'hf')
@@ -445,7 +440,8 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_hub_name_is_downloaded_and_imported(hub, folder, tmp_path, monkeypatch, bpe, capsys):
     """The weights of gpt2 are checked, and one wrong byte is enough; of the others the sum is
-    printed and said to be unchecked. Only the run folder remains. A folder goes before a name."""
+    printed, unchecked. What an earlier download left is used up. A folder goes first."""
+    (tmp_path / 'out' / 'base.download.part').write_bytes(b'half')
     policy = imported('gpt2', tmp_path / 'out' / 'base')
     assert torch.equal(policy.wte.weight, read_safetensors(hub)['wte.weight'])
     assert 'not checked' not in capsys.readouterr().out
@@ -458,22 +454,6 @@ def test_a_hub_name_is_downloaded_and_imported(hub, folder, tmp_path, monkeypatc
     monkeypatch.setattr(tools.hf, 'load_tokenizer', {'gpt2': bpe}.__getitem__)
     folder.rename(tmp_path / 'gpt2')
     assert imported('gpt2', tmp_path / 'out' / 'folder').config.vocab_size == 301
-
-
-def test_an_interrupted_download_goes_on(hub, tmp_path, monkeypatch):
-    """What broke off is kept, beside --out; the next call finds it there, and then it is gone."""
-    download = tools.hf.download
-
-    def break_off(url, path, sha256='', instead=''):
-        path.with_name(path.name + '.part').write_bytes(b'half')
-        raise UserError('could not download')
-    monkeypatch.setattr(tools.hf, 'download', break_off)
-    with pytest.raises(UserError):
-        run('import', 'gpt2', out=tmp_path / 'out' / 'base')
-    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['base.download.part']
-    monkeypatch.setattr(tools.hf, 'download', download)
-    run('import', 'gpt2', out=tmp_path / 'out' / 'base')
-    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['base']
 
 
 # ----------------------------------------------------------------------------- the command

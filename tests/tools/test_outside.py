@@ -198,7 +198,7 @@ def stand_in(**settings):
 @pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.3])
 @pytest.mark.parametrize('beta', [0.05, 0.5])
 def test_the_losses_are_trls(beta, label_smoothing, trainer):
-    """Of the same summed logprobs, far apart in places: DPO's, IPO's (TRL gives it means over tokens, we sums), and
+    """DPO's, and IPO's (TRL gives it means over tokens, and we sums), of the same summed logprobs;
     TRL's chosen_rewards - rejected_rewards is our margin."""
     generator = torch.Generator().manual_seed(0)
     logprobs = [-80 * torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(4)]

@@ -64,8 +64,8 @@ def test_what_cannot_work_is_named(run, judge, tmp_path, monkeypatch, changes, w
 
 
 def test_empty_responses_are_not_written(write, monkeypatch, tmp_path):
-    """EOS at once is a sample and has a score, but train_sft.py could not read such a row: it is
-    left out and counted, and the other rows stay."""
+    """EOS at once has a score, but train_sft.py could not read such a row: left out, and
+    counted."""
     texts = iter([b'', b'aa', b'', b'!'])
 
     def generate_text(policy, prompts, *arguments):
@@ -146,15 +146,6 @@ def test_the_training_prompts_are_answered_unless_told_otherwise(write):
     assert prompts_of('hi', prompt='hi', n=2) == ['user: hi\nbot:'] * 2
 
 
-def test_a_smaller_block_of_the_reward_model_cuts_the_prompts(write, rm_run, tiny_data, tmp_path):
-    """Policy and reward model must both hold the row: without the smaller block's cut the longer
-    one's rows would end in an AssertionError. The file keeps the whole prompt."""
-    big = str(save_tiny_run(tmp_path / 'big', tiny_data, block_size=64))
-    write_jsonl(tiny_data / 'train.prompts.jsonl', [{'prompt': 'x' * 50 + 'say a:'}])
-    _, rows = write(runs=(big,), reward=str(rm_run), data=str(tiny_data))
-    assert rows[0]['prompt'] == 'x' * 50 + 'say a:'
-
-
 @pytest.mark.parametrize('fault', ['raise RuntimeError', "return {'reward': float('nan')}"])
 def test_nothing_half_written_is_left(write, tmp_path, fault):
     """A judge that fails on the second batch, or gives no number: no file, and no leftover of a
@@ -219,8 +210,8 @@ def test_no_pair_left_is_an_error(write, judge, tmp_path):
 
 
 def test_iterated_dpo(run, write, shared_data, tmp_path):
-    """The loop of the docstring, three rounds, each policy sampled and trained on its own pairs:
-    what the judge likes gets more frequent. The prompts of a round are always those of --data."""
+    """The loop of the docstring, three rounds on --data's prompts: the judge likes each one
+    more."""
     scores = []
     for i in range(3):
         out = str(tmp_path / f'dpo-{i}')

@@ -65,9 +65,8 @@ def test_n_samples_of_every_prompt_stand_next_to_each_other(run, asked, capsys):
 
 
 def test_which_prompts_are_answered(run, asked, tiny_data, tmp_path, capsys):
-    """--data names a folder or a file, --split its half, each prompt counts once, the first ones
-    first: repeated prompts would fill --prompts with copies. --prompt is put into the template.
-    One that is too long loses its left end, and control characters do not reach the terminal."""
+    """--data names a folder or a file, --split its half, each prompt counts once. --prompt is put
+    into the template, loses its left end where it is too long, and does not steer the terminal."""
     write_jsonl(tiny_data / 'val.prompts.jsonl', [{'prompt': p} for p in 'aabbcdef'])
     one = write_jsonl(tmp_path / 'one.jsonl', [{'prompt': p, 'chosen': 'x', 'rejected': 'y'}
                                                for p in ('p0', 'p1', 'p2')])
@@ -99,8 +98,7 @@ def test_which_prompts_are_answered(run, asked, tiny_data, tmp_path, capsys):
     (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(data='nowhere'), 'nowhere'),
     (dict(max_new_tokens=32, chat=True), 'lower --max_new_tokens')])
 def test_what_cannot_work_is_named(run, changes, words):
-    """Flags that contradict each other or make no sense are an error that names the flag and what
-    to do, before anything is sampled."""
+    """Flags that contradict each other or make no sense are named before anything is sampled."""
     with pytest.raises(UserError, match=words):
         sample.main(Config(**{**changes, 'runs': tuple(run for _ in changes.get('runs', 'R'))}))
 
@@ -124,9 +122,8 @@ def talk(run, monkeypatch):
 
 
 def test_every_line_is_a_new_conversation(talk, asked, capsys):
-    """Each line stands in the template by itself, any text is bytes to the tokenizer, and the same
-    line gets the same greedy answer; a hint says how to leave. A line longer than the block is
-    answered from its end, and one short line says so."""
+    """Each line is in the template by itself, any text is bytes, the same line gets the same greedy
+    answer, and a line longer than the block is answered from its end, which one line says."""
     answers = talk(['say a:', '\x1b你好', 'say a:', 'x' * 5000 + 'say a:'])
     assert asked == [[b'user: say a:\nbot:'], ['user: \x1b你好\nbot:'.encode()],
                      [b'user: say a:\nbot:'], [(b'x' * 5000 + b'say a:\nbot:')[-24:]]]
@@ -147,9 +144,8 @@ def test_history_keeps_the_turns_and_loses_their_left_end(talk, asked):
 
 
 def test_turns_draw_different_random_numbers(talk, run):
-    """At T=1 the same line is answered with the numbers of rng(seed, turn, 'eval'): with one
-    generator for all turns the same question would get the same answer for ever. An empty line is
-    asked again: nothing was said, so no random numbers are used up."""
+    """At T=1 a line is answered with the numbers of rng(seed, turn, 'eval'): one generator for all
+    turns would answer the same for ever. An empty line is asked again, and is no turn."""
     answers = talk(['', 'say a:', ' \t', *['say a:'] * 4], temperature=1.0, seed=3)
     policy = load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
     for turn, answer in enumerate(answers):
@@ -161,8 +157,7 @@ def test_turns_draw_different_random_numbers(talk, run):
 
 
 def test_how_answers_are_shown(talk, monkeypatch, capsys):
-    """An answer that max_new_tokens cut says so, and one that ended does not; control characters
-    are not printed."""
+    """An answer that max_new_tokens cut says so, and control characters are not printed."""
     answers = iter([b' yes', b' no\x1b[2J'])
 
     def generate_text(policy, prompts, *arguments):
