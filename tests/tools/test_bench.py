@@ -8,8 +8,6 @@ import torch
 from conftest import tiny_gpt, tiny_scalar
 
 import prefgpt
-import train_ppo
-import train_sft
 from prefgpt import GPTConfig, UserError, adamw
 from tools import bench
 from tools.memory import memory
@@ -20,8 +18,7 @@ TINY = bench.Shape(GPTConfig(16, 300, 2, 2, 8), prompt=3, shortest=2, longest=5,
 
 @pytest.mark.parametrize('shape', ['toy', 'small', 'gpt2'])
 def test_rows_have_the_lengths_of_the_table(shape):
-    """Prompts of one length; responses with EOS from shortest to longest, both of them drawn; every
-    word is one token, in whatever order."""
+    """One length of prompts, all those of responses; every word is one token, in whatever order."""
     shape = bench.SHAPES[shape]
     rows = bench.random_rows(shape, 500, seed=1)
     assert {len(prompt) for prompt, _, _ in rows} == {shape.prompt}
@@ -60,8 +57,8 @@ def test_every_stage_at_toy_shape(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def fake_script(monkeypatch):
-    """fake_script(stage, rows of the log) -> the list of the Configs that it will be called with;
-    the shape 'tiny' is there, and products run at 1 GFLOP/s."""
+    """fake_script(stage, log) -> the Configs it is called with, in a list; products at 1
+    GFLOP/s."""
     monkeypatch.setitem(bench.SHAPES, 'tiny', TINY)
     monkeypatch.setattr(bench, 'product_rate', lambda *arguments: 1e9)
 
@@ -73,7 +70,7 @@ def fake_script(monkeypatch):
             prefgpt.Log(cfg.out, 0, 1).path.write_text(''.join(json.dumps(row) + '\n'
                                                                for row in log))
         monkeypatch.setitem(bench.SCRIPTS, stage, SimpleNamespace(
-            main=main, Config={'sft': train_sft, 'ppo': train_ppo}[stage].Config))
+            main=main, Config=bench.SCRIPTS[stage].Config))
         return asked
     return fake
 
@@ -113,8 +110,7 @@ def test_the_rate_is_of_the_median_step_after_two(fake_script):
 
 
 def test_the_samplers_work_by_hand(monkeypatch):
-    """Blocks and head once a token; keys and values of 3 to 7 places, for eight rows. A call takes
-    2 s, as does the copy of half of these bytes. Under autocast all but the head is in bfloat16."""
+    """Blocks and head once a token; keys and values of 3 to 7 places, for eight rows."""
     monkeypatch.setitem(bench.SHAPES, 'tiny', TINY)
     monkeypatch.setattr(bench, 'time_calls', lambda function, *_: [function(), 2.0][1:])
     weights = 2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)

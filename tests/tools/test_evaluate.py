@@ -107,8 +107,6 @@ def check_rewards(row, rewards, others, abs=1e-9):
     assert row['win'] == points / len(rewards)
 
 
-# ----------------------------------------------------------------------------- by hand
-
 def test_distinct_by_hand():
     """2 of 3 pairs differ, (a b) is there twice; pairs do not cross from text to text."""
     texts = ['a b c', ' a  b\n', 'a', '']
@@ -233,8 +231,8 @@ def test_several_samples_a_prompt(runs, judge, samples):
 
 
 def test_answers_do_not_depend_on_the_batch_size(runs, judge):
-    """24 prompts answered at once, by 7, or one by one: the same texts, so the same table, with
-    the best of 3, which fits a batch several times, or not once."""
+    """24 prompts at once, by 7, or one by one; the best of 3 fits a batch several times, or not
+    once."""
     whole = evaluate(runs, prompts=24, batch_size=100, best_of=3)
     for batch_size in (1, 7):
         parts = evaluate(runs, prompts=24, batch_size=batch_size, best_of=3)
@@ -245,8 +243,7 @@ def test_answers_do_not_depend_on_the_batch_size(runs, judge):
 
 
 def test_the_judge_by_name_reads_the_whole_prompt(runs, tiny_data, judge, monkeypatch):
-    """--judge comes before the reward.py beside the data. It gets the prompt as the file has it,
-    even where the model's was cut to fit the block, and a response without the text of EOS."""
+    """It hears the prompt as the file has it, even where the model's was cut, and no EOS."""
     long, heard = 'x' * 100 + 'say a:', []
     write_jsonl(tiny_data / 'val.prompts.jsonl', [{'prompt': long}])
 
@@ -276,7 +273,7 @@ def test_prompts_come_from_the_first_runs_data_or_from_the_flags(runs, tiny_data
 # ----------------------------------------------------------------------------- best of N
 
 def picked(calls, N, score):
-    """Of the recorded samples, the ids of the best of N, by prompt; without EOS a score is <= -1."""
+    """Of the recorded samples the best of N, ids, by prompt; without EOS a score is <= -1."""
     rows = [row for call in calls for row in zip(prompts_of(call), responses_of(call))]
     best = []
     for i in range(0, len(rows), N):
@@ -341,8 +338,7 @@ def test_the_best_of_n_is_a_row_of_its_own(runs, judge, samples):
 
 
 def test_all_that_read_a_response_have_room_for_it(runs, tiny_data, tmp_path, samples):
-    """The prompts are cut so that the smallest block holds them, another run's or the reward
-    model's, as judge or as selector: not an AssertionError amid the table."""
+    """The smallest block holds the prompts: another run's, the judge's, the selector's."""
     small = save_tiny_rm(tmp_path / 'small', tiny_data, block_size=12)
     for runs_, flags in ((runs, dict(judge=small)), (runs, dict(select=small, best_of=2)),
                          ([runs[0], str(save_tiny_run(tmp_path / 'run', tiny_data, block_size=12))],
@@ -363,8 +359,7 @@ def test_all_that_read_a_response_have_room_for_it(runs, tiny_data, tmp_path, sa
     (dict(judge='none.py'), 'none.py'), (dict(judge='random'), 'its stage is sft, not rm'),
     (dict(judge='hides.py'), 'the judge says length')])
 def test_what_cannot_be_is_told(runs, tiny_data, tmp_path, monkeypatch, changes, told):
-    """A judge's number may not hide a column of the table: it would be overwritten, or overwrite,
-    without a word."""
+    """Among others a judge's number that would hide a column of the table, without a word."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'hides.py').write_text(
         "def score(prompt, response):\n    return {'reward': 1.0, 'length': 99.0}\n")

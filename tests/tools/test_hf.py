@@ -268,12 +268,18 @@ def test_a_config_that_is_not_ours_is_refused(key, value, tmp_path, bpe):
     refused(folder, tmp_path / 'out', key, str(value) if value else '')
 
 
-@pytest.mark.parametrize('missing', ['config.json', 'model.safetensors', 'vocab.json',
-                                     'merges.txt'])
-def test_a_missing_file_is_named(missing, folder, tmp_path):
-    """A pytorch_model.bin, a pickle, does not stand in for the weights."""
-    (folder / missing).rename(folder / 'pytorch_model.bin')
-    refused(folder, tmp_path / 'out', missing)
+@pytest.mark.parametrize('missing', [['config.json'], ['model.safetensors'], ['vocab.json'],
+                                     ['merges.txt'], ['vocab.json', 'merges.txt']])
+def test_a_missing_file_is_named(missing, folder, tmp_path, bpe):
+    """A pickle does not stand in for the weights. Weights alone have gpt2's ids, but not beside a
+    tokenizer in another form: its ids would silently be read as gpt2's."""
+    for name in missing:
+        (folder / name).rename(folder / 'pytorch_model.bin')
+    if len(missing) == 2:
+        saved = load_checkpoint(run('import', folder, out=tmp_path / 'alone'), ['base'])
+        assert saved['tokenizer'] == tokenizer_text(bpe)
+        (folder / 'tokenizer.json').write_text('{}')
+    refused(folder, tmp_path / 'out', missing[0])
 
 
 def test_sft_starts_from_an_imported_model(tiny_data, tmp_path, monkeypatch):
@@ -291,8 +297,7 @@ def test_sft_starts_from_an_imported_model(tiny_data, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- tokenizer
 
 def test_tokenizer_files_mean_the_same_ids(tmp_path, bpe):
-    """By the merges, as GPT-2's encoder goes; bytes are spelled as every GPT-2 file does, no two
-    alike."""
+    """By the merges; bytes are spelled as every GPT-2 file does, no two alike."""
     tools.hf.write_tokenizer(tmp_path, bpe, 16, pad=False)
     for text in TEXTS:
         assert bpe_ids(tmp_path, bpe, text) == bpe.encode_ordinary(text)
@@ -327,16 +332,6 @@ def test_another_tokenizer_than_gpt2s_is_refused(name, change, folder, tmp_path)
     assert change(text) != text
     (folder / name).write_text(change(text), 'utf-8')
     refused(folder, tmp_path / 'out', 'vocab.json')
-
-
-def test_weights_alone_are_gpt2s_but_not_with_a_tokenizer_in_another_form(folder, tmp_path, bpe):
-    """The ids of a tokenizer.json alone would silently be read as gpt2's."""
-    for name in ('vocab.json', 'merges.txt'):
-        (folder / name).unlink()
-    saved = load_checkpoint(run('import', folder, out=tmp_path / 'out'), ['base'])
-    assert saved['tokenizer'] == tokenizer_text(bpe)
-    (folder / 'tokenizer.json').write_text('{}')
-    refused(folder, tmp_path / 'other', 'vocab.json')
 
 
 # ----------------------------------------------------------------------------- out
@@ -455,8 +450,6 @@ def test_a_hub_name_is_downloaded_and_imported(hub, folder, tmp_path, monkeypatc
     folder.rename(tmp_path / 'gpt2')
     assert imported('gpt2', tmp_path / 'out' / 'folder').config.vocab_size == 301
 
-
-# ----------------------------------------------------------------------------- the command
 
 @pytest.mark.parametrize('command, out, told', [
     ((), 'x', 'say import WHERE'), (('export', 'a', 'b'), 'x', 'say import WHERE'),

@@ -1,8 +1,7 @@
 """
 Outside judges: what transformers, safetensors and TRL make of the same weights, rows and losses.
 
-Not one of them is needed to run or to test prefgpt; where a package is missing, its tests are
-skipped. Two environments have them all, as TRL 0.17 wants an older transformers:
+Where a package is missing, its tests are skipped. TRL 0.17 wants an older transformers:
 
     pip install torch==2.13.0 tiktoken==0.14.0 numpy pytest transformers==5.23.0 safetensors
     pip install torch==2.13.0 tiktoken==0.14.0 "numpy<2.3" pytest trl==0.17.0 \
@@ -41,12 +40,6 @@ PAIRS = [([5, 6, 7], [8, 9, 700], [10, 700]), ([700], [700], [3] * 20),
 @pytest.fixture(scope='module')
 def transformers():
     return pytest.importorskip('transformers')
-
-
-@pytest.fixture(scope='module')
-def trainer():
-    """TRL's DPOTrainer, its methods called on a stand-in: no model is trained."""
-    return pytest.importorskip('trl').DPOTrainer
 
 
 @pytest.fixture(scope='session')
@@ -187,25 +180,22 @@ def test_safetensors_reads_ours_and_we_read_its_files(tmp_path):
     assert same(tools.hf.read_safetensors(tmp_path / 'theirs'), tensors)
 
 
-def stand_in(**settings):
-    """As much of a DPOTrainer as its pure parts look at."""
-    return SimpleNamespace(**{**dict(
-        accelerator=SimpleNamespace(device=torch.device('cpu')), reference_free=False,
-        f_divergence_type='reverse_kl', f_divergence_params=None, loss_type='sigmoid', beta=0.1,
-        label_smoothing=0.0), **settings})
-
-
 @pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.3])
 @pytest.mark.parametrize('beta', [0.05, 0.5])
-def test_the_losses_are_trls(beta, label_smoothing, trainer):
+def test_the_losses_are_trls(beta, label_smoothing):
     """DPO's, and IPO's (TRL gives it means over tokens, and we sums), of the same summed logprobs;
-    TRL's chosen_rewards - rejected_rewards is our margin."""
+    TRL's chosen_rewards - rejected_rewards is our margin. No model is trained."""
+    trainer = pytest.importorskip('trl').DPOTrainer
+    stand_in = SimpleNamespace(         # as much of a DPOTrainer as its pure part looks at
+        accelerator=SimpleNamespace(device=torch.device('cpu')), reference_free=False,
+        f_divergence_type='reverse_kl', f_divergence_params=None, loss_type='sigmoid', beta=beta,
+        label_smoothing=label_smoothing)
     generator = torch.Generator().manual_seed(0)
     logprobs = [-80 * torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(4)]
-    losses, chosen, rejected = trainer.dpo_loss(
-        stand_in(beta=beta, label_smoothing=label_smoothing), *logprobs)
+    losses, chosen, rejected = trainer.dpo_loss(stand_in, *logprobs)
     assert torch.allclose(dpo_loss(*logprobs, beta, label_smoothing), losses, atol=1e-9, rtol=0)
     margin = beta * ((logprobs[0] - logprobs[2]) - (logprobs[1] - logprobs[3]))
     assert torch.allclose(margin, chosen - rejected, atol=1e-9, rtol=0)
-    losses, *_ = trainer.dpo_loss(stand_in(loss_type='ipo', beta=beta), *logprobs)
+    stand_in.loss_type = 'ipo'
+    losses, *_ = trainer.dpo_loss(stand_in, *logprobs)
     assert torch.allclose(ipo_loss(*logprobs, beta), losses, atol=1e-9, rtol=0)

@@ -89,8 +89,7 @@ def samples_by_hand(run, prompts, n, max_new_tokens, seed=0):
 
 
 def test_rows_hold_the_samples_their_scores_and_marks(run, write, tmp_path, capsys):
-    """Against one call of generate, the judge's formula by hand and a search for EOS in the ids:
-    a score beside another response, or a mark of the text instead of the ids, would show."""
+    """Against one call of generate, the judge's formula by hand and a search for EOS in the ids."""
     out = tmp_path / 'new' / 'folder' / 'samples.jsonl'
     summary, rows = write(out, split='val', n=4, seed=5, max_new_tokens=4)
     expected = []
@@ -113,8 +112,7 @@ def test_rows_hold_the_samples_their_scores_and_marks(run, write, tmp_path, caps
 
 
 def test_scores_of_a_reward_model_are_its_number_at_the_last_token(run, rm_run, write):
-    """Against the reward model on each row alone, without padding, EOS where there was one: a
-    score read off the padding, or a forgotten shift, would show. In bfloat16 they are near."""
+    """Against the reward model on each row alone, without padding; in bfloat16 they are numbers."""
     _, rows = write(split='val', n=3, reward=str(rm_run), max_new_tokens=4, batch_size=2)
     saved = load_checkpoint(rm_run, ['rm'])
     model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
@@ -148,8 +146,7 @@ def test_the_training_prompts_are_answered_unless_told_otherwise(write):
 
 @pytest.mark.parametrize('fault', ['raise RuntimeError', "return {'reward': float('nan')}"])
 def test_nothing_half_written_is_left(write, tmp_path, fault):
-    """A judge that fails on the second batch, or gives no number: no file, and no leftover of a
-    first batch. NaN in a file would be refused only by the training that reads it."""
+    """A judge that fails on the second batch, or says NaN: no file, no leftover of the first."""
     (tmp_path / 'bad.py').write_text("def score(prompt, response):\n    if 'b' in prompt:\n"
                                      f"        {fault}\n    return {{'reward': 0.0}}\n")
     with pytest.raises((RuntimeError, UserError)):

@@ -38,8 +38,7 @@ def asked(monkeypatch):
 
 
 def test_the_first_held_out_prompts_are_answered_greedily(run, random_run, capsys):
-    """Without flags: three held-out prompts, one block each, a line for each run, as run.sh calls
-    it. A run that answered another one's prompt would show in the order of the lines."""
+    """Three held-out prompts, a block each, a line per run in their order, as run.sh calls it."""
     other = str(random_run)
     answers = main(run, other)
     shown = capsys.readouterr().out.split('\n\n')[1:]
@@ -53,8 +52,8 @@ def test_the_first_held_out_prompts_are_answered_greedily(run, random_run, capsy
 
 
 def test_n_samples_of_every_prompt_stand_next_to_each_other(run, asked, capsys):
-    """--prompts says how many prompts and --n how many samples of each; two runs with the same
-    weights meet the same random numbers, and another --seed others."""
+    """--n samples of --prompts prompts; the same weights meet the same random numbers, by
+    --seed."""
     answers = main(run, prompts=2, n=3, temperature=1.0)[run]
     assert asked == [[prompt.encode() for prompt in HELD_OUT[:2] for _ in range(3)]]
     assert len(set(answers[:3])) > 1
@@ -105,8 +104,7 @@ def test_what_cannot_work_is_named(run, changes, words):
 
 @pytest.fixture
 def talk(run, monkeypatch):
-    """talk(lines, ...) -> the answers of a chat in which the lines are typed, then Ctrl-D; an
-    exception among them is raised in the line's place."""
+    """talk(lines, ...) -> a chat's answers to the lines, then Ctrl-D; an exception is raised."""
     def talk(lines, **changes):
         lines = iter(lines)
 
@@ -134,8 +132,7 @@ def test_every_line_is_a_new_conversation(talk, asked, capsys):
 
 
 def test_history_keeps_the_turns_and_loses_their_left_end(talk, asked):
-    """With --history the prompt is the whole dialogue as from_messages renders it, the last 28
-    tokens of it where the block is full: a turn lost, doubled or without its space would show."""
+    """The prompt is the whole dialogue, as from_messages has it, or its last 28 tokens."""
     first, second, _ = talk(['a', 'b', 'c'], history=True, temperature=1.0, max_new_tokens=4)
     whole = f'user: a\nbot: {first}\nuser: b\nbot: {second}\nuser: c\nbot:'.encode()
     assert len(whole) > 28
@@ -170,8 +167,8 @@ def test_how_answers_are_shown(talk, monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
-    """Ctrl-C while it generates: that answer is missing, from the history too, the next is there;
-    at the prompt it ends the chat as Ctrl-D does, without an exception."""
+    """That answer is missing, from the history too; at the prompt it ends the chat as Ctrl-D
+    does."""
     calls = []
 
     def interrupt_second(policy, prompts, *arguments):
@@ -189,8 +186,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
 
 
 def test_a_chat_through_a_pipe(run):
-    """Lines from a pipe, some of them no UTF-8, the last without its end: answered, exit status 0,
-    nothing on stderr (no traceback) and no control character on stdout."""
+    """Lines from a pipe, some no UTF-8: answered, no traceback, no control character."""
     typed = b'say a:\n\n\xff\xfe\x80 say b:\n\x1b[2J\x00\n' + '你好\n'.encode() + b'say c:'
     done = subprocess.run([sys.executable, '-m', 'tools.sample', run, '--chat', '--device=cpu',
                            '--max_new_tokens=8'], input=typed, cwd=TOP, capture_output=True,
