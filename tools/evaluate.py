@@ -52,10 +52,6 @@ class Config:
 
 # ----------------------------------------------------------------------------- columns
 
-OWN_COLUMNS = {'run', 'reward_se', 'win', 'kl', 'kl_se', 'length', 'eos', 'distinct-1',
-               'distinct-2'}
-
-
 def distinct(texts, n):
     """Returns the share of different ones among all runs of n successive words."""
     grams = [gram for words in map(str.split, texts)
@@ -90,19 +86,18 @@ def win_rate(responses, others):
 def summarize(run, responses, first_responses, samples=1):
     """Returns a run's row of the table; the first run's responses are what win compares with."""
     judged = mean_scores([response['judged'] for response in responses])
-    if taken := OWN_COLUMNS & judged.keys():
-        raise UserError(f'the judge says {", ".join(sorted(taken))}: a column of the table itself')
-    row = {'run': run, **judged}
-    if 'reward' in row:
+    kl, length, eos, texts = ([response[name] for response in responses]
+                              for name in ('kl', 'length', 'eos', 'text'))
+    own = {'kl': statistics.fmean(kl), 'kl_se': standard_error(kl, samples),
+           'length': statistics.fmean(length), 'eos': statistics.fmean(eos),
+           'distinct-1': distinct(texts, 1), 'distinct-2': distinct(texts, 2)}
+    if judged:
         rewards = [response['judged']['reward'] for response in responses]
-        row['reward_se'] = standard_error(rewards, samples)
-        row['win'] = win_rate(responses, first_responses)
-    texts = [response['text'] for response in responses]
-    kl, length, eos = ([response[name] for response in responses]
-                       for name in ('kl', 'length', 'eos'))
-    return {**row, 'kl': statistics.fmean(kl), 'kl_se': standard_error(kl, samples),
-            'length': statistics.fmean(length), 'eos': statistics.fmean(eos),
-            'distinct-1': distinct(texts, 1), 'distinct-2': distinct(texts, 2)}
+        own = {'reward_se': standard_error(rewards, samples),
+               'win': win_rate(responses, first_responses), **own}
+    if taken := {'run', *own} & judged.keys():
+        raise UserError(f'the judge says {", ".join(sorted(taken))}: a column of the table itself')
+    return {'run': run, **judged, **own}
 
 
 # ----------------------------------------------------------------------------- responses
@@ -129,15 +124,21 @@ def describe(tokens, response_mask, prompts, columns, tokenizer):
                                                   response_mask.sum(1).tolist(), judged)]
 
 
+def sample(policy, prompts, n, at_once, stream, tokenizer, cfg, temperature=1.0):
+    """Yields tokens, response_mask and prompts as text of n responses to each prompt, in parts."""
+    generator = rng(cfg.seed, stream, 'eval')       # every run meets the same random numbers
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    for i in range(0, len(rows), at_once):
+        texts, ids = zip(*rows[i:i + at_once])
+        yield *generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token, temperature,
+                        generator), texts
+
+
 def answer(policy, first, prompts, columns, tokenizer, cfg, temperature):
     """Returns the responses to each prompt, (text, ids), as describe has them, with kl to first."""
-    responses = []
-    prompts = [prompt for prompt in prompts for _ in range(cfg.samples if temperature else 1)]
-    generator = rng(cfg.seed, 0, 'eval')        # every run meets the same random numbers
-    for i in range(0, len(prompts), cfg.batch_size):
-        texts, ids = zip(*prompts[i:i + cfg.batch_size])
-        tokens, response_mask = generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token,
-                                         temperature, generator)
+    responses, n = [], cfg.samples if temperature else 1
+    for tokens, response_mask, texts in sample(policy, prompts, n, cfg.batch_size, 0, tokenizer,
+                                               cfg, temperature):
         x, y = x_and_y(tokens)
         kl = (token_logprobs(policy, x, y, response_mask)
               - token_logprobs(first, x, y, response_mask)).sum(1)              # (B,)
@@ -152,20 +153,15 @@ def best_of(policy, prompts, columns, scorer, tokenizer, cfg):
     log N - (N-1)/N: the samples are the first run's own, so that a log-ratio would be 0.
     """
     responses, N = [], cfg.best_of
-    generator = rng(cfg.seed, 1, 'eval')        # not answer's: the row is no copy of the first run
-    at_once = max(1, cfg.batch_size // N)       # prompts: memory is as in answer
-    for i in range(0, len(prompts), at_once):
-        asked = prompts[i:i + at_once]
-        texts, ids = zip(*(prompt for prompt in asked for _ in range(N)))       # B N of them
-        tokens, response_mask = generate(policy, ids, cfg.max_new_tokens, tokenizer.eot_token,
-                                         1.0, generator)
+    at_once = max(1, cfg.batch_size // N) * N       # all N of a prompt; memory is as in answer
+    # Stream 1 is not answer's: the row is no copy of the first run
+    for tokens, response_mask, texts in sample(policy, prompts, N, at_once, 1, tokenizer, cfg):
         samples, ended = decode_responses(tokens, response_mask, tokenizer)
         scores = scorer(tokens, response_mask, texts, samples)                  # (B N,)
         scores = train_ppo.cap_unfinished(scores, ended, train_ppo.Config.no_eos_score)
-        best = scores.view(len(asked), N).argmax(1)     # (B,), of equal scores the first
-        best += N * torch.arange(len(asked), device=best.device)    # places among the B N
-        responses += describe(tokens[best], response_mask[best], [text for text, _ in asked],
-                              columns, tokenizer)
+        best = scores.view(-1, N).argmax(1)             # (B,), of equal scores the first
+        best += N * torch.arange(len(best), device=best.device)     # places among the B N
+        responses += describe(tokens[best], response_mask[best], texts[::N], columns, tokenizer)
     return [{**response, 'kl': math.log(N) - (N - 1) / N} for response in responses]
 
 
@@ -186,7 +182,6 @@ def show_table(rows, title):
         value, error = row.get(name), row.get(f'{name}_se')
         text = f'{value:.3f}' if isinstance(value, float) else value or '-'
         return text if error is None else f'{text} ±{error:.3f}'
-
     names = dict.fromkeys(name for row in rows for name in row if not name.endswith('_se'))
     columns = [[name, *(cell(row, name) for row in rows)] for name in names]
     widths = [max(map(len, column)) for column in columns]
@@ -208,8 +203,6 @@ def main(cfg):
     if cfg.best_of < 0 or cfg.select and not cfg.best_of:
         raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
     device, autocast = set_up(cfg)
-    if cfg.json:                        # a missing folder shows before the work
-        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
     data = cfg.data or saved[0]['config']['data']
     tokenizer, text = load_text(data, saved[0])
@@ -221,22 +214,22 @@ def main(cfg):
     # --- who judges, and who picks the best of N
     beside = Path(data) / 'reward.py'
     judge = cfg.judge or (str(beside) if beside.exists() else '')
+    selector = cfg.select or judge
     columns, readers = None, list(saved)        # readers: checkpoints of all that read a response
     if judge:
         columns, source = load_columns(judge, saved[0], device, cfg.batch_size)
         readers.append(source)
         print(f'judge: {judge}')
     if cfg.best_of:
-        if not (cfg.select or judge):
+        if not selector:
             raise UserError(f'--best_of={cfg.best_of}: nobody to pick one; pass --select')
-        selector = cfg.select or judge
         scorer, source = train_ppo.load_scorer(selector, saved[0], device, cfg.batch_size)
         readers.append(source)
         print(f'the best of {cfg.best_of} is picked by {selector}')
     block_size = min(each['model']['block_size'] for each in readers)
     prompts = load_prompts(cfg, data, text['template'], tokenizer, block_size)
 
-    tables, responses = {}, {}
+    tables, kept = {}, []
     for name, temperature in (('rows', 1.0), ('greedy', 0.0)):
         with autocast:
             answers = [(run, answer(policy, policies[0], prompts, columns, tokenizer, cfg,
@@ -246,13 +239,14 @@ def main(cfg):
                                 best_of(policies[0], prompts, columns, scorer, tokenizer, cfg)))
         samples = cfg.samples if temperature else 1
         tables[name] = [summarize(run, each, answers[0][1], samples) for run, each in answers]
-        responses[name] = [each for _, each in answers]
+        kept = kept or [each for _, each in answers]
         drawn = 'one sample' if samples == 1 else f'{samples} samples'
         show_table(tables[name], f'{len(prompts)} held-out prompts, '
                    + (f'{drawn} each at T=1' if temperature else 'answered greedily'))
     if cfg.json:
+        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.json).write_text(json.dumps(tables, indent=1) + '\n')
-    return {**tables, 'responses': responses['rows']}
+    return {**tables, 'responses': kept}
 
 
 if __name__ == '__main__':

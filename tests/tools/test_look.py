@@ -1,6 +1,4 @@
-"""
-tools/look.py: the table of one response, against loops over the checkpoint's own models.
-"""
+"""tools/look.py: the table of one response, against loops over the checkpoint's own models."""
 import pytest
 import torch
 

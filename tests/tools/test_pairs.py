@@ -1,9 +1,5 @@
-"""tools/pairs.py on tiny runs: the scored samples and the pairs that it writes.
-
-    python -m pytest -q tests/tools/test_pairs.py
-"""
-import json
-import os
+"""tools/pairs.py on tiny runs: the scored samples and the pairs that it writes."""
+import json, os
 from collections import Counter
 from pathlib import Path
 
@@ -40,52 +36,46 @@ def judge(tmp_path):
     return str(tmp_path / 'reward.py')
 
 
-def main(run, **changes):
-    """What main returns, with few short responses."""
-    return pairs.main(Config(runs=(run,), **{**dict(max_new_tokens=8, device='cpu'), **changes}))
-
-
-def read_rows(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+@pytest.fixture
+def write(run, judge, tmp_path):
+    """write(out, ...) -> the summary of main and the rows it wrote, few short responses."""
+    def write(out='out.jsonl', **changes):
+        out = tmp_path / out
+        summary = pairs.main(Config(**{**dict(runs=(run,), out=str(out), reward=judge, device='cpu',
+                                              max_new_tokens=8, temperature=1.0), **changes}))
+        return summary, [json.loads(line) for line in out.read_text().splitlines()]
+    return write
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(runs=()), '0 run folders.*name one'), (dict(runs=('RUN', 'RUN')), '2 run folders'),
+    (dict(runs=()), '0 run folders.*name one'), (dict(runs=('a', 'b')), '2 run folders'),
     (dict(out=''), '--out=,'), (dict(reward=''), '--reward=:'),
-    (dict(pairs=True, temperature=1.0), '--n=1.*--pairs.*--n=2'),
-    (dict(n=4), '--n=4.*--temperature=1'), (dict(split='test'), '--split=test.*val'),
-    (dict(out='JUDGE'), 'reward.py is there.*remove'), (dict(prompts=-1), '--prompts=-1'),
-    (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(data='nowhere'), 'nowhere'),
-    (dict(reward='RUN'), 'its stage is sft, not rm')])
-def test_what_cannot_work_is_named(run, judge, tmp_path, changes, words):
+    (dict(pairs=True), '--n=1.*--pairs.*--n=2'), (dict(n=4), '--n=4.*--temperature=1'),
+    (dict(split='test'), '--split=test.*val'), (dict(out='reward.py'), 'py is there.*remove'),
+    (dict(prompts=-1), '--prompts=-1'), (dict(data='nowhere'), 'nowhere'),
+    (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(reward='RUN'), 'is sft, not rm')])
+def test_what_cannot_work_is_named(run, judge, tmp_path, monkeypatch, changes, words):
     """An error names the flag and what to do, before anything is sampled; nothing is written."""
-    names = {'RUN': run, 'JUDGE': judge, 'OUT': str(tmp_path / 'out.jsonl')}
-    flags = {'out': 'OUT', 'reward': 'JUDGE', **changes}
-    flags = {key: names.get(value, value) if isinstance(value, str) else value
-             for key, value in flags.items()}
-    flags['runs'] = tuple(run for _ in changes.get('runs', ('RUN',)))
+    monkeypatch.chdir(tmp_path)
+    flags = {'runs': (run,), 'out': 'out.jsonl', 'reward': judge, **changes}
     with pytest.raises(UserError, match=words):
-        pairs.main(Config(**flags))
+        pairs.main(Config(**{**flags, 'reward': flags['reward'].replace('RUN', run)}))
     assert os.listdir(tmp_path) == ['reward.py'] and Path(judge).read_text() == JUDGE
 
 
-# ----------------------------------------------------------------------------- scored samples
-
-def test_empty_responses_are_not_written(run, judge, monkeypatch, tmp_path):
-    """EOS at once is a sample and has a score, but train_sft.py could not read such a row: it is
-    left out and counted, and the other rows stay."""
+def test_empty_responses_are_not_written(write, monkeypatch, tmp_path):
+    """EOS at once has a score, but train_sft.py could not read such a row: left out, and
+    counted."""
     texts = iter([b'', b'aa', b'', b'!'])
 
     def generate_text(policy, prompts, *arguments):
-        answers = [[*next(texts), EOS] for _ in prompts]
-        tokens, _, _, mask = make_batch([(list(p), answer) for p, answer in zip(prompts, answers)])
+        tokens, _, _, mask = make_batch([(list(prompt), [*next(texts), EOS]) for prompt in prompts])
         return tokens, mask
     monkeypatch.setattr(sample, 'generate', generate_text)
-    out = tmp_path / 'samples.jsonl'
-    summary = main(run, split='val', prompts=2, n=2, temperature=1.0, reward=judge, out=str(out))
-    assert [row['response'] for row in read_rows(out)] == ['aa', '!']
+    summary, rows = write(split='val', prompts=2, n=2)
+    assert [row['response'] for row in rows] == ['aa', '!']
     assert summary['rows'] == 2 and summary['dropped'] == {'empty response': 2}
-    assert len(load_rows(out, 'sft')) == 2
+    assert len(load_rows(tmp_path / 'out.jsonl', 'sft')) == 2
 
 
 def samples_by_hand(run, prompts, n, max_new_tokens, seed=0):
@@ -98,107 +88,70 @@ def samples_by_hand(run, prompts, n, max_new_tokens, seed=0):
             for prompt, row, real_row in zip(asked, tokens, mask)]
 
 
-def test_rows_hold_the_samples_their_scores_and_marks(run, judge, tmp_path, capsys):
-    """Against one call of generate, the judge's formula by hand and a search for EOS in the ids:
-    a score beside another response, or a mark of the text instead of the ids, would show."""
+def test_rows_hold_the_samples_their_scores_and_marks(run, write, tmp_path, capsys):
+    """Against one call of generate, the judge's formula by hand and a search for EOS in the ids."""
     out = tmp_path / 'new' / 'folder' / 'samples.jsonl'
-    summary = main(run, split='val', n=4, temperature=1.0, reward=judge, out=str(out), seed=5,
-                   max_new_tokens=4)
+    summary, rows = write(out, split='val', n=4, seed=5, max_new_tokens=4)
     expected = []
     for prompt, ids in samples_by_hand(run, HELD_OUT, 4, 4, seed=5):
         text = bytes(i for i in ids if i != EOS).decode(errors='replace')
         row = {'prompt': prompt, 'response': text, 'score': 2 * text.count('!') - len(text) / 2}
         expected.append(row if EOS in ids else {**row, 'response_cut': True})
-    assert read_rows(out) == expected
+    assert rows == expected and os.listdir(out.parent) == ['samples.jsonl']
     assert 0 < sum('response_cut' in row for row in expected) < 24
-    assert os.listdir(out.parent) == ['samples.jsonl']
 
     scores = [row['score'] for row in expected]
     best = [max(scores[i:i + 4]) for i in range(0, 24, 4)]
     assert summary == {'rows': 24, 'dropped': {}, 'score': pytest.approx(sum(scores) / 24),
                        'best': pytest.approx(sum(best) / 6)}
-    shown = capsys.readouterr().out
-    assert '6/6 prompts | ' in shown and 'tok/s' in shown
-    assert shown.splitlines()[-1] == (f'{out}: 24 rows of 6 prompts | score {sum(scores) / 24:.3f} '
-                                      f'| best of 4 {sum(best) / 6:.3f}')
+    assert (f'24 rows of 6 prompts | score {sum(scores) / 24:.3f} | best of 4 {sum(best) / 6:.3f}'
+            in capsys.readouterr().out)
     # What was written can be trained on: the marks are read, and say that no EOS follows
     assert load_rows(out, 'sft') == [{key: value for key, value in row.items() if key != 'score'}
                                      for row in expected]
 
 
-def test_scores_of_a_reward_model_are_its_number_at_the_last_token(run, rm_run, tmp_path):
-    """Against the reward model on each row alone, without padding, EOS where there was one: a
-    score read off the padding, or a forgotten shift, would show."""
-    out = tmp_path / 'samples.jsonl'
-    main(run, split='val', n=3, temperature=1.0, reward=str(rm_run), out=str(out),
-         max_new_tokens=4, batch_size=2)
+def test_scores_of_a_reward_model_are_its_number_at_the_last_token(run, rm_run, write):
+    """Against the reward model on each row alone, without padding; in bfloat16 they are numbers."""
+    _, rows = write(split='val', n=3, reward=str(rm_run), max_new_tokens=4, batch_size=2)
     saved = load_checkpoint(rm_run, ['rm'])
     model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
-    rows = read_rows(out)
     with torch.no_grad():
         for row, (prompt, ids) in zip(rows, samples_by_hand(run, HELD_OUT, 3, 4), strict=True):
             number = model(torch.tensor([[*prompt.encode(), *ids]]))[0, -1] - saved['shift']
             assert row['score'] == pytest.approx(number.item(), abs=1e-5)
     assert len({row['score'] for row in rows}) > 3
+    _, rows = write('bf16.jsonl', reward=str(rm_run), dtype='bfloat16', prompts=2)
+    assert all(abs(row['score']) < 100 for row in rows)
 
 
-def test_samples_do_not_depend_on_the_batch_size(run, judge, tmp_path):
-    """All prompts at once, by 2 or one by one: the same file, byte for byte."""
-    texts = set()
-    for batch_size in (1, 2, 100):
-        out = tmp_path / f'{batch_size}.jsonl'
-        main(run, n=3, temperature=1.0, reward=judge, out=str(out), batch_size=batch_size)
-        texts.add(out.read_text())
-    assert len(texts) == 1
+def test_samples_do_not_depend_on_the_batch_size(write):
+    """All prompts at once, by 2 or one by one: the same rows."""
+    one, two, all_of_them = (write(f'{batch_size}.jsonl', n=3, batch_size=batch_size)
+                             for batch_size in (1, 2, 100))
+    assert one == two == all_of_them
 
 
-def test_the_training_prompts_are_answered_unless_told_otherwise(run, judge, tmp_path):
+def test_the_training_prompts_are_answered_unless_told_otherwise(write):
     """All different training prompts of the run's data: pairs of held-out prompts, trained on,
     would make every later evaluation a lie. --split, --prompts and --prompt change it."""
-    def prompts_of(**changes):
-        out = tmp_path / f'{len(os.listdir(tmp_path))}.jsonl'
-        main(run, reward=judge, out=str(out), max_new_tokens=2, **changes)
-        return [row['prompt'] for row in read_rows(out)]
-    prompts = prompts_of()
+    def prompts_of(out, **changes):
+        return [row['prompt'] for row in write(out, max_new_tokens=2, **changes)[1]]
+    prompts = prompts_of('all')
     assert len(prompts) == len(set(prompts)) == 18 and not set(prompts) & set(HELD_OUT)
-    assert prompts_of(prompts=5) == prompts[:5]
-    assert prompts_of(split='val') == HELD_OUT
-    assert prompts_of(prompt='hi', n=2, temperature=1.0) == ['user: hi\nbot:'] * 2
-
-
-def test_a_smaller_block_of_the_reward_model_cuts_the_prompts(run, rm_run, tiny_data, tmp_path):
-    """Policy and reward model must both hold the row: without the smaller block's cut the longer
-    one's rows would end in an AssertionError. The file keeps the whole prompt."""
-    big = str(save_tiny_run(tmp_path / 'big', tiny_data, block_size=64))
-    write_jsonl(tiny_data / 'train.prompts.jsonl', [{'prompt': 'x' * 50 + 'say a:'}])
-    main(big, reward=str(rm_run), out=str(tmp_path / 'out.jsonl'), data=str(tiny_data))
-    assert read_rows(tmp_path / 'out.jsonl')[0]['prompt'] == 'x' * 50 + 'say a:'
+    assert prompts_of('five', prompts=5) == prompts[:5]
+    assert prompts_of('val', split='val') == HELD_OUT
+    assert prompts_of('hi', prompt='hi', n=2) == ['user: hi\nbot:'] * 2
 
 
 @pytest.mark.parametrize('fault', ['raise RuntimeError', "return {'reward': float('nan')}"])
-def test_nothing_half_written_is_left(run, tmp_path, fault):
-    """A judge that fails on the second batch, or gives no number: no file, and no leftover of a
-    first batch. NaN in a file would be refused only by the training that reads it."""
-    path, out = tmp_path / 'judge.py', tmp_path / 'out' / 'samples.jsonl'
-    path.write_text("def score(prompt, response):\n    if 'b' in prompt:\n"
-                    f"        {fault}\n    return {{'reward': 0.0}}\n")
+def test_nothing_half_written_is_left(write, tmp_path, fault):
+    """A judge that fails on the second batch, or says NaN: no file, no leftover of the first."""
+    (tmp_path / 'bad.py').write_text("def score(prompt, response):\n    if 'b' in prompt:\n"
+                                     f"        {fault}\n    return {{'reward': 0.0}}\n")
     with pytest.raises((RuntimeError, UserError)):
-        main(run, reward=str(path), out=str(out), batch_size=1)
-    assert os.listdir(out.parent) == []
-
-
-def test_bfloat16(run, rm_run, tmp_path):
-    """Under autocast, as on a GPU, scores are written as numbers like any others."""
-    main(run, reward=str(rm_run), out=str(tmp_path / 'out.jsonl'), dtype='bfloat16', prompts=2)
-    assert all(abs(row['score']) < 100 for row in read_rows(tmp_path / 'out.jsonl'))
-
-
-# ----------------------------------------------------------------------------- pairs
-
-def rows_of(*samples):
-    """Rows of one prompt, from (text, score) or, cut, (text, score, True)."""
-    return [{'prompt': 'P', 'response': text, 'score': score,
-             **({'response_cut': True} if cut else {})} for text, score, *cut in samples]
+        write('new/samples.jsonl', reward=str(tmp_path / 'bad.py'), batch_size=1)
+    assert os.listdir(tmp_path / 'new') == []
 
 
 @pytest.mark.parametrize('samples, expected', [
@@ -217,56 +170,54 @@ def rows_of(*samples):
 def test_a_pair_by_hand(samples, expected):
     """Every rule of what is chosen, rejected and dropped, one by one."""
     dropped = Counter()
-    pair = make_pair(rows_of(*samples), -1.0, dropped)
+    pair = make_pair([{'prompt': 'P', 'response': text, 'score': score,
+                       **({'response_cut': True} if cut else {})} for text, score, *cut in samples],
+                     -1.0, dropped)
     if isinstance(expected, str):
         assert pair is None and dropped == {expected: 1}
         return
-    assert not dropped
     chosen, chosen_score, rejected, rejected_score, cut = expected
-    assert pair == {'prompt': 'P', 'chosen': chosen, 'rejected': rejected,
-                    'chosen_score': chosen_score, 'rejected_score': rejected_score,
-                    **({'rejected_cut': True} if cut else {})}
+    assert not dropped and pair == {
+        'prompt': 'P', 'chosen': chosen, 'rejected': rejected, 'chosen_score': chosen_score,
+        'rejected_score': rejected_score, **({'rejected_cut': True} if cut else {})}
 
 
-def test_pairs_are_made_of_the_very_samples(run, judge, tmp_path, capsys):
+def test_pairs_are_made_of_the_very_samples(write, capsys):
     """--pairs samples what it would write without, and --no_eos_score reaches the pairs."""
-    same = dict(reward=judge, n=4, temperature=1.0, max_new_tokens=4)
-    main(run, out=str(tmp_path / 'samples.jsonl'), **same)
-    rows = read_rows(tmp_path / 'samples.jsonl')
+    _, rows = write('samples.jsonl', n=4, max_new_tokens=4)
     for no_eos_score in (-1.0, -100.0):
-        out = tmp_path / f'pairs{no_eos_score}.jsonl'
-        summary = main(run, out=str(out), pairs=True, no_eos_score=no_eos_score, **same)
+        summary, written = write(f'{no_eos_score}.jsonl', n=4, max_new_tokens=4, pairs=True,
+                                 no_eos_score=no_eos_score)
         dropped = Counter()
-        pairs = [make_pair(rows[i:i + 4], no_eos_score, dropped) for i in range(0, len(rows), 4)]
-        assert read_rows(out) == [pair for pair in pairs if pair]
-        assert summary['rows'] == len(read_rows(out)) and summary['dropped'] == dropped
+        made = [make_pair(rows[i:i + 4], no_eos_score, dropped) for i in range(0, len(rows), 4)]
+        assert written == [pair for pair in made if pair]
+        assert summary['rows'] == len(written) and summary['dropped'] == dropped
         line = capsys.readouterr().out.splitlines()[-1]
-        assert line.startswith(f"{out}: {summary['rows']} pairs of 18 prompts")
+        assert f"{summary['rows']} pairs of 18 prompts" in line
         assert all(f'{count} dropped: {why}' in line for why, count in dropped.items())
-    assert any(row.get('rejected_score') == -100 and row['rejected_cut'] for row in read_rows(out))
+    assert any(row.get('rejected_score') == -100 and row['rejected_cut'] for row in written)
 
 
-def test_no_pair_left_is_an_error(run, tmp_path):
+def test_no_pair_left_is_an_error(write, judge, tmp_path):
     """A judge that likes all alike: an empty file would fail only in the training after it."""
-    (tmp_path / 'same.py').write_text("def score(prompt, response):\n    return {'reward': 1.0}\n")
+    Path(judge).write_text("def score(prompt, response):\n    return {'reward': 1.0}\n")
     with pytest.raises(UserError, match='nothing of 18 prompts.*18 dropped: best and worst alike'):
-        main(run, reward=str(tmp_path / 'same.py'), out=str(tmp_path / 'pairs.jsonl'), pairs=True,
-             n=3, temperature=1.0)
-    assert os.listdir(tmp_path) == ['same.py']
+        write(pairs=True, n=3)
+    assert os.listdir(tmp_path) == ['reward.py']
 
 
-def test_iterated_dpo(run, judge, shared_data, tmp_path):
-    """The loop of the docstring, three rounds, each policy sampled and trained on its own pairs:
-    what the judge likes gets more frequent. The prompts of a round are always those of --data."""
+def test_iterated_dpo(run, write, shared_data, tmp_path):
+    """The loop of the docstring, three rounds on --data's prompts: the judge likes each one
+    more."""
     scores = []
     for i in range(3):
-        pairs, out = str(tmp_path / f'pairs-{i}.jsonl'), str(tmp_path / f'dpo-{i}')
-        summary = main(run, data=str(shared_data), reward=judge, n=6, temperature=1.0, pairs=True,
-                       out=pairs, seed=i)
+        out = str(tmp_path / f'dpo-{i}')
+        summary, _ = write(f'{i}.jsonl', runs=(run,), data=str(shared_data), n=6, pairs=True,
+                           seed=i)
         assert summary['rows'] + sum(summary['dropped'].values()) == 18
         scores.append(summary['score'])
-        train_dpo.main(train_dpo.Config(data=pairs, init=run, out=out, steps=15, batch_size=8,
-                                        lr=3e-3, warmup=2, eval_every=15, max_new_tokens=8,
-                                        device='cpu'))
+        train_dpo.main(train_dpo.Config(
+            data=str(tmp_path / f'{i}.jsonl'), init=run, out=out, steps=15, batch_size=8, lr=3e-3,
+            warmup=2, eval_every=15, max_new_tokens=8, device='cpu'))
         run = out
     assert scores[0] < scores[1] < scores[2]

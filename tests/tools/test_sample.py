@@ -1,18 +1,12 @@
-"""tools/sample.py on tiny runs: what is shown, and the chat.
-
-    python -m pytest -q tests/tools/test_sample.py
-"""
-import io
-import os
-import subprocess
-import sys
+"""tools/sample.py on tiny runs: what is shown, and the chat."""
+import io, os, subprocess, sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import EOS, write_jsonl
 
-from prefgpt import GPT, UserError, generate, load_checkpoint, load_model, parse_config, rng
+from prefgpt import GPT, UserError, generate, load_checkpoint, load_model, rng
 from tools import sample
 from tools.sample import Config
 
@@ -26,10 +20,9 @@ def run(sft_run):
     return str(sft_run)
 
 
-def main(run, *runs, **changes):
+def main(*runs, **changes):
     """What main returns, with few short responses."""
-    return sample.main(Config(runs=(run, *runs), **{**dict(max_new_tokens=8, device='cpu'),
-                                                    **changes}))
+    return sample.main(Config(runs=runs, **{**dict(max_new_tokens=8, device='cpu'), **changes}))
 
 
 @pytest.fixture
@@ -44,11 +37,8 @@ def asked(monkeypatch):
     return calls
 
 
-# ----------------------------------------------------------------------------- side by side
-
 def test_the_first_held_out_prompts_are_answered_greedily(run, random_run, capsys):
-    """Without flags: three held-out prompts, one block each, a line for each run, as run.sh calls
-    it. A run that answered another one's prompt would show in the order of the lines."""
+    """Three held-out prompts, a block each, a line per run in their order, as run.sh calls it."""
     other = str(random_run)
     answers = main(run, other)
     shown = capsys.readouterr().out.split('\n\n')[1:]
@@ -62,8 +52,8 @@ def test_the_first_held_out_prompts_are_answered_greedily(run, random_run, capsy
 
 
 def test_n_samples_of_every_prompt_stand_next_to_each_other(run, asked, capsys):
-    """--prompts says how many prompts and --n how many samples of each; two runs with the same
-    weights meet the same random numbers, and another --seed others."""
+    """--n samples of --prompts prompts; the same weights meet the same random numbers, by
+    --seed."""
     answers = main(run, prompts=2, n=3, temperature=1.0)[run]
     assert asked == [[prompt.encode() for prompt in HELD_OUT[:2] for _ in range(3)]]
     assert len(set(answers[:3])) > 1
@@ -73,68 +63,48 @@ def test_n_samples_of_every_prompt_stand_next_to_each_other(run, asked, capsys):
     assert main(run, prompts=2, n=3, temperature=1.0, seed=1)[run] != answers
 
 
-def test_a_typed_prompt_stands_in_the_template(run, asked):
-    """--prompt is put into the template, greedily once, at T=1 n times."""
-    assert len(main(run, prompt='say {a}')[run]) == 1
-    assert len(main(run, prompt='say {a}', n=3, temperature=1.0)[run]) == 3
-    assert asked == [[b'user: say {a}\nbot:'], [b'user: say {a}\nbot:'] * 3]
-
-
-def test_data_and_split_say_which_prompts(run, asked, tiny_data, tmp_path):
-    """--data names a folder or a file, --split its half, each prompt counts once, the first ones
-    first: repeated prompts would fill --prompts with copies."""
+def test_which_prompts_are_answered(run, asked, tiny_data, tmp_path, capsys):
+    """--data names a folder or a file, --split its half, each prompt counts once. --prompt is put
+    into the template, loses its left end where it is too long, and does not steer the terminal."""
     write_jsonl(tiny_data / 'val.prompts.jsonl', [{'prompt': p} for p in 'aabbcdef'])
+    one = write_jsonl(tmp_path / 'one.jsonl', [{'prompt': p, 'chosen': 'x', 'rejected': 'y'}
+                                               for p in ('p0', 'p1', 'p2')])
     main(run, data=str(tiny_data))
     main(run, data=str(tiny_data), prompts=5)
     main(run, data=str(tiny_data), split='train', prompts=2)
-    write_jsonl(tmp_path / 'one.jsonl', [{'prompt': p, 'chosen': 'x', 'rejected': 'y'}
-                                         for p in ('p0', 'p1', 'p2')])
-    main(run, data=str(tmp_path / 'one.jsonl'))
-    main(run, data=str(tmp_path / 'one.jsonl'), split='train')
-    assert asked[:3] == [[b'a', b'b', b'c'], [b'a', b'b', b'c', b'd', b'e'], [b'say a:', b'do a:']]
-    assert [len(call) for call in asked[3:]] == [1, 2]
-    assert sorted(asked[3] + asked[4]) == [b'p0', b'p1', b'p2']
-
-
-def test_a_prompt_longer_than_the_block_is_cut(run, capsys):
-    """A prompt that is too long loses its left end, and says so."""
+    assert asked == [[b'a', b'b', b'c'], [b'a', b'b', b'c', b'd', b'e'], [b'say a:', b'do a:']]
+    asked.clear()
+    main(run, data=str(one))
+    main(run, data=str(one), split='train')
+    assert [len(call) for call in asked] == [1, 2]
+    assert sorted(asked[0] + asked[1]) == [b'p0', b'p1', b'p2']
+    asked.clear()
+    capsys.readouterr()
+    assert len(main(run, prompt='\x1b[2J {a}', n=3, temperature=1.0)[run]) == 3
     main(run, prompt='a' * 500)
-    assert '1 prompts cut on the left' in capsys.readouterr().out
-
-
-def test_no_control_characters_are_shown(run, capsys):
-    """What a user or a model writes must not steer the terminal."""
-    main(run, prompt='\x1b[2J')
-    assert '\x1b' not in capsys.readouterr().out
+    assert asked == [[b'user: \x1b[2J {a}\nbot:'] * 3, [(b'a' * 500 + b'\nbot:')[-24:]]]
+    shown = capsys.readouterr().out
+    assert '1 prompts cut on the left' in shown and '\x1b' not in shown
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(runs=()), '0 run folders'), (dict(runs=('RUN', 'RUN'), chat=True), '2 run folders'),
+    (dict(runs=''), '0 run folders'), (dict(runs='RR', chat=True), '2 run folders'),
     (dict(chat=True, prompt='hi', n=2, temperature=1.0), '--prompt and --n'),
     (dict(chat=True, data='d', split='train', prompts=1), '--data and --split and --prompts'),
     (dict(history=True), '--history.*add --chat'),
     (dict(n=4), '--n=4.*--temperature=1'), (dict(split='test'), '--split=test.*val'),
     (dict(temperature=-1.0), '--temperature=-1'), (dict(n=0), '--n=0'),
-    (dict(prompts=0), '--prompts=0'), (dict(batch_size=0), '--batch_size=0'),
-    (dict(max_new_tokens=0), '--max_new_tokens=0'),
-    (dict(max_new_tokens=32), 'lower --max_new_tokens'),
-    (dict(max_new_tokens=32, chat=True), 'lower --max_new_tokens'),
-    (dict(device='nowhere'), '--device=nowhere'), (dict(dtype='float16'), '--dtype=float16'),
-    (dict(data='nowhere'), 'nowhere')])
+    (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(data='nowhere'), 'nowhere'),
+    (dict(max_new_tokens=32, chat=True), 'lower --max_new_tokens')])
 def test_what_cannot_work_is_named(run, changes, words):
-    """Flags that contradict each other or make no sense are an error that names the flag and what
-    to do, before anything is sampled."""
-    runs = tuple(run for _ in changes.get('runs', 'R'))
+    """Flags that contradict each other or make no sense are named before anything is sampled."""
     with pytest.raises(UserError, match=words):
-        sample.main(Config(**{**changes, 'runs': runs}))
+        sample.main(Config(**{**changes, 'runs': tuple(run for _ in changes.get('runs', 'R'))}))
 
-
-# ----------------------------------------------------------------------------- chat
 
 @pytest.fixture
 def talk(run, monkeypatch):
-    """talk(lines, ...) -> the answers of a chat in which the lines are typed, then Ctrl-D; an
-    exception among them is raised in the line's place."""
+    """talk(lines, ...) -> a chat's answers to the lines, then Ctrl-D; an exception is raised."""
     def talk(lines, **changes):
         lines = iter(lines)
 
@@ -145,31 +115,24 @@ def talk(run, monkeypatch):
             return line
         monkeypatch.setattr('builtins.input', type_line)
         monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO()))
-        return main(run, **{'chat': True, **changes})
+        return main(run, chat=True, **changes)
     return talk
 
 
-def answer_with(monkeypatch, text, *eos):
-    """From now on generate answers one prompt with these bytes, and EOS if it is given."""
-    def generate_text(policy, prompts, *arguments):
-        tokens = torch.tensor([[*prompts[0], *text, *eos]])
-        return tokens, torch.arange(1, tokens.size(1))[None] >= len(prompts[0])
-    monkeypatch.setattr(sample, 'generate', generate_text)
-
-
 def test_every_line_is_a_new_conversation(talk, asked, capsys):
-    """Each line stands in the template by itself; the same line gets the same greedy answer; a
-    hint says how to leave, and no counts of rows are printed."""
-    first, second, third = talk(['say a:', 'say b:', 'say a:'])
-    assert asked == [[b'user: say a:\nbot:'], [b'user: say b:\nbot:'], [b'user: say a:\nbot:']]
-    assert first == third
+    """Each line is in the template by itself, any text is bytes, the same line gets the same greedy
+    answer, and a line longer than the block is answered from its end, which one line says."""
+    answers = talk(['say a:', '\x1b你好', 'say a:', 'x' * 5000 + 'say a:'])
+    assert asked == [[b'user: say a:\nbot:'], ['user: \x1b你好\nbot:'.encode()],
+                     [b'user: say a:\nbot:'], [(b'x' * 5000 + b'say a:\nbot:')[-24:]]]
+    assert answers[0] == answers[2]
     shown = capsys.readouterr().out
-    assert 'Ctrl-D' in shown and 'kept' not in shown and first in shown
+    assert 'Ctrl-D' in shown and answers[0] in shown
+    assert '[the first 4993 of 5017 tokens are cut]\n' in shown
 
 
-def test_history_keeps_the_turns_and_loses_their_left_end(talk, run, asked):
-    """With --history the prompt is the whole dialogue as from_messages renders it, the last 28
-    tokens of it where the block is full: a turn lost, doubled or without its space would show."""
+def test_history_keeps_the_turns_and_loses_their_left_end(talk, asked):
+    """The prompt is the whole dialogue, as from_messages has it, or its last 28 tokens."""
     first, second, _ = talk(['a', 'b', 'c'], history=True, temperature=1.0, max_new_tokens=4)
     whole = f'user: a\nbot: {first}\nuser: b\nbot: {second}\nuser: c\nbot:'.encode()
     assert len(whole) > 28
@@ -177,57 +140,35 @@ def test_history_keeps_the_turns_and_loses_their_left_end(talk, run, asked):
         b'user: a\nbot:', f'user: a\nbot: {first}\nuser: b\nbot:'.encode()[-28:], whole[-28:]]
 
 
-def test_turns_draw_different_random_numbers(talk, run, asked):
-    """At T=1 the same line is answered with the numbers of rng(seed, turn, 'eval'): with one
-    generator for all turns the same question would get the same answer for ever."""
-    answers = talk(['say a:'] * 5, temperature=1.0, seed=3)
+def test_turns_draw_different_random_numbers(talk, run):
+    """At T=1 a line is answered with the numbers of rng(seed, turn, 'eval'): one generator for all
+    turns would answer the same for ever. An empty line is asked again, and is no turn."""
+    answers = talk(['', 'say a:', ' \t', *['say a:'] * 4], temperature=1.0, seed=3)
     policy = load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
     for turn, answer in enumerate(answers):
         tokens, mask = generate(policy, [list(b'user: say a:\nbot:')], 8, EOS, 1.0,
                                 rng(3, turn, 'eval'))
         ids = [i for i in tokens[:, 1:][mask].tolist() if i != EOS]
         assert answer == bytes(ids).decode(errors='replace').removeprefix(' ')
-    assert len(set(answers)) > 1
+    assert len(answers) == 5 and len(set(answers)) > 1
 
 
-@pytest.mark.parametrize('line', ['', '   ', '\t'])
-def test_an_empty_line_is_asked_again(talk, asked, line):
-    """Nothing was said, so nothing is answered, and no random numbers are used up."""
-    assert talk([line, 'say a:', line], temperature=1.0) == talk(['say a:'], temperature=1.0)
-    assert len(asked) == 2
+def test_how_answers_are_shown(talk, monkeypatch, capsys):
+    """An answer that max_new_tokens cut says so, and control characters are not printed."""
+    answers = iter([b' yes', b' no\x1b[2J'])
 
-
-def test_a_long_line_is_cut_on_the_left(talk, asked, capsys):
-    """A line longer than the block is answered from its end, and one short line says so."""
-    talk(['x' * 5000 + 'say a:'])
-    assert asked == [[(b'x' * 5000 + b'say a:\nbot:')[-24:]]]
-    assert '[the first 4993 of 5017 tokens are cut]\n' in capsys.readouterr().out
-
-
-def test_any_text_can_be_said_and_none_steers_the_terminal(talk, asked, monkeypatch, capsys):
-    """Another script and control characters are bytes to the tokenizer; in an answer control
-    characters are not printed."""
-    talk(['\x1b[2J\x07', '你好'])
-    assert asked == [[b'user: \x1b[2J\x07\nbot:'], ['user: 你好\nbot:'.encode()]]
-
-    answer_with(monkeypatch, b' \x1b[2J', EOS)
-    assert talk(['say a:']) == ['\x1b[2J']
-    assert '\x1b' not in capsys.readouterr().out
-
-
-def test_an_answer_without_an_end_is_marked(talk, monkeypatch, capsys):
-    """An answer that max_new_tokens cut says so, and one that ended does not."""
-    answer_with(monkeypatch, b' yes')
-    talk(['say a:'])
-    answer_with(monkeypatch, b' no', EOS)
-    talk(['say a:'])
-    shown = capsys.readouterr().out
-    assert '\nyes [no end]\n' in shown and '\nno\n' in shown
+    def generate_text(policy, prompts, *arguments):
+        text = next(answers)
+        tokens = torch.tensor([[*prompts[0], *text, *[EOS] * (text != b' yes')]])
+        return tokens, torch.arange(1, tokens.size(1))[None] >= len(prompts[0])
+    monkeypatch.setattr(sample, 'generate', generate_text)
+    assert talk(['a', 'b']) == ['yes', 'no\x1b[2J']
+    assert '\nyes [no end]\nno\ufffd[2J\n' in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
-    """Ctrl-C while it generates: that answer is missing, from the history too, the next is there;
-    at the prompt it ends the chat as Ctrl-D does, without an exception."""
+    """That answer is missing, from the history too; at the prompt it ends the chat as Ctrl-D
+    does."""
     calls = []
 
     def interrupt_second(policy, prompts, *arguments):
@@ -245,8 +186,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
 
 
 def test_a_chat_through_a_pipe(run):
-    """Lines from a pipe, some of them no UTF-8, the last without its end: answered, exit status 0,
-    nothing on stderr (no traceback) and no control character on stdout."""
+    """Lines from a pipe, some no UTF-8: answered, no traceback, no control character."""
     typed = b'say a:\n\n\xff\xfe\x80 say b:\n\x1b[2J\x00\n' + '你好\n'.encode() + b'say c:'
     done = subprocess.run([sys.executable, '-m', 'tools.sample', run, '--chat', '--device=cpu',
                            '--max_new_tokens=8'], input=typed, cwd=TOP, capture_output=True,
@@ -255,9 +195,3 @@ def test_a_chat_through_a_pipe(run):
     shown = done.stdout.decode()
     assert shown.count('> ') == 7 and shown.endswith('> \n')   # five answers, '' and the end
     assert shown.replace('\n', '').isprintable()
-
-
-def test_flags_on_the_command_line():
-    """--chat alone is True, and numbers and names come in as they should."""
-    cfg = parse_config(Config, ['RUN', '--chat', '--n=4', '--temperature=1', '--history=False'])
-    assert cfg == Config(runs=['RUN'], chat=True, n=4, temperature=1.0)
