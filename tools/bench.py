@@ -1,16 +1,16 @@
 """
-Measures speed and memory, stage by stage: the scripts' own loops on random rows, and their bounds.
+Measures each stage's speed and memory on random rows, and compares the speed with the machine's.
 
 A stage's script runs on rows of exact lengths, from random weights, and its log.jsonl is read, so
-there is no second loop; what it prints goes to stderr. Last line: non-padding tokens (EOS is one)
-per second, the median step after two warm-ups; for ppo episodes. DPO's pass for the reference comes
-before its first step; generate times the sampler alone. The line before it gives the share of what
-the same machine does in the same run. Training: the flops that the rows need (padding and what is
-computed twice are no work), by the rate at which a batch's matrix products alone run forward and
-backward. generate: the bytes that a token must move, the weights once and the keys and values so
-far, by the rate at which as many are copied; a small model's stay in the processor's caches.
-What it does not do: run several processes at once, or compile the sampler. On a CPU peak memory is
-the process's so far: with --stage=all not each stage's own.
+there is no second loop; what it prints goes to stderr. The last line is the rate of the median step
+after two warm-ups, in non-padding tokens (EOS is one) per second, or in episodes for ppo. DPO's
+pass for the reference comes before its first step and is not timed; generate times the sampler
+alone. The line above the last compares the rate with a bound measured in the same run. Training:
+the flops that the rows need, without padding and recomputation, against the rate of the matrix
+products alone, forward and backward. generate: the bytes that a token must move, the weights once
+and the keys and values so far, against the rate of copying as many; a small model's stay in caches.
+What it does not do: run several processes at once, or compile the sampler. On a CPU, peak memory is
+that of the process so far, so --stage=all does not show each stage's own.
 
     python -m tools.bench --stage=dpo --shape=small
     python -m tools.bench --stage=sft --steps=42 --against="python other.py"
@@ -36,7 +36,7 @@ class Config:
     stage: str = 'all'              # sft, rm, ppo, dpo, generate; all: one after the other
     shape: str = 'toy'              # toy, small or gpt2
     steps: int = 10                 # steps of the script, the two warm-ups among them
-    against: str = ''               # a shell command, another program's: run in turn, and compare
+    against: str = ''               # another program's shell command: run both in turn, and compare
     rounds: int = 3                 # runs of either, with --against
     json: str = ''                  # a file to write the results to; '': none
     memory: bool = False            # instead: what fits on 8, 16, 24 and 80 GB, computed
@@ -46,7 +46,7 @@ class Config:
     compile: bool = False           # torch.compile the models' bodies
 
 
-# Tokens of a prompt; of a response, uniform in [shortest, longest], with EOS; rows or pairs
+# Tokens per prompt; per response with EOS, uniform in [shortest, longest]; rows or pairs per step
 Shape = namedtuple('Shape', 'model prompt shortest longest batch gpu_batch')
 SHAPES = {'toy': Shape(GPTConfig(128, 512, 4, 4, 128), 24, 16, 40, 32, 32),
           'small': Shape(GPTConfig(256, 8192, 6, 6, 384), 64, 64, 128, 8, 8),
@@ -63,7 +63,7 @@ def make_tokenizer(vocab_size):
 
 
 def random_rows(shape, n, seed):
-    """Draws n rows (prompt, chosen, rejected), ids of words; the script adds a response's EOS."""
+    """Draws n rows (prompt, chosen, rejected) of word ids; the script adds EOS to responses."""
     draw, words = random.Random(seed), range(256, shape.model.vocab_size - 1)
     return [(draw.choices(words, k=shape.prompt),
              *(draw.choices(words, k=draw.randint(shape.shortest, shape.longest) - 1)
@@ -92,13 +92,13 @@ def prepare(stage, shape, rows, seed, folder):
 
 
 def forward_flops(config, n, heads=0):
-    """Counts a forward pass's matrix products: n tokens, heads of them to the vocabulary."""
+    """Counts a forward pass's flops for n tokens, of which `heads` are projected to logits."""
     L, C = config.n_layer, config.n_embd
     return 24 * L * C * C * n + 2 * L * C * n * (n + 1) + 2 * config.vocab_size * C * heads
 
 
 def row_work(stage, shape, row):
-    """Returns what a step does with a row: tokens logged, inputs, those for the head, flops."""
+    """Returns a row's share of a step: tokens logged, tokens read, tokens projected, flops."""
     forward = partial(forward_flops, shape.model)
     if stage == 'ppo':
         n, heads = shape.prompt + shape.longest, shape.longest
@@ -185,7 +185,7 @@ def bench_generate(shape, batch, cfg, device, dtype, autocast):
 
 
 def measure(stage, cfg, device, autocast):
-    """Prints two lines on a stage, in the docstring's terms, and returns the same as a dict."""
+    """Prints a stage's two lines, explained at the top; returns their numbers as a dict."""
     name, generating, shape = f'{stage} {cfg.shape}', stage == 'generate', SHAPES[cfg.shape]
     new = shape.longest                 # tokens of each of PPO's responses and of the sampler's
     batch = shape.gpu_batch if device.type == 'cuda' else shape.batch
@@ -198,7 +198,7 @@ def measure(stage, cfg, device, autocast):
     ms = 1e3 * statistics.median(seconds for seconds, _ in steps) / (new if generating else 1)
     tokens = statistics.median(n / seconds for seconds, n in steps)
     rate, done, memory = tokens / (new if stage == 'ppo' else 1), tokens * work, peak_memory()
-    print(f'{name}: {ms:.2f} ms a {"token" if generating else "step"}, {done / bound:.0%} of '
+    print(f'{name}: {ms:.2f} ms per {"token" if generating else "step"}, {done / bound:.0%} of '
           f'{bound / 1e9:.1f} {"GB/s" if generating else "GFLOP/s"}, peak memory {memory}')
     print(f'{name}:', f'{rate:.2f} episodes/s' if stage == 'ppo' else f'{rate:.0f} tokens/s')
     return {'stage': stage, 'shape': cfg.shape, 'rate': rate, 'ms': ms, 'done': done,

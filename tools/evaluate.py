@@ -4,18 +4,18 @@ Compares checkpoints: what they answer to held-out prompts, in one table.
 Each run answers the same prompts at T=1, with the same random numbers, and once greedily. Columns
 are means over responses; ± is the standard error over the prompts, std / sqrt(n) with n - 1 in the
 std. With --samples=K each run answers each prompt K times, and ± is over the prompts' own means.
-  - what the judge says: of a reward.py reward and all its other numbers, of a reward model its
+  - the judge's numbers: from a reward.py, reward and all the others; from a reward model, the
     score. A number that is left out for some prompts is averaged over the others. Responses
-    without EOS count as they are judged, without PPO's no_eos_score;
+    without EOS keep the number that they get: PPO's no_eos_score is not applied;
   - win: the share of prompts where this run's reward is above the first run's, a tie 1/2;
   - kl: log pi(response) summed over its tokens, minus the same under the first run, in nats. At
     T=1 its mean is KL(policy, first run);
-  - length in tokens with EOS, eos: the share that ended, distinct-1 and distinct-2: different
-    words, and different pairs of successive words, over all of them (Li et al. 2016).
+  - length: tokens with EOS; eos: the share that ended; distinct-1 and distinct-2: the number of
+    different words, and of different pairs of successive words, divided by all (Li et al. 2016).
 
---best_of=N adds a row at T=1 that needs no training of the policy: of N samples of the first run
---select, as a rule a reward model, picks the one with the highest score. Without --select the judge
-itself picks: no method, but an upper bound. A response without EOS counts as in PPO, min(score,
+--best_of=N adds a row at T=1 that needs no training of the policy: --select, usually a reward
+model, picks the highest-scoring of N samples of the first run. Without --select the judge itself
+picks, which is an upper bound and not a method. A response without EOS counts as in PPO, min(score,
 -1). The row's kl is log N - (N-1)/N, a bound of KL(best of N, first run) (Beirami et al. 2024).
 
     python -m tools.evaluate out/toy/sft out/toy/ppo out/toy/dpo --best_of=8 --select=out/toy/rm
@@ -53,14 +53,14 @@ class Config:
 # ----------------------------------------------------------------------------- columns
 
 def distinct(texts, n):
-    """Returns the share of different ones among all runs of n successive words."""
+    """Returns the number of different sequences of n successive words, divided by that of all."""
     grams = [gram for words in map(str.split, texts)
              for gram in zip(*(words[i:] for i in range(n)))]
     return len(set(grams)) / max(1, len(grams))
 
 
 def standard_error(numbers, samples=1):
-    """Returns std / sqrt(n) of the prompts' means; samples numbers in a row are one prompt's."""
+    """Returns std / sqrt(n) of the prompts' means; each prompt has `samples` successive numbers."""
     means = [statistics.fmean(numbers[i:i + samples]) for i in range(0, len(numbers), samples)]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
@@ -73,11 +73,11 @@ def mean_scores(judged):
 
 
 def win_rate(responses, others):
-    """Returns the share with more reward than the other one to the same prompt; a tie: 1/2."""
+    """Returns how often a response has more reward than the other to its prompt; a tie: 1/2."""
     points = 0.0
     for response, other in zip(responses, others, strict=True):
         reward, other_reward = response['judged']['reward'], other['judged']['reward']
-        # A reward model's score of one text differs in its last digits from batch to batch: a tie
+        # Equal responses tie: scores of the same text differ by rounding from batch to batch
         same = all(response[key] == other[key] for key in ('text', 'eos'))
         points += 0.5 if same or reward == other_reward else reward > other_reward
     return points / len(responses)
@@ -104,8 +104,8 @@ def summarize(run, responses, first_responses, samples=1):
 
 def load_columns(where, saved_policy, device, size):
     """
-    Returns columns(tokens, response_mask, prompts, texts) -> a dict of numbers per response, by a
-    reward.py or a reward model's run, and the checkpoint whose block must hold what it reads.
+    Returns a reward.py or a reward model as a function, columns(tokens, response_mask, prompts,
+    texts) -> a dict of numbers per response, and the checkpoint whose block limits what it reads.
     """
     if where.endswith('.py'):
         judge = load_judge(where)
@@ -150,11 +150,11 @@ def answer(policy, first, prompts, columns, tokenizer, cfg, temperature):
 def best_of(policy, prompts, columns, scorer, tokenizer, cfg):
     """
     Returns the response to each prompt that scorer scores highest among N samples at T=1. Its kl is
-    log N - (N-1)/N: the samples are the first run's own, so that a log-ratio would be 0.
+    log N - (N-1)/N, because the log-ratio of the first run's samples to the first run is 0.
     """
     responses, N = [], cfg.best_of
     at_once = max(1, cfg.batch_size // N) * N       # all N of a prompt; memory is as in answer
-    # Stream 1 is not answer's: the row is no copy of the first run
+    # Stream 1 is not answer's: else N=1 would copy the first run
     for tokens, response_mask, texts in sample(policy, prompts, N, at_once, 1, tokenizer, cfg):
         samples, ended = decode_responses(tokens, response_mask, tokenizer)
         scores = scorer(tokens, response_mask, texts, samples)                  # (B N,)
@@ -166,7 +166,7 @@ def best_of(policy, prompts, columns, scorer, tokenizer, cfg):
 
 
 def load_prompts(cfg, data, template, tokenizer, block_size):
-    """Returns the prompts as (text, ids); the ids may be cut, the text, for a reward.py, not."""
+    """Returns prompts as (text, ids); only ids may be cut: a reward.py reads the whole text."""
     if cfg.split == 'val':
         rows = load_split(data, 'prompts', template)[1]             # held out
     else:

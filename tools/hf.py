@@ -1,12 +1,12 @@
 """
-GPT-2 weights in, checkpoints out: the files that Hugging Face's transformers reads and writes.
+Imports GPT-2's weights, and exports checkpoints for Hugging Face's transformers.
 
 import makes a run folder of stage 'base', for train_sft.py --init, from config.json and
 model.safetensors; the tokenizer is gpt2's, and a folder with another one is refused.
-export makes a GPT2LMHeadModel of a policy, a GPT2ForSequenceClassification of a reward model. That
-one reads its score at the last token that is not a pad, and EOS must not pass for a pad: so the
-embedding gets a spare row of zeros, id V of V + 1, for the pad alone. The score minus
-prefgpt_score_shift, a key of its config.json, is ours; EOS must be appended, as in training.
+export makes a GPT2LMHeadModel of a policy, a GPT2ForSequenceClassification of a reward model. The
+latter reads its score at the last token that is not a pad. EOS must not count as a pad, so the
+embedding gets a spare row of zeros for the pad, id V. The score minus prefgpt_score_shift, a key in
+config.json, is ours. EOS must be appended, as in training.
 What it does not do: read weights in several files, write half precision, export the chat template
 or PPO's value model, or notice a flipped bit in a .safetensors file whose sha256 is not known.
 
@@ -31,14 +31,14 @@ class Config:
     out: str = ''                   # the folder to write; it must not be there yet
 
 
-Source = make_dataclass('Source', ['data'])     # an imported checkpoint's run config
+Source = make_dataclass('Source', ['data'])     # an import's run config: messages name its data
 HUB_URL = 'https://huggingface.co/openai-community'
 # Layers, heads, channels, revision, and the sha256 of the weights ('': not known to us)
 HUB = {'gpt2': (12, 12, 768, '607a30d783dfa663caf39e06633721c8d4cfcd7e',
                 '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
        'gpt2-medium': (24, 16, 1024, 'main', ''), 'gpt2-large': (36, 20, 1280, 'main', ''),
        'gpt2-xl': (48, 25, 1600, 'main', '')}
-# What a config.json may choose and GPT does not; absent, transformers takes the same
+# What a config.json may choose and our GPT may not; transformers' defaults are the same
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
          'tie_word_embeddings': True}
@@ -106,7 +106,7 @@ def write_safetensors(path, tensors):
 
 def halves(token, ranks):
     """Returns the two tokens that BPE joins last on the way from single bytes to this one."""
-    # A .tiktoken file keeps no merges: of all that can be joined, the lowest rank comes first
+    # A .tiktoken file holds no merges, but BPE always joins the neighbours of lowest rank first
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
@@ -129,7 +129,7 @@ def vocab_and_merges(tokenizer):
 def write_tokenizer(folder, tokenizer, block_size, pad):
     """Writes vocab.json, merges.txt and tokenizer_config.json, as GPT2Tokenizer reads them."""
     vocab, merges = vocab_and_merges(tokenizer)
-    # The last key: decoding would else turn ' .' into '.'
+    # The last key keeps decoding from turning ' .' into '.'
     config = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': block_size, 'bos_token': EOS,
               'eos_token': EOS, 'unk_token': EOS, 'clean_up_tokenization_spaces': False}
     if pad:
@@ -210,7 +210,7 @@ def import_weights(where, out, folder):
         raise UserError(f'{where}: expected one of {", ".join(HUB)}, or a folder with config.json '
                         'and model.safetensors, in one file')
     model = to_gpt(where, read_safetensors(weights), config)
-    # The template '{}': a model that has only read goes on with what is typed
+    # The template '{}': a base model just continues what is typed
     save_checkpoint(folder / 'ckpt.pt', 'base', 0, Source(where), checkpoint_text(tokenizer, '{}'),
                     {}, {'policy': model}, [])
     return f'a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters'
@@ -241,7 +241,7 @@ def export(run, out):
 
 
 def main(cfg):
-    """Imports or exports; --out takes its name when it is whole."""
+    """Imports or exports; writes to a temporary folder, which becomes --out when it is complete."""
     if len(cfg.command) != 2 or cfg.command[0] not in ('import', 'export') or not cfg.out:
         raise UserError('say import WHERE --out=RUN, or export RUN --out=FOLDER')
     (verb, where), out = cfg.command, Path(cfg.out)

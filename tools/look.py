@@ -1,10 +1,10 @@
 """
-One response of a PPO run, token by token: what the policy's update sees of it, as a table.
+Shows one response of a PPO run, token by token, in a table of what the policy's update sees.
 
 The numbers come from train_ppo.py's own functions, on the run's last checkpoint. Columns: the token
 read (x) and the one predicted (y); log pi(y) and log ref(y); the reward, which is -beta times their
 difference, plus the score on the last token; the value; and the advantage, not whitened, because
-whitening needs the whole rollout batch. Outside the mask nothing counts: it is shown as 0.
+whitening needs the whole rollout batch. Numbers outside the mask are unused, and shown as 0.
 What it does not do: read other stages, or steps before the last checkpoint.
 
     python -m tools.look out/toy/ppo --prompt="how do i clean a mirror?"

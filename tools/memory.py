@@ -2,8 +2,8 @@
 Computes what a training run holds in memory, from the sizes of its tensors: no run, and no GPU.
 
 `python -m tools.bench --memory` prints the table, for rows of 1024 tokens under bfloat16 autocast.
-Left out: the CUDA context, fragments, gradients within a block, and but for a column of their own
-the keys and values of PPO's sampler.
+Left out: the CUDA context, fragments, gradients within a block, and the keys and values of PPO's
+sampler, which have a column of their own.
 """
 from dataclasses import astuple
 

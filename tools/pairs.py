@@ -2,12 +2,12 @@
 Writes what a run answers to the training prompts, with scores; or, with --pairs, as new pairs.
 
 There are --n responses to each prompt. --reward scores them, and each is a row {prompt, response,
-score}. With --pairs, each is the best of the n against the worst, as train_dpo.py reads pairs.
-A response without EOS is marked, "response_cut", and gets no EOS in training. Pairs count it as
-train_ppo.py does, min(score, no_eos_score), and never choose it, not even where every response
-that ended scores less: the policy would learn not to end. An empty response is not written, nor
-chosen. A prompt without a response to choose, or whose best and worst have one score or one text,
-gives no pair.
+score}. With --pairs, each row is a pair for train_dpo.py instead: the best of a prompt's n against
+the worst. A response without EOS is marked "response_cut" and gets no EOS in training. In pairs its
+score is min(score, no_eos_score), as in train_ppo.py. It is never the chosen one, even where every
+response that ended scores less: the policy would learn not to end. An empty response is never
+chosen and, without --pairs, not written. A prompt gives no pair if no response can be chosen, or if
+its best and worst have the same score or text.
 What it does not do: overwrite a file, leave one behind when it is interrupted, or make sure that
 the text of a response encodes to the very ids that were sampled and scored.
 
@@ -45,7 +45,7 @@ class Config:
     out: str = ''                   # a new JSON Lines file
     reward: str = ''                # what scores: a reward model's run folder, or a reward.py
     pairs: bool = False             # write the best against the worst response to each prompt
-    no_eos_score: float = train_ppo.Config.no_eos_score     # in pairs, the most without EOS
+    no_eos_score: float = train_ppo.Config.no_eos_score     # in pairs: maximum without EOS
     # what is answered
     prompt: str = ''                # what a user types; '': the prompts of the data
     data: str = ''                  # a data folder, or one JSON Lines file; '': the run's
@@ -79,7 +79,7 @@ def scored_samples(policy, scorer, prompts, ids, tokenizer, cfg):
 
 
 def make_pair(rows, no_eos_score, dropped):
-    """Makes one prompt's rows a pair, by the rules at the top; or None, and dropped counts why."""
+    """Returns one prompt's rows as a pair, by the rules at the top; or None: dropped counts why."""
     scores = torch.tensor([row['score'] for row in rows], dtype=torch.float64)
     ended = torch.tensor(['response_cut' not in row for row in rows])
     scores = train_ppo.cap_unfinished(scores, ended, no_eos_score).tolist()
@@ -115,7 +115,7 @@ def write(cfg, saved, device, autocast):
                 if cfg.pairs:
                     rows = filter(None, [make_pair(rows, cfg.no_eos_score, dropped)])
                 for row in rows:
-                    if not (cfg.pairs or row['response']):      # no row of training may be so
+                    if not (cfg.pairs or row['response']):      # nothing to learn
                         dropped['empty response'] += 1
                         continue
                     file.write(json.dumps(row) + '\n')

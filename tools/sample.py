@@ -4,7 +4,7 @@ Shows what checkpoints answer to the same prompts, side by side; or lets you cha
 Several runs answer with the same random numbers, so that one sees what a stage has changed. What a
 user types, in --prompt or --chat, is put into the checkpoint's template. tools/pairs.py writes
 answers to a file.
-What it does not do: go on with an answer that was stopped.
+What it does not do: continue an answer that was stopped.
 
     python -m tools.sample out/toy/sft out/toy/ppo out/toy/dpo
     python -m tools.sample out/toy/ppo --prompt="how do i clean a mirror?" --temperature=1 --n=3
@@ -30,7 +30,7 @@ class Config:
     split: str = 'val'              # train or val
     prompts: int = 3                # how many different ones
     chat: bool = False              # answer line by line what is typed
-    history: bool = False           # the earlier lines of a chat, and answers, stay in the prompt
+    history: bool = False           # keep a chat's earlier lines and answers in the prompt
     # the samples
     n: int = 1                      # responses to each prompt
     temperature: float = 0.0        # 0: greedy; 1: as the model was trained
@@ -42,7 +42,7 @@ class Config:
 
 
 def check_samples(cfg):
-    """Raises UserError if --n or --split cannot be."""
+    """Raises UserError if --n or --split cannot work."""
     if cfg.n > 1 and cfg.temperature == 0:
         raise UserError(f'--n={cfg.n} are all the same at --temperature=0: add --temperature=1')
     if cfg.split not in ('train', 'val'):
@@ -131,7 +131,7 @@ def chat(cfg, saved, device, autocast):
 @torch.no_grad()
 def main(cfg):
     """Shows or chats; returns the answers: {run: [response, ...]}, or a chat's in a list."""
-    # What a chat makes no use of; a dataclass keeps its defaults as class attributes
+    # Flags that a chat does not use; a dataclass keeps its defaults as class attributes
     idle = [f'--{name}' for name in ('prompt', 'data', 'split', 'prompts', 'n')
             if cfg.chat and getattr(cfg, name) != getattr(Config, name)]
     if idle:
@@ -139,7 +139,7 @@ def main(cfg):
     if not cfg.runs or cfg.chat and len(cfg.runs) > 1:
         raise UserError(f'{len(cfg.runs)} run folders: name at least one, and one with --chat')
     if cfg.history and not cfg.chat:
-        raise UserError('--history is of a chat: add --chat')
+        raise UserError('--history needs --chat')
     check_samples(cfg)
     device, autocast = set_up(cfg)
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]

@@ -45,7 +45,7 @@ def test_every_stage_at_toy_shape(capsys, monkeypatch, tmp_path):
     for result, stage, about, last in zip(results, ['sft', 'rm', 'ppo', 'dpo', 'generate'],
                                           lines[1::2], lines[2::2], strict=True):
         step, unit = ('token', 'GB/s') if stage == 'generate' else ('step', 'GFLOP/s')
-        assert re.fullmatch(rf'{stage} toy: \d+\.\d\d ms a {step}, \d+% of \d+\.\d {unit}, '
+        assert re.fullmatch(rf'{stage} toy: \d+\.\d\d ms per {step}, \d+% of \d+\.\d {unit}, '
                             r'peak memory \d+ MB.*', about)
         assert re.fullmatch(rf'{stage} toy: ' + (r'\d+\.\d\d episodes/s' if stage == 'ppo' else
                                                  r'\d+ tokens/s'), last)

@@ -91,7 +91,7 @@ def test_which_prompts_are_answered(run, asked, tiny_data, tmp_path, capsys):
     (dict(runs=''), '0 run folders'), (dict(runs='RR', chat=True), '2 run folders'),
     (dict(chat=True, prompt='hi', n=2, temperature=1.0), '--prompt and --n'),
     (dict(chat=True, data='d', split='train', prompts=1), '--data and --split and --prompts'),
-    (dict(history=True), '--history.*add --chat'),
+    (dict(history=True), '--history needs --chat'),
     (dict(n=4), '--n=4.*--temperature=1'), (dict(split='test'), '--split=test.*val'),
     (dict(temperature=-1.0), '--temperature=-1'), (dict(n=0), '--n=0'),
     (dict(max_new_tokens=32), 'lower --max_new_tokens'), (dict(data='nowhere'), 'nowhere'),
