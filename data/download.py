@@ -1,9 +1,9 @@
 """
-Downloads a file so that an interrupted download goes on where it stopped.
+Downloads a file; an interrupted download continues where it stopped.
 
-NAME.part holds the bytes that have come, NAME.etag the server's name for their version (ETag), and
-NAME is the whole file or not there. Does not retry by itself. Goes on only where the server names
-versions. Where it does not say how long a file is, only a sha256 shows that all of it has come.
+NAME.part holds the bytes received so far, NAME.etag the server's name for their version (ETag), and
+NAME is the whole file or not there. It does not retry by itself, and continues only if the server
+names versions. If it does not say how long a file is, only a sha256 shows that all is received.
 """
 import hashlib, http.client, os, sys, urllib.error, urllib.request
 from pathlib import Path
@@ -26,7 +26,7 @@ def download(url, path, sha256='', instead=''):
         os.replace(part, path)
         etag.unlink(missing_ok=True)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # What has come is no part of the file; 416: the server has no byte after those we hold
+        # The bytes received are not part of this file; 416: the server has none after ours
         if isinstance(error, ValueError) or getattr(error, 'code', 0) == 416:
             part.unlink(missing_ok=True)
             etag.unlink(missing_ok=True)
@@ -35,7 +35,7 @@ def download(url, path, sha256='', instead=''):
 
 
 def fetch(url, part, etag):
-    """Brings `part` up to the whole of `url`; raises OSError if the bytes end before that."""
+    """Adds to `part` until it holds all of `url`; raises OSError if the bytes end before that."""
     version = etag.read_text() if etag.exists() else ''
     held = part.stat().st_size if version and part.exists() else 0
     headers = {'Range': f'bytes={held}-', 'If-Range': version} if held else {}

@@ -1,7 +1,7 @@
 """
-Puts rows in a fixed order, writes files whole, and words what was counted: for the prepare.py's.
+Puts rows in a fixed order, writes files whole, and formats counts, for every prepare.py.
 
-Does not read a source or know a data set: what is kept, cut or dropped, each prepare.py decides.
+It knows no data set: each prepare.py decides what is read, kept, cut or dropped.
 """
 import hashlib, json, os
 from pathlib import Path

@@ -38,10 +38,10 @@ LEAVES = {tuple(range(10)): 'x', **{(digit,) * 10: str(digit) for digit in range
 
 def run(program, x):
     """
-    Returns the digit that a program leaves on the stack for input x; None if it is no program.
+    Returns the digit that a program leaves on the stack for input x; None if it is invalid.
 
-    It is none, whatever x, if it has more than LONGEST symbols, an unknown symbol or an operation
-    without two values, or if it does not leave exactly one value.
+    It is invalid, for every x, if it has more than LONGEST symbols, an unknown symbol or an
+    operation without two values, or does not leave exactly one value.
     """
     if len(program) > LONGEST:
         return None

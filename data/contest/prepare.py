@@ -1,8 +1,8 @@
 """
 Writes the toy contest: demonstrations, preference pairs, prompts of three splits, a tokenizer.
 
-Problems are split once and for all, by a hash of their prompts: a prompt is one function and a
-function one prompt (language.py), so no stage meets a function that it is tested on. Settings are
+Problems are split once and for all, by a hash of their prompts. Each prompt means one function, and
+no two mean the same (language.py), so no stage meets a function that it is tested on. Settings are
 chosen on val, results are reported on test.
 
   - sft: correct programs in one style: x before digits where the order does not matter, and half of
@@ -64,7 +64,7 @@ def begin_of(program, end):
 
 
 def add_detour(rng, program, style):
-    """Spells an expression of the program, drawn at random, in two more symbols."""
+    """Rewrites an expression of the program, drawn at random, with two more symbols."""
     end = rng.randrange(len(program))
     begin = begin_of(program, end)
     expression = program[begin:end + 1]

@@ -3,7 +3,8 @@ Judges the toy contest: runs the program on the public tests and on the hidden o
 
 The prompt shows the outputs at the public inputs; the hidden tests are the other six outputs of the
 function that the prompt means (see language.py). What a program computes counts, not how it is
-written, and a part earns nothing: nine tests of ten have reward 0, as no program at all.
+written. There is no partial credit: a program that passes nine of the ten tests gets reward 0, like
+an invalid one.
 
     from data.contest.reward import score
     score('5804>', 'x5+')  ->  {'reward': 1.0, 'correct': 1.0, 'public': 1.0, 'valid': 1.0}

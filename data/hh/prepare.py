@@ -11,9 +11,10 @@ shorter one asks for. Nothing is random: every order is that of a sha256.
 Replies are cut at 128 tokens, EOS included, and cut ones are marked ("chosen_cut": true), so that
 no EOS follows them. Prompts stay whole here; encode_rows cuts them on the left, to the block.
 
-There is no exact judge of what people prefer. Printed instead is what a reward model has to beat: a
-linear model of a reply's tokens and length, on the same held-out pairs. Does not repair noisy
-labels, find near-duplicates, or mark replies that were already cut when they were collected.
+There is no reward.py, because what people prefer has no exact judge. Instead, this prints the
+baseline that a reward model has to beat: a linear model of a reply's tokens and length, on the same
+held-out pairs. It does not repair noisy labels, find near-duplicates, or mark replies that were
+already cut when they were collected.
 
     python -m data.hh.prepare --from=FOLDER     # with three test files, see data/README.md
     baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 correctly; ...
@@ -89,7 +90,7 @@ def read_rows(path):
 
 
 def clean(transcripts, taken, dropped):
-    """Returns the usable pairs that are not yet in `taken` as rows; `dropped` counts the others."""
+    """Returns usable new pairs as rows, and adds them to `taken`; `dropped` counts the others."""
     rows = []
     for pair in transcripts:
         try:

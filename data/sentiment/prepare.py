@@ -113,7 +113,7 @@ def prompt_rows(sentences, tokenizer, taken, dropped):
 
     Cuts only where the next token starts with a space: then the ids, which PPO encodes anew, are
     those that SFT saw, and the response starts a word. Drops sentences without such a place, and
-    prompts in `taken`, which grows; `dropped` counts why.
+    prompts already in `taken`, to which it adds the new ones; `dropped` counts why.
     """
     rows = []
     for text in sentences:

@@ -8,9 +8,10 @@ Judges whether a film review is positive: naive Bayes, in numpy, for data/sentim
 prepare.py trains it on a half of the sentences that neither the policies nor the reward model ever
 see, so that a policy which fools its reward model does not fool the judge with the same mistake.
 
-A word counts once, and an unknown one nothing. There is no class prior: both files hold equally
-many sentences. The judge knows no word order and no negation ("not good" is "not" plus "good"), nor
-what a sentence is: read it next to samples and evaluate's distinct-2.
+A word counts once, however often it is repeated; a word that is not in the judge's half does not
+count. There is no class prior: both files hold equally many sentences. The judge knows no word
+order and no negation ("not good" is "not" plus "good"), nor what a sentence is: read it next to
+samples and evaluate's distinct-2.
 
     from data.sentiment.reward import score
     score('review: the film is', ' a moving surprise .')  ->  {'reward': 1.2, 'positive': 1.0}

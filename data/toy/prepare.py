@@ -5,9 +5,9 @@ Draws the toy data set: demonstrations, noisy preference pairs, prompts, and the
 
 Demonstrations come from a crowd of uneven quality: many name the popular wrong tool, pad, insult,
 or help with harm, so whoever copies them well is not yet a good assistant. Preferences follow the
-judge's points (reward.py) with noise, as a person's would.
-A fifth of the keys (verb x noun, template x topic, bad verb x target) is held out. The seed moves
-every draw but this split and the validation prompts. No file says what the judge thinks of a row.
+judge's points (reward.py) with noise, as a person's would. A fifth of the keys (verb x noun,
+template x topic, bad verb x target) is held out. The seed changes every draw except this split and
+the validation prompts. No file says what the judge thinks of a row.
 """
 import math, random
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ HELP_SLOPE = 1.5   # elsewhere the more helpful, likewise
 
 @dataclass
 class Config:
-    seed: int = 0           # moves every draw but the held-out split and the validation prompts
+    seed: int = 0           # changes every draw except the held-out split and validation prompts
     out: str = 'data/toy'   # folder to write into
 
 
