@@ -7,11 +7,12 @@ Tajwar et al. 2024, sections 4 and 5:
     reward      mean over L positions of exp(-((a_i - c) / 10)^2); c = 70 in R1, 20 in R2
     policy      softmax of a table of L x 100 logits that starts at the reference; plain descent
 
-All but the samples is exact: mean reward, KL and entropy are sums over the table, and so is the
-policy at which imitation ends. What the claims leave open is run both ways. 'best lr': every run
-again at its own learning rate, from 1, 3, 10, ... on seeds 100 to 102. 'own mean': a baseline of
-the collection alone, where the authors' code has the mean of all scores so far. 'far' pairs: those
-whose rewards differ by 0.2; most others compare rewards near 0. No Adam, KL penalty or prompts.
+Everything but the samples is exact: mean reward, KL and entropy are sums over the table, and so is
+the policy at which imitation ends. What the claims leave open is run both ways. 'best lr' repeats
+every run at its own best learning rate of 0.1, 0.3, 1, ..., chosen on seeds 100 to 102. 'own mean'
+takes the collection's mean as the baseline; the authors' code takes that of all scores so far. 'far
+pairs' are those whose rewards differ by more than 0.2; most others compare rewards near 0. There is
+no Adam, no KL penalty, and no prompt.
 
     python -m studies.bandit
     R1, offline: DPO is above Best-of-N by 0.4: holds in 10 of 10 seeds
@@ -95,7 +96,7 @@ class Table:
                 'ref_logprobs': self.ref[0][responses]}             # the same for each choice
 
     def note_kl_collect(self):
-        """Keeps the most nats that the policy has moved from the one that sampled."""
+        """Updates kl_collect, the largest KL(policy, the policy that sampled) so far, in nats."""
         table = self.logprobs()
         moved = (table.exp() * (table - self.collected)).sum().item()
         self.kl_collect = max(self.kl_collect, moved)
@@ -182,7 +183,7 @@ def run_seed(seed, quick):
 
 
 def by_run(rows):
-    """Returns mean rewards by (experiment, task, method, B, T or data); by 'moved', kl_collect."""
+    """Returns final rewards by (experiment, task, method, B, T or data); by 'moved', kl_collect."""
     values, varies = {}, {'staleness': 'B', 'reuse': 'T'}
     for row in select(rows, last=1):
         name = row['experiment']

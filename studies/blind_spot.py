@@ -60,7 +60,7 @@ def along(start, shift):
 
 
 def peak(start):
-    """Returns the most that y3 reaches if y1 is rarer than y2: p3 / (2 sqrt(p1 p2) + p3)."""
+    """Returns the highest pi(y3) on the way if y1 is rarer than y2: p3 / (2 sqrt(p1 p2) + p3)."""
     return start[2] / (2 * (start[0] * start[1]).sqrt() + start[2])
 
 

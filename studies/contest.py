@@ -9,8 +9,8 @@ Tables 3, 7, 8 and 9. The paper's three conditions for PPO, and where the refere
 The arms:
   - sft; early sft, 1,000 steps in place of 1,500: for the "pretrained" of table 9;
   - dpo LR: one pass over the data set's pairs, whose winners are improbable under SFT;
-    dpo on-policy LR: two or so over pairs of SFT's own samples, 4 times five to a prompt;
-    early ref: the same pairs, but from early sft;
+    dpo on-policy LR: about two passes over pairs of SFT's own samples, four groups of five per
+    prompt, ranked by the tests; early ref: the same pairs, but starting from early sft;
   - iter LR, iter + winners LR: four rounds of sampling and DPO, each from the policy of the last
     one; five samples without a correct one are left out, or the data set's program is the winner;
   - ppo, four rungs at two learning rates and equal rollouts: baseline (64 responses a step, plain
@@ -163,7 +163,7 @@ def pass_at(total, correct, n):
 
 
 def filtered_pass_at(public, correct, n):
-    """Returns the same of samples that pass the public tests, of which n or fewer are all drawn."""
+    """Returns the same for samples that pass the public tests; of n or fewer, all are drawn."""
     return float(correct > 0) if public <= n else pass_at(public, correct, n)
 
 

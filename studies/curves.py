@@ -1,5 +1,5 @@
 """
-Draw runs: what their log.jsonl files hold, as one picture.
+Draws the log.jsonl files of runs as one picture.
 
 A panel per metric, or per two that are read together, and a block of panels per stage. Runs of one
 stage share its panels, each in its own colour; a run in progress is drawn as far as it has come.
@@ -74,7 +74,7 @@ def read_curves(path):
 
 
 def stage_of(curves):
-    """Returns the key of STAGES that leaves such curves: a log's metrics tell it."""
+    """Returns the key of STAGES whose runs log such metrics."""
     if 'score' in curves:
         return 'PPO'
     if 'margin' not in curves:

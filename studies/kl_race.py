@@ -12,8 +12,8 @@ good samples the forward one: (A) to (C) race them. Then pairs: when DPO lowers 
     (B) if q_i = q_j forward closes the gap; reverse widens it where p (log(q / p) + KL) still
         rises in p, that is below q exp(KL - 1): far from the target only.
     log pi = log ref + phi theta - log Z, and one pair: DPO moves theta along phi_w - phi_l, so
-    log pi(w) falls at once if and only if (phi_w - E_pi phi) (phi_w - phi_l) < 0; concave along
-    that line, it then falls ever on. With a parameter for each response it always rises.
+    log pi(w) falls at once if and only if (phi_w - E_pi phi) (phi_w - phi_l) < 0; it is concave
+    along that line, so it then keeps falling. With a parameter per response it always rises.
 
 Exact gradients, nothing sampled. Seed 0 has the cases as they are written here, other seeds move
 each probability by a factor exp(0.2 z).
@@ -78,7 +78,7 @@ def race(p, q, way, steps, lr=1.0):
 
 
 def nudge(probs, seed, number=0):
-    """Moves each of probs (K,) by a factor exp(0.2 z), equal ones by one z; seed 0: none."""
+    """Multiplies probs (K,) by exp(0.2 z), equal ones by the same z; seed 0 changes nothing."""
     logits, which = torch.tensor(probs, dtype=torch.float64).log().unique(return_inverse=True)
     z = torch.randn(len(logits), generator=rng(seed, number, 'batch'), dtype=torch.float64)
     return (logits + (0.2 if seed else 0) * z)[which].softmax(0)

@@ -6,8 +6,8 @@ Toy, is data/toy with its exact judge: the stand-in for AlpacaFarm and UltraFeed
 
 Every method starts from train_sft's policy and learns from the pairs, or from the scores of
 train_rm's reward model, which has learned from them (on Toy from more of the kind). REINFORCE and
-PPO have the KL in their rewards, and no value model: A_t is what is still to come, whitened. An
-order of two methods holds only by 2 standard errors of the difference, seed by seed.
+PPO have the KL in their rewards, and no value model: A_t is the whitened sum of rewards from t on.
+An order of two methods holds only if the mean gap, paired by seed, exceeds 2 standard errors.
 
     python -m studies.length
     Min: gold of DPO < on-policy DPO: in 5 of 5 seeds, by 5.81 ± 0.44: holds
@@ -201,7 +201,7 @@ CHAINS = {
 
 
 def check(rows):
-    """Prints of every order whether it holds by 2 standard errors; returns those that do not."""
+    """Prints for every order whether it holds by 2 standard errors; returns those that do not."""
     lost = []
     for (task,), some in grouped(rows, 'task').items():
         runs = by_seed(some, 'method').values()

@@ -1,5 +1,5 @@
 """
-A language in which only the length counts, for studies/length.py.
+Defines a language in which only the length counts, for studies/length.py.
 
     prompt     two letters of eight and a colon, "ab:"
     response   n of these two letters, each at random; in demonstrations n is normal, mean 20, std 5

@@ -1,16 +1,16 @@
 """
-Safe and helpful, DPO against PPO on data/toy: where from, on which pairs, how far.
+Compares how safe and helpful DPO and PPO become on data/toy, by starting point, pairs and beta.
 
 Xu et al. 2024, sections 4.3 and 6, tables 2, 11 and 12. Every stage is the project's own script at
 its default settings; what is expected, and what came out, is in studies/README.md.
 
-    unsafe   = cost > 0, by the judge (data/toy/reward.py), of an answer: who filters asks it
+    unsafe   = an answer with cost > 0, by the judge (data/toy/reward.py); the filters ask it too
     safety   = 1 - harm, the share of answers to held-out prompts without a cost
     DPO-Iter = 4 times: sample 4 answers to a prompt, the reward model's best against its worst,
                DPO on that with the last round's policy as reference
 
-All DPO arms take the same number of steps, so that a fifth of the pairs, what the filters leave, is
-seen five times: 'few pairs', as few of all kinds, is the control.
+All DPO arms take the same number of steps, so the fifth of the pairs that the filters leave is seen
+five times. The control, 'few pairs', has as few pairs, of all kinds.
 
     python -m studies.safety
     PPO is more helpful than DPO-Iter: holds in 3 of 3 seeds

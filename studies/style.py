@@ -1,5 +1,5 @@
 """
-How the studies' pictures look, and how they are saved. Only functions that draw need matplotlib.
+Defines how the studies' pictures look, and saves them. Only functions that draw need matplotlib.
 """
 import importlib.util, os
 
@@ -19,7 +19,7 @@ def new_figure(width, height, dpi=150):
 
 
 def frame(ax, title, unit='', below=''):
-    """Draws a panel's title, what its y axis shows, above it, and what its x axis shows, below."""
+    """Draws a panel's title, under it what the y axis shows, and below what the x axis shows."""
     ax.set_title(title, loc='left', fontsize=11, pad=19 if unit else 6)
     ax.annotate(unit, (0, 1), (0, 5), xycoords='axes fraction', textcoords='offset points',
                 fontsize=9, color=GREY)
@@ -48,7 +48,7 @@ def save_picture(figure, path):
 
 
 def show_picture(cfg, path, draw):
-    """Draws draw(), a Figure, beside the table, if the study has added to it."""
+    """Saves draw(), a Figure, beside the table, if the study has added to it; not with --quick."""
     picture = path.with_suffix('.png')
     if cfg.quick:
         return

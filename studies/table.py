@@ -1,8 +1,8 @@
 """
-The tables of the studies: CSV files in which every seed has its rows, and what is printed of them.
+Reads, extends and prints the studies' tables: CSV files in which every seed has its rows.
 
-A study adds a seed's rows when the seed is done, so that an interrupted study goes on with the
-missing seeds: to a table in out/studies/ or, with --results, to the committed one.
+A study adds a seed's rows to a table in out/studies/ or, with --results, to the committed one. It
+does so as soon as the seed is done, so an interrupted study continues with the missing seeds.
 """
 import csv, io, statistics
 from pathlib import Path

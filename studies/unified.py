@@ -1,5 +1,5 @@
 """
-One algorithm and its losses: what PPO, DPO and imitation share, and the three axes they part on.
+One algorithm and its losses: what PPO, DPO and imitation share, and three axes where they differ.
 
 Tajwar et al. 2024, "Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy Data":
 
@@ -23,10 +23,10 @@ negative gradient if it pushes some response down. The methods by these three ax
     Pref-FT          - log pi(chosen)                                  no        yes     no
     Binary FeedMe    - log pi(y) if r > bar, else 0                    no        yes     no
 
-REINFORCE's gradient is right for the policy's own samples alone, hence no reuse. A minibatch is a
-dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages (G, N, T): G prompts, N
-responses to each, T tokens. Outside a response all three are 0, as are the logprobs, so that sums
-over T, which include EOS, need no mask. Given pairs are groups of 2 whose scores are 1 and 0.
+REINFORCE's gradient is correct only for the current policy's samples, hence no reuse. A minibatch
+is a dict of tensors: scores (G, N), and old_logprobs, ref_logprobs, advantages (G, N, T): G
+prompts, N responses to each, T tokens. Outside a response all three are 0, as are the logprobs, so
+that sums over T, which include EOS, need no mask. Given pairs are groups of 2 with scores 1 and 0.
 """
 import torch
 
