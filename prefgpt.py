@@ -15,7 +15,7 @@ M tokens where a mask is true.
 
 Left out: dropout, multi-GPU training, fp16, top-k and top-p (samples must match token_logprobs).
 """
-import argparse, dataclasses, difflib, hashlib, inspect, itertools, json, math, os, re, resource
+import argparse, dataclasses, difflib, hashlib, inspect, itertools, json, math, os, re
 import shutil, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,9 @@ class Attention(nn.Module):
     """
     Causal self-attention: softmax(q k' / sqrt(C/H)) v in each of H heads.
 
-    During sampling, cache (2, B, H, S, C/H) holds this layer's keys and values, positions (B,) is
-    each row's own position, and visible (B, 1, 1, S) marks the cache slots that the row may see.
+    During sampling, cache (2, B, H, S, C/H) holds this layer's keys and values, place is where each
+    row writes its own, (rows, positions), (B,) each, and mask (B, 1, 1, S) is 0 at the slots that
+    the row may see and -inf elsewhere.
     """
 
     def __init__(self, config):
@@ -58,19 +59,19 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
+    def forward(self, x, cache=None, place=None, mask=None):
         B, T, C = x.shape                                           # x (B, T, C)
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)   # (B, T, 3, H, C/H)
         q, k, v = qkv.transpose(1, 3).unbind(2)                     # (B, H, T, C/H)
-        if positions is None:
+        if place is None:
             if cache is not None:                                   # prefill: keep keys, values
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:                                                       # decode: T is 1
-            rows = torch.arange(B, device=x.device)
+            rows, positions = place
             # Each row writes at its own position. The ':' between two index tensors puts B in front
             cache[:, rows, :, positions] = qkv[:, 0, 1:]            # both sides (B, 2, H, C/H)
-            out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=visible)
+            out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
 
 
@@ -96,8 +97,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, visible)
+    def forward(self, x, cache=None, place=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, place, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -130,21 +131,31 @@ class GPT(nn.Module):
         assert T <= self.config.block_size, f'{T} tokens exceed block_size={self.config.block_size}'
         if positions is None:
             x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))  # (B, T, C)
-            visible = None
+            place = mask = None
         else:
             x = self.wte(tokens) + self.wpe(positions)[:, None]     # (B, 1, C)
-            # A slot past the row's own position holds a pad's key or nothing, so it stays invisible
-            slots = torch.arange(cache.size(-2), device=tokens.device)     # (S,)
-            visible = (slots <= positions[:, None])[:, None, None]         # (B, 1, 1, S)
+            place = torch.arange(len(tokens), device=tokens.device), positions
+            # A slot past the row's own position holds a pad's key or nothing, so it stays unseen.
+            # As numbers, made once: each layer would turn booleans into them again
+            slots = torch.arange(cache.size(-2), device=tokens.device)              # (S,)
+            mask = torch.where(slots <= positions[:, None], 0.0, -math.inf)         # (B, S)
+            mask = mask.to(cache.dtype)[:, None, None]              # (B, 1, 1, S)
         for layer, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[layer], positions, visible)
+            x = block(x, None if cache is None else cache[layer], place, mask)
         return self.ln_f(x)
 
-    def logits(self, hidden):
-        """Projects hidden states (..., C) to logits (..., V) with the token embedding itself."""
+    def logits(self, hidden, multiple=1):
+        """
+        Projects hidden states (..., C) to logits (..., V) with the token embedding itself. Logits
+        of -inf, of tokens that do not exist, round V up to a multiple.
+        """
+        weight, bias, spare = self.wte.weight, None, -self.config.vocab_size % multiple
+        if spare:
+            bias = F.pad(weight.new_zeros(len(weight)), (0, spare), value=-math.inf)
+            weight = F.pad(weight, (0, 0, 0, spare))
         # Not in bfloat16: near -100 its numbers are 0.5 apart, and PPO's first ratio would show it
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
+            return F.linear(hidden.to(weight.dtype), weight, bias)
 
     def empty_cache(self, B, S):
         """Returns a cache for keys and values, B rows of S slots: (layers, 2, B, H, S, C/H)."""
@@ -208,7 +219,7 @@ def last_column(response_mask):
     return (response_mask * columns).amax(1)
 
 
-LOGITS_AT_ONCE = 2 ** 25    # largest number of logits in one block: 128 MB of float32
+LOGITS_AT_ONCE = 2 ** 26    # largest number of logits in one block: 256 MB of float32
 
 
 def token_logprobs(model, x, y, mask, temperature=1.0):
@@ -220,7 +231,8 @@ def token_logprobs(model, x, y, mask, temperature=1.0):
     All logprobs, old, new and reference, come from here: otherwise PPO's first ratio is not 1.
     """
     def logprobs_of(hidden, targets):
-        logits = model.logits(hidden)                               # (M, V)
+        # CUDA multiplies odd widths slowly, and GPT-2's V is odd: a fifth of a training step
+        logits = model.logits(hidden, 64) if hidden.is_cuda else model.logits(hidden)   # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1:                    # at 1, a useless pass over (M, V)
             logits = logits / temperature
@@ -231,7 +243,8 @@ def token_logprobs(model, x, y, mask, temperature=1.0):
     if len(hidden) <= block:
         picked = logprobs_of(hidden, targets)
     else:
-        picked = torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False)
+        picked = torch.cat([checkpoint(logprobs_of, h, t, use_reentrant=False,
+                                       preserve_rng_state=False)    # nothing in it is random
                             for h, t in zip(hidden.split(block), targets.split(block))])
     return picked.new_zeros(x.shape).masked_scatter(mask, picked)
 
@@ -240,6 +253,13 @@ def last_scores(model, tokens, response_mask):
     """Returns one score per response, (B,): the model's number at its last token, EOS or not."""
     index = last_column(response_mask) + 1      # + 1 because y[:, t] is tokens[:, t+1]
     return model(tokens).gather(1, index[:, None]).squeeze(1)
+
+
+def pair_metrics(losses, margins, chosen, rejected):
+    """Returns the logged metrics of pairs, from tensors (B,); accuracy counts a tie as wrong."""
+    return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
+            'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
+            'rejected': rejected.mean().item()}
 
 
 # ----------------------------------------------------------------------------- sampling
@@ -278,28 +298,48 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
 
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     tokens = F.pad(tokens, (0, max_new_tokens)).to(device)                          # (B, S)
-    cache = policy.empty_cache(B, longest + max_new_tokens)
-    hidden = policy.forward(tokens[:, :longest], cache)[rows, starts - 1]           # (B, C)
-
+    # CUDA's attention takes a mask as it is if its rows begin at multiples of 8 numbers
+    cache = policy.empty_cache(B, math.ceil((longest + max_new_tokens) / 8) * 8)
+    # Prefill keeps keys and values; the first step reads each prompt's last token again
+    policy.forward(tokens[:, :longest], cache)
     running = torch.ones(B, dtype=torch.bool, device=device)        # false once a row has ended
     lengths = torch.zeros_like(starts)                              # of the responses, so far
-    for t in range(max_new_tokens):
-        token = draw(policy.logits(hidden), u[:, t], temperature)   # (B,)
-        tokens[rows, starts + t] = token * running                  # 0 once the row has ended
-        lengths += running
-        running = running & (token != eos)
-        # Asking the device forces a wait, so ask only now and then
-        if t + 1 == max_new_tokens or (t % 16 == 15 and not running.any()):
-            break
-        # The token just drawn is at index starts + t of its row.
-        # forward, not __call__: the shapes change at every step, and --compile would recompile
-        seen = cache[..., :longest + t + 1, :]      # a view: forward writes into cache itself
-        hidden = policy.forward(token[:, None], seen, starts + t)[:, 0]             # (B, C)
 
+    def step(seen):
+        """Reads each row's last token and draws the next, in place, so that it can be replayed."""
+        last = starts + lengths - 1                                 # of an ended row, its EOS
+        # forward, not __call__: the shapes change at every step, and --compile would recompile
+        hidden = policy.forward(tokens[rows, last][:, None], seen, last)[:, 0]      # (B, C)
+        token = draw(policy.logits(hidden), u[rows, lengths], temperature)          # (B,)
+        tokens[rows, last + 1] = token * running                    # 0 once the row has ended
+        lengths.add_(running)
+        running.logical_and_(token != eos)
+
+    decode(step, cache, longest, running, max_new_tokens)
     ends = starts + lengths
     tokens = tokens[:, :int(ends.max())]
     columns = torch.arange(1, tokens.size(1), device=device)        # y's index in tokens
     return tokens, (columns >= starts[:, None]) & (columns < ends[:, None])
+
+
+def decode(step, cache, longest, running, max_new_tokens):
+    """Calls generate's step max_new_tokens times, or stops once no row is running."""
+    graph = None
+    for t in range(max_new_tokens):
+        if graph:
+            graph.replay()
+        elif cache.device.type == 'cuda':
+            # A step is hundreds of kernels, each quicker than Python starts it. Recorded once, they
+            # are replayed as one. Recording computes nothing, and needs shapes that do not change
+            step(cache)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(cache)
+        else:
+            step(cache[..., :longest + t, :])       # a view: forward writes into cache itself
+        # Asking the device forces a wait, so ask only now and then
+        if t % 16 == 15 and not running.any():
+            break
 
 
 # ----------------------------------------------------------------------------- batches, optimizer
@@ -315,10 +355,10 @@ def rng(seed, step, stream):
 
 def batches(lengths, batch_size, seed, start=0):
     """
-    Yields the row indices of batches start, start + 1, ...; an epoch visits every row once.
-    The rows of a batch have similar lengths, so that little of it is padding.
+    Yields the row indices of batches start, start + 1, ...; an epoch visits every row once. They
+    have batch_size rows at most, and mostly of similar lengths, so that little of it is padding.
     """
-    per_epoch = math.ceil(len(lengths) / batch_size)        # the last batch may be smaller
+    per_epoch = math.ceil(len(lengths) / batch_size)
     for epoch in itertools.count(start // per_epoch):
         generator = rng(seed, epoch, 'batch')
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -326,11 +366,12 @@ def batches(lengths, batch_size, seed, start=0):
         group = 16 * batch_size
         order = [index for i in range(0, len(order), group)
                  for index in sorted(order[i:i + group], key=lengths.__getitem__)]
-        in_epoch = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        # As even as can be: a last batch of one row would weigh as much as any other
+        in_epoch = torch.tensor(order).tensor_split(per_epoch)
         # The batches are shuffled too, or each group would run from short rows to long ones
         visits = torch.randperm(per_epoch, generator=generator).tolist()
         for i in visits[max(0, start - epoch * per_epoch):]:    # resume in the middle of an epoch
-            yield in_epoch[i]
+            yield in_epoch[i].tolist()
 
 
 def learning_rate(step, steps, lr, warmup):
@@ -341,14 +382,12 @@ def learning_rate(step, steps, lr, warmup):
     return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def adamw(model, weight_decay):
+def adamw(model, weight_decay, eps=1e-8):
     """Returns AdamW: matrices and embeddings decay, biases and LayerNorms do not (two groups)."""
     parameters = [p for p in model.parameters() if p.requires_grad]     # tied weights appear once
     groups = [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
-    # A weight whose gradient is far below eps hardly moves; with the usual 1e-8, Adam would move it
-    # as far as any other, on noise (cf. Huang et al. 2024, N Implementation Details of RLHF)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
 def check_finite(where, **numbers):
@@ -375,6 +414,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
 
 # ----------------------------------------------------------------------------- checkpoints
 
+FORMAT = 2      # raised when an older run could not go on as it began; older files are refused
 POLICIES = ('base', 'sft', 'ppo', 'dpo')        # the stages whose checkpoints hold a policy
 
 
@@ -387,8 +427,9 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
     path, shape = Path(path), next(iter(models.values())).config
     # Only tensors, strings, numbers, dicts and lists, so that weights_only=True can load them
     contents = dict(
-        stage=stage, step=step, config=dataclasses.asdict(cfg), model=dataclasses.asdict(shape),
-        metrics=metrics, weights={name: model.state_dict() for name, model in models.items()},
+        format=FORMAT, stage=stage, step=step, config=dataclasses.asdict(cfg),
+        model=dataclasses.asdict(shape), metrics=metrics,
+        weights={name: model.state_dict() for name, model in models.items()},
         optimizers=[optimizer.state_dict() for optimizer in optimizers], **text, **extra)
     temporary, previous = path.with_name('ckpt.tmp'), path.with_name('ckpt.prev.pt')
     try:
@@ -421,12 +462,13 @@ def load_checkpoint(path, stages):
             if damaged := archive.testzip():
                 raise ValueError(f'checksum of {damaged}')
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(saved, dict) or 'stage' not in saved:
-            raise ValueError('not written by this version of prefgpt')
     except Exception as error:                  # a damaged file can raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({reason}); '
                         'copy ckpt.prev.pt, the checkpoint before it, over it') from None
+    if not isinstance(saved, dict) or saved.get('format') != FORMAT:
+        raise UserError(f'{path}: not written by this version of prefgpt; remove that run, and '
+                        'run its stage (or tools.hf import) again')
     if saved['stage'] not in stages:
         raise UserError(f"{path}: its stage is {saved['stage']}, not {' or '.join(stages)}")
     return saved
@@ -513,6 +555,10 @@ def peak_memory():
     """Returns this process's peak memory as text: that of the GPU, if it used one."""
     if torch.cuda.is_initialized():
         return f'{torch.cuda.max_memory_allocated() / 2 ** 20:.0f} MB of GPU memory'
+    try:
+        import resource
+    except ImportError:                         # Windows
+        return 'unknown'
     unit = 2 ** 10 if sys.platform == 'linux' else 2 ** 20      # Linux counts KB, macOS bytes
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MB'
 
@@ -527,7 +573,7 @@ AT_LEAST = dict(steps=1, batch_size=1, eval_every=1, max_new_tokens=1, rollout_s
 # Formats of the numbers in the printed lines; a number not named here is printed as 6.3f
 FORMATS = dict(loss='6.4f', accuracy='4.2f', chosen='7.2f', rejected='7.2f', ratio='5.3f',
                clip_frac='5.3f', pg_loss='7.4f', vf_loss='6.4f', entropy='5.3f', length='5.1f',
-               eos='5.3f', norm='6.2f', lr='7.1e')
+               eos='5.3f', norm='6.2f', lr='7.1e', approx_kl='6.4f')
 
 
 def open_run(cfg, stage):
@@ -560,9 +606,13 @@ def set_up(cfg):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:     # no such device, or torch built without it
         raise UserError(f'--device={cfg.device}: {str(error).splitlines()[0]}') from None
-    dtype = cfg.dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
+    # A GPU before Ampere (T4, V100) only emulates bfloat16, more slowly than it computes float32
+    native = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = cfg.dtype or ('bfloat16' if native else 'float32')
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f'--dtype={dtype}: use float32 or bfloat16 (fp16 would need loss scaling)')
+    if device.type == 'cuda':       # with cuda:1, CUDA graphs and peak_memory would mean cuda:0
+        torch.cuda.set_device(device.index or 0)
     torch.manual_seed(cfg.seed)                         # for the initial weights
     torch.set_float32_matmul_precision('high')          # TF32 on CUDA
     # On an H100 or H200 torch would choose cuDNN's attention, which spends up to half a second

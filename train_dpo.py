@@ -12,7 +12,7 @@ fixed reference. The reference is pi before its first step, so the loss starts a
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """
-import time
+import itertools, math, time
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from data.text import hash_data, load_examples, load_text, show_samples
 from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
                      make_batch, open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
-from prefgpt import GPT, UserError, token_logprobs
+from prefgpt import GPT, UserError, pair_metrics, token_logprobs
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Config:
     max_new_tokens: int = 64        # maximum tokens of a sample shown
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
     compile: bool = False           # torch.compile the model
 
 
@@ -85,6 +85,8 @@ def all_logprobs(policy, pairs, size, device, autocast):
     order = sorted(range(len(pairs)), key=lengths.__getitem__)      # less padding
     out = torch.empty(2, len(pairs), device=device)
     for i in range(0, len(pairs), size):
+        if i and i % (100 * size) == 0:             # over many pairs, this takes minutes
+            print(f'logprobs of {i} of {len(pairs)} pairs', flush=True)
         indices = order[i:i + size]
         with autocast:
             out[:, indices] = pair_logprobs(policy, [pairs[j] for j in indices], device)
@@ -96,13 +98,6 @@ def losses_and_margins(cfg, *seq_logprobs):
     losses = (ipo_loss(*seq_logprobs, cfg.beta) if cfg.ipo else
               dpo_loss(*seq_logprobs, cfg.beta, cfg.label_smoothing))
     return losses, cfg.beta * log_ratio(*seq_logprobs)
-
-
-def pair_metrics(losses, margins, chosen, rejected):
-    """Returns the logged metrics of pairs, from tensors (B,); accuracy counts a tie as wrong."""
-    return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
-            'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
-            'rejected': rejected.mean().item()}
 
 
 def main(cfg):
@@ -122,19 +117,23 @@ def main(cfg):
     data_hash = hash_data(cfg, saved, train, val)
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
-        model.compile()
+        model.compile(dynamic=True)
     start, metrics = resume(saved, optimizer)
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
+    # Tokens read per pair: the prompt is read twice
+    lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
     if saved:
         ref_train, ref_val = (saved[name].to(device) for name in ('ref_train', 'ref_val'))
     else:       # the policy has not moved yet: it is its own reference
-        ref_train, ref_val = (all_logprobs(model, pairs, micro_batch_size, device, autocast)
-                              for pairs in (train, val))                        # (2, N) each
+        ref_val = all_logprobs(model, val, micro_batch_size, device, autocast)  # (2, N)
+        steps = itertools.islice(batches(lengths, cfg.batch_size, cfg.seed), cfg.steps)
+        visited = sorted(set(itertools.chain(*steps)))      # no step needs the other pairs
+        ref_train = torch.full((2, len(train)), math.nan, device=device)
+        ref_train[:, visited] = all_logprobs(model, [train[i] for i in visited], micro_batch_size,
+                                             device, autocast)
 
     # --- the loop
     log = Log(cfg.out, start, cfg.steps)
-    # Tokens read per pair: the prompt is read twice
-    lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
     for step, indices in zip(range(start + 1, cfg.steps + 1),
                              batches(lengths, cfg.batch_size, cfg.seed, start)):
         began, parts = time.time(), []

@@ -64,10 +64,10 @@ class Config:
     weight_decay: float = 0.0       # AdamW's, on matrices and embeddings
     grad_clip: float = 1.0          # maximum norm of each model's gradient
     # the rest
-    eval_every: int = 20            # rollout batches between evaluations; each saves a checkpoint
+    eval_every: int = 5             # rollout batches between evaluations; each saves a checkpoint
     seed: int = 0                   # of prompts, samples and minibatches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
     compile: bool = False           # torch.compile policy, reference and value model
 
 
@@ -143,6 +143,12 @@ def in_parts(function, size, *tensors):
     return torch.cat([function(*part) for part in zip(*(t.split(size) for t in tensors))])
 
 
+def all_logprobs(model, x, y, mask, cfg):
+    """Returns token_logprobs, (B, T), micro_batch_size rows at a time."""
+    return in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature),
+                    cfg.micro_batch_size or len(x), x, y, mask)
+
+
 def load_scorer(reward, init, device, size=0):
     """
     Returns scorer(tokens, response_mask, prompts, texts) -> scores (B,), from a reward.py or from a
@@ -180,32 +186,45 @@ def rollout(policy, ref, scorer, prompts, tokenizer, cfg, generator):
     responses, ended = decode_responses(tokens, mask, tokenizer)
     texts = [tokenizer.decode(prompt) for prompt in prompts], responses
     x, y = x_and_y(tokens)
-    grid = {'x': x, 'y': y, 'mask': mask}
-    for name, model in (('logprobs', policy), ('ref_logprobs', ref)):
-        grid[name] = in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature),
-                              cfg.micro_batch_size or len(x), x, y, mask)
+    grid = {'x': x, 'y': y, 'mask': mask, 'logprobs': all_logprobs(policy, x, y, mask, cfg),
+            'ref_logprobs': all_logprobs(ref, x, y, mask, cfg)}
     return grid, scorer(tokens, mask, *texts), ended, texts
 
 
-def rollout_metrics(grid, scores, ended):
-    """Returns the logged metrics; kl is per response, entropy is the mean -log pi over tokens."""
-    B, response_tokens = len(scores), grid['mask'].sum()
-    return {'score': scores.mean().item(),
-            'kl': ((grid['logprobs'] - grid['ref_logprobs']).sum() / B).item(),
-            'entropy': (-grid['logprobs'].sum() / response_tokens).item(),
-            'length': (response_tokens / B).item(), 'eos': ended.float().mean().item()}
+def rollout_metrics(*parts):
+    """Returns the logged means of parts (grid, scores, ended); entropy, -log pi, is per token."""
+    numbers = [torch.stack([scores, (grid['logprobs'] - grid['ref_logprobs']).sum(1),
+                            -grid['logprobs'].sum(1), grid['mask'].sum(1), ended.to(scores)])
+               for grid, scores, ended in parts]                                # (5, B) each
+    score, kl, surprise, length, eos = torch.cat(numbers, dim=1).mean(1).tolist()
+    return {'score': score, 'kl': kl, 'entropy': surprise / length, 'length': length, 'eos': eos}
 
 
 def evaluate(policy, start_policy, scorer, judge, rows, tokenizer, cfg):
     """Returns rollout_metrics on held-out prompts (kl as kl_sft), and gold, the judge's reward."""
-    *batch, texts = rollout(policy, start_policy, scorer, [row[0] for row in rows], tokenizer,
-                            cfg, rng(cfg.seed, 0, 'eval'))
-    metrics = {'kl_sft' if name == 'kl' else name: number
-               for name, number in rollout_metrics(*batch).items()}
-    if judge:
-        golds = [judge(prompt, text)['reward'] for prompt, text in zip(*texts)]
-        metrics = {'score': metrics['score'], 'gold': sum(golds) / len(golds), **metrics}
-    return metrics
+    generator, parts, golds = rng(cfg.seed, 0, 'eval'), [], []
+    prompts = [row[0] for row in rows]
+    for i in range(0, len(rows), cfg.rollout_size):     # no more at once than in training
+        *part, texts = rollout(policy, start_policy, scorer, prompts[i:i + cfg.rollout_size],
+                               tokenizer, cfg, generator)
+        parts.append(part)
+        golds += [judge(prompt, text)['reward'] for prompt, text in zip(*texts)] if judge else []
+    metrics = rollout_metrics(*parts)
+    gold = {'gold': sum(golds) / len(golds)} if judge else {}
+    return {'score': metrics.pop('score'), **gold, 'kl_sft': metrics.pop('kl'), **metrics}
+
+
+def update_metrics(logprobs, grid, advantages):
+    """
+    Returns three numbers over response tokens, from the policy's logprobs (B, T) after its steps.
+    approx_kl is the mean of r - 1 - log r, r = pi / pi_old, an estimate of KL(pi_old, pi) (k3).
+    explained_variance is 1 - var(R - V) / var(R), where R - V = A. adv_std is A's, not whitened.
+    """
+    log_ratio = (logprobs - grid['logprobs'])[grid['mask']]                     # (M,)
+    both = torch.stack([advantages, grid['returns']])[:, grid['mask']]          # (2, M)
+    adv_std, returns_std = both.std(1, correction=0).tolist()
+    return {'approx_kl': (log_ratio.expm1() - log_ratio).mean().item(),
+            'explained_variance': 1 - (adv_std / max(returns_std, 1e-8)) ** 2, 'adv_std': adv_std}
 
 
 def minibatch_gradient(policy, value_model, grid, indices, cfg, autocast):
@@ -213,30 +232,32 @@ def minibatch_gradient(policy, value_model, grid, indices, cfg, autocast):
     Adds the gradients of both losses over the rows of a minibatch, micro_batch_size rows at a time.
     Returns the logged metrics; ratio is the one furthest from 1.
     """
-    response_tokens = int(grid['mask'][indices].sum())          # of the whole minibatch
-    pg_loss, vf_loss, ratios = 0.0, 0.0, []
+    indices = indices.to(grid['x'].device)
+    response_tokens = grid['mask'][indices].sum()               # (): of the whole minibatch
+    losses, ratios = [], []
     for micro in indices.split(cfg.micro_batch_size or cfg.batch_size):
         width = int(last_column(grid['mask'][micro]).max()) + 1         # cut shared padding
         part = {name: tensor[micro, :width] for name, tensor in grid.items()}       # (R, width)
         mask = part['mask']
         with autocast:
             logprobs = token_logprobs(policy, part['x'], part['y'], mask, cfg.temperature)
-        losses, ratio = policy_loss(logprobs, part['logprobs'], part['advantages'], cfg.clip_eps)
-        loss = losses[mask].sum() / response_tokens
-        loss.backward()
-        pg_loss += loss.item()
-        ratios.append(ratio[mask].detach())
+        # Outside the mask logprobs and advantages are 0, so the ratio is 1 and the loss is 0
+        pg, ratio = policy_loss(logprobs, part['logprobs'], part['advantages'], cfg.clip_eps)
+        pg_loss = pg.sum() / response_tokens
+        pg_loss.backward()
+        ratios.append(ratio.detach().flatten())
         # The value model runs after the policy's backward pass: fewer activations are held at once
         with autocast:
             values = value_model(part['x'])
-        losses = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
-        loss = losses[mask].sum() / response_tokens
-        loss.backward()
-        vf_loss += loss.item()
-    ratios = torch.cat(ratios)                                  # (response_tokens,)
+        vf = value_loss(values, part['values'], part['returns'], cfg.vf_clip)
+        vf_loss = (vf * mask).sum() / response_tokens
+        vf_loss.backward()
+        losses.append(torch.stack([pg_loss, vf_loss]).detach())
+    ratios = torch.cat(ratios)
     far = (ratios - 1).abs()
-    return {'ratio': ratios[far.argmax()].item(),
-            'clip_frac': (far > cfg.clip_eps).float().mean().item(),
+    clipped = (far > cfg.clip_eps).sum() / response_tokens
+    pg_loss, vf_loss = sum(losses).tolist()     # read once, because each reading waits for the GPU
+    return {'ratio': ratios[far.argmax()].item(), 'clip_frac': clipped.item(),
             'pg_loss': pg_loss, 'vf_loss': vf_loss}
 
 
@@ -255,9 +276,12 @@ def main(cfg):
     judge = load_judge(cfg.judge) if cfg.judge else None
     policy = load_model(GPT, saved or init, 'policy', device)
     ref = load_model(GPT, saved or init, 'ref' if saved else 'policy', device).requires_grad_(False)
-    start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)
+    start_policy = ref                          # with ref_ema=0 it stays the initial policy
+    if cfg.ref_ema:
+        start_policy = load_model(GPT, init, 'policy', device).requires_grad_(False)
     print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
-    train, val = load_examples(cfg.data, 'prompts', tokenizer, text, policy.config.block_size,
+    block_size = min(policy.config.block_size, source['model']['block_size'])
+    train, val = load_examples(cfg.data, 'prompts', tokenizer, text, block_size,
                                cfg.max_new_tokens)                              # rows (prompt,)
     val = val[:128]                             # enough for a mean
     data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
@@ -271,11 +295,13 @@ def main(cfg):
         value_model.body.load_state_dict(source['weights']['policy'])
     if judge:
         judge(tokenizer.decode(val[0][0]), '')  # a broken judge fails before the first step
-    optimizer = adamw(policy, cfg.weight_decay)
-    value_optimizer = adamw(value_model, cfg.weight_decay)
+    # A weight whose gradient is far below eps hardly moves. With 1e-8 Adam would move it as far as
+    # any other, on noise (cf. Huang et al. 2024, The N+ Implementation Details of RLHF with PPO)
+    optimizer = adamw(policy, cfg.weight_decay, eps=1e-5)
+    value_optimizer = adamw(value_model, cfg.weight_decay, eps=1e-5)
     if cfg.compile:
         for model in (policy, ref, value_model):
-            model.compile()
+            model.compile(dynamic=True)
     start, metrics = resume(saved, optimizer, value_optimizer)
 
     # --- the loop
@@ -300,20 +326,24 @@ def main(cfg):
         # 3. Several passes over the batch, one optimizer step per minibatch
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         value_lr = learning_rate(step - 1, cfg.steps, cfg.value_lr, cfg.warmup)
+        minibatches = -(-len(mask) // cfg.batch_size)   # rounded up, of sizes as even as can be
         updates = []                                    # the metrics of each optimizer step
         for epoch in range(cfg.ppo_epochs):
             shuffle = rng(cfg.seed, (step - 1) * cfg.ppo_epochs + epoch, 'shuffle')
-            for minibatch in torch.randperm(len(mask), generator=shuffle).split(cfg.batch_size):
+            order = torch.randperm(len(mask), generator=shuffle)
+            for minibatch in order.tensor_split(minibatches):
                 update = minibatch_gradient(policy, value_model, grid, minibatch, cfg, autocast)
                 norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, **update)
                 optimizer_step(value_optimizer, value_model, value_lr, cfg.grad_clip, step)
                 updates.append({**update, 'norm': norm})
         update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows if ref_ema > 0
 
+        with autocast, torch.no_grad():
+            logprobs = all_logprobs(policy, grid['x'], grid['y'], mask, cfg)    # (B, T)
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old
-        log.step(step, began, int(mask.sum()), **rollout_metrics(grid, scores, ended), **means,
-                 lr=lr)
+        log.step(step, began, int(mask.sum()), **rollout_metrics((grid, scores, ended)), **means,
+                 **update_metrics(logprobs, grid, advantages), lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             with autocast:
                 metrics = evaluate(policy, start_policy, scorer, judge, val, tokenizer, cfg)

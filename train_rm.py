@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data.text import hash_data, load_examples, load_text
 from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
                      make_batch, open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
-from prefgpt import GPTConfig, ScalarGPT, last_scores
+from prefgpt import GPTConfig, ScalarGPT, last_scores, pair_metrics
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Config:
     eval_every: int = 500           # steps between held-out evaluations; each saves a checkpoint
     seed: int = 0                   # of the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
     compile: bool = False           # torch.compile the model
 
 
@@ -65,13 +65,6 @@ def all_scores(model, pairs, size, device, autocast):
                           for i in range(0, len(pairs), size)], dim=1)
 
 
-def pair_metrics(losses, margins, chosen, rejected):
-    """Returns the logged metrics of pairs, from tensors (B,); accuracy counts a tie as wrong."""
-    return {'loss': losses.mean().item(), 'accuracy': (margins > 0).float().mean().item(),
-            'margin': margins.mean().item(), 'chosen': chosen.mean().item(),
-            'rejected': rejected.mean().item()}
-
-
 def main(cfg):
     """Trains the model on pairs and returns the last evaluation's numbers."""
     # --- the same in every script
@@ -91,7 +84,7 @@ def main(cfg):
     data_hash = hash_data(cfg, saved, train, val)
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
-        model.compile()
+        model.compile(dynamic=True)
     start, metrics = resume(saved, optimizer)
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
 

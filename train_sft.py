@@ -3,7 +3,8 @@ Stage 1, supervised fine-tuning: imitate the responses of a data set.
 
     loss = - sum over response tokens of log p(y_t | x_<=t)  /  number of response tokens
 
-The prompt is read but not learned. EOS is a response token, or the model would never stop. With
+The prompt is read but not learned. EOS is a response token, or the model would never stop. Batches
+hold rows of similar lengths, so a token counts more in a short response than in a long one. With
 --rows=pairs it imitates the chosen side of pairs: Preferred-FT in Rafailov et al. 2023.
 Left out: packing several rows into one, training on the user's turns.
 
@@ -47,7 +48,7 @@ class Config:
     max_new_tokens: int = 64        # maximum tokens of a sample shown
     seed: int = 0                   # of the initial weights and the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
     compile: bool = False           # torch.compile the model
 
 
@@ -85,7 +86,7 @@ def main(cfg):
     data_hash = hash_data(cfg, saved, train, val)
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
-        policy.compile()
+        policy.compile(dynamic=True)
     start, metrics = resume(saved, optimizer)
 
     # --- the loop

@@ -41,8 +41,9 @@ STAGES = {
     'PPO': [(('score', 'gold'), 'mean per response'), (('kl', 'kl_sft'), 'nats per response'),
             (('entropy',), 'nats per token'), (('length',), 'tokens per response'),
             (('eos',), 'share of responses'), (('ratio',), 'in the first minibatch'),
-            (('clip_frac',), 'share of ratios'), (('pg_loss',), 'per token'),
-            (('vf_loss',), 'per token'), NORM],
+            (('clip_frac',), 'share of ratios'), (('approx_kl',), 'nats per token'),
+            (('explained_variance',), 'share of variance'), (('adv_std',), 'units of the score'),
+            (('pg_loss',), 'per token'), (('vf_loss',), 'per token'), NORM],
     'DPO': [*PAIRS, (('margin',), 'beta × log-ratios'),
             (('chosen', 'rejected'), 'nats per response'), NORM]}
 # Of the front picture: a run, its panel's title, metrics and unit, and what its lines are

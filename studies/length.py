@@ -135,8 +135,9 @@ def train_gpt(gpt, loss, lr, size, T, pairs=None):
     collections, collect, clipped = size['collections'], partial(gpt.collect, size['B']), []
     if pairs is not None:
         collections, collect = 1, partial(gpt.given, pairs)
-    for part in train(gpt.policy, gpt.logprobs_of, collect, loss, adamw(gpt.policy, 0.0), lr,
-                      gpt.seed, collections, T, size['M'], grad_clip=1.0):
+    optimizer = adamw(gpt.policy, 0.0, eps=1e-5)            # as in PPO, for all methods alike
+    for part in train(gpt.policy, gpt.logprobs_of, collect, loss, optimizer, lr, gpt.seed,
+                      collections, T, size['M'], grad_clip=1.0):
         ratio = torch.exp(part['logprobs'] - part['old_logprobs'])[part['response_mask']]
         clipped.append(((ratio - 1).abs() > 0.2).float().mean().item())
     return statistics.fmean(clipped)

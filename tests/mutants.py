@@ -37,23 +37,25 @@ sampler-without-temperature I14: torch.float32)) / temperature => torch.float32)
 inverse-cdf-from-the-left I14: searchsorted(cdf, u, right=True) => searchsorted(cdf, u)
 inverse-cdf-one-late I14: right=True).squeeze(1).clamp => right=True).squeeze(1).add(1).clamp
 cdf-not-scaled-to-its-end I14: u[:, None].to(cdf) * cdf[:, -1:] => u[:, None].to(cdf)
-numbers-drawn-step-by-step I3: u[:, t], => torch.rand(B, generator=generator),
+numbers-drawn-step-by-step I3: u[rows, lengths], => torch.rand(B, generator=generator),
+numbers-of-another-token I3 I4: u[rows, lengths], => u[rows, lengths - 1],
 score-one-early I3: last_column(response_mask) + 1 => last_column(response_mask)
 score-at-the-right-end I2 I3: (tokens).gather(1, index[:, None]).squeeze(1) => (tokens)[:, -1]
 not-causal I2 I24: (q, k, v, is_causal=True) => (q, k, v)
 cache-written-one-late I4: :, positions] = => :, (positions + 1).clamp(max=cache.size(3) - 1)] =
 decode-mask-one-narrow I4: slots <= positions[:, None] => slots < positions[:, None]
 decode-mask-one-wide I5: slots <= positions[:, None] => slots <= positions[:, None] + 1
-pads-of-prompts-seen I4: <= positions[:, None])[:, None, => <= positions.max())[None, None,
-pads-of-prompts-answered I4: cache)[rows, starts - 1] => cache)[:, -1]
-rows-decoded-at-one-position I4: seen, starts + t) => seen, starts * 0 + longest + t)
+pads-of-prompts-seen I4: slots <= positions[:, None] => slots <= positions[:, None].clamp(min=4)
+last-token-of-another-place I4: tokens[rows, last][:, None] => tokens[rows, last - 1][:, None]
+rows-decoded-at-one-position I4:
+    seen, last)[:, 0] => seen, (longest + lengths - 1).clamp(max=seen.size(-2) - 1))[:, 0]
 eos-does-not-end I4: (token != eos) => (token >= 0)
 exact-gelu I24: self.c_fc(x), approximate='tanh' => self.c_fc(x)
 post-layernorm I24:
-    x + self.attn(self.ln_1(x), cache, positions, visible)
-    => self.ln_1(x + self.attn(x, cache, positions, visible))
+    x + self.attn(self.ln_1(x), cache, place, mask)
+    => self.ln_1(x + self.attn(x, cache, place, mask))
 last-layernorm-forgotten I24: return self.ln_f(x) => return x
-embeddings-tied-one-way I7: dtype), self.wte.weight) => dtype), self.wte.weight.detach())
+embeddings-tied-one-way I7: dtype), weight, bias) => dtype), weight.detach(), bias)
 dropout I13 I21: self.mlp(self.ln_2(x)) => F.dropout(self.mlp(self.ln_2(x)), 0.1, self.training)
 rate-of-the-first-group-only I21: in optimizer.param_groups: => in optimizer.param_groups[:1]:
 gradient-not-cleared I22: optimizer.zero_grad() => pass
@@ -137,8 +139,9 @@ values-one-column-late I3: or len(mask), grid['x'] => or len(mask), grid['y']
 rows-cut-to-the-shortest I7 I12: (grid['mask'][micro]).max() => (grid['mask'][micro]).min()
 mean-of-means I12: mask = part['mask'] => mask = part['mask']; response_tokens = mask.sum()
 values-of-pads-learned I7: cfg.vf_clip) => cfg.vf_clip); mask = torch.ones_like(mask)
-ratios-of-pads-counted I15: ratio[mask].detach() => ratio.flatten().detach()
-kl-averaged-over-columns I15: grid['ref_logprobs']).sum() / B => grid['ref_logprobs']).mean()
+ratios-of-pads-counted I15:
+    (far > cfg.clip_eps).sum() / response_tokens => (far > cfg.clip_eps).float().mean()
+kl-averaged-over-columns I15: grid['ref_logprobs']).sum(1) => grid['ref_logprobs']).mean(1)
 rollouts-drawn-anew-on-resuming I22: step - 1, 'rollout' => step - 1 - start, 'rollout'
 """
 

@@ -27,7 +27,7 @@ from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, learning_rate, l
                      load_model, optimizer_step, rng)
 from train_dpo import all_logprobs, dpo_loss, ipo_loss, log_ratio, pair_logprobs
 from train_ppo import (cap_unfinished, gae, load_scorer, policy_loss, rollout, rollout_metrics,
-                       token_rewards, update_ema, value_loss, whiten)
+                       token_rewards, update_ema, update_metrics, value_loss, whiten)
 from train_rm import all_scores, reward_loss, score_pairs
 
 LN2 = math.log(2)
@@ -295,7 +295,8 @@ def test_adamw_groups():
     assert sorted(groups[0] + groups[1]) == sorted(names.values())
     assert groups[1] == [name for name in names.values()
                          if name.endswith('bias') or 'ln_' in name]
-    assert decayed['eps'] == 1e-5 and decayed['betas'] == (0.9, 0.95)
+    assert decayed['eps'] == 1e-8 and decayed['betas'] == (0.9, 0.95)
+    assert {group['eps'] for group in adamw(model, 0.1, eps=1e-5).param_groups} == {1e-5}
 
 
 def test_optimizer_step_sets_every_group_and_clips():
@@ -487,13 +488,13 @@ def test_first_step_against_autograd_over_loops(stage, sft_run, shared_data, tmp
         key, model = 'policy', policy
     elif name == 'dpo':                     # at the start policy and reference are equal
         h = [loop_logprob(policy, p, c) - loop_logprob(policy, p, r) for p, c, r in batch]
-        loss = -sum(F.logsigmoid(train_dpo.Config.beta * (z - z.detach())) for z in h) / 40
+        loss = -sum(F.logsigmoid(train_dpo.Config.beta * (z - z.detach())) for z in h) / len(batch)
         key, model = 'policy', policy
     else:
         key, model = 'reward_model', ScalarGPT(policy.config)
         model.body = policy                 # with a head of 0 no other tensor has a gradient
         scores = [[model(torch.tensor([p + side]))[0, -1] for side in sides] for p, *sides in batch]
-        loss = -sum(F.logsigmoid(chosen - rejected) for chosen, rejected in scores) / 40
+        loss = -sum(F.logsigmoid(chosen - rejected) for chosen, rejected in scores) / len(batch)
     loss.backward()
     assert read_log(tmp_path / 'run')[0]['loss'] == pytest.approx(loss.item(), rel=1e-6)
     assert_first_gradient(saved['optimizers'][key], model, 1e-9)
@@ -524,10 +525,14 @@ def test_dpo_reference_stays_where_it_began(stage, sft_run, shared_data, tmp_pat
     pairs = encoded(shared_data, 'pairs')
     start, moved = (load_model(GPT, contents, 'policy', 'cpu')
                     for contents in (load_checkpoint(sft_run, ['sft']), one))
-    assert torch.equal(saved['ref_train'], all_logprobs(start, pairs, 8, *CPU))
-
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs]
-    second = [pairs[i] for i in next(itertools.islice(batches(lengths, 8, 0), 1, None))]
+    first, second = itertools.islice(batches(lengths, 8, 0), 2)
+    visited = sorted(first + second)
+    torch.testing.assert_close(saved['ref_train'][:, visited],
+                               all_logprobs(start, pairs, 8, *CPU)[:, visited], rtol=0, atol=1e-5)
+    # A pair that no step visits has no number, so that its use would not pass unnoticed
+    assert saved['ref_train'].isnan().sum() == 2 * (len(pairs) - len(visited)) > 0
+    second = [pairs[i] for i in second]
     (chosen, rejected), (ref_chosen, ref_rejected) = (all_logprobs(model, second, 3, *CPU).tolist()
                                                       for model in (moved, start))
     margins = [0.3 * ((c - ref_c) - (r - ref_r))
@@ -688,11 +693,43 @@ def test_rollout_metrics_by_hand(pad):
     zeros = torch.zeros(3, 6)
     grid = {'mask': MASK, 'logprobs': zeros.masked_scatter(MASK, -torch.arange(1., 10.)),
             'ref_logprobs': zeros.masked_fill(MASK, -6.)}
-    metrics = rollout_metrics({key: F.pad(value, (0, pad)) for key, value in grid.items()},
-                              torch.tensor([1., 2., 6.]), torch.tensor([True, False, True]))
+    scores, ended = torch.tensor([1., 2., 6.]), torch.tensor([True, False, True])
+    padded = {key: F.pad(value, (0, pad)) for key, value in grid.items()}
+    parts = [({key: value[:2] for key, value in padded.items()}, scores[:2], ended[:2]),
+             ({key: value[2:] for key, value in grid.items()}, scores[2:], ended[2:])]
     # Sum of logprobs -45, of the reference's -54, over 3 responses and 9 tokens
-    assert metrics == pytest.approx({'score': 3.0, 'kl': 3.0, 'entropy': 5.0, 'length': 3.0,
-                                     'eos': 2 / 3})
+    for metrics in rollout_metrics((padded, scores, ended)), rollout_metrics(*parts):
+        assert metrics == pytest.approx({'score': 3.0, 'kl': 3.0, 'entropy': 5.0, 'length': 3.0,
+                                         'eos': 2 / 3})
+
+
+def test_update_metrics_by_hand():
+    """I15: approx_kl is the mean of r - 1 - log r, explained_variance is 1 - var(R - V) / var(R),
+    and adv_std is the advantages', over response tokens. Junk in the pads changes nothing."""
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    zeros = torch.zeros(2, 3)
+    ratios = [1.0, 2.0, 0.5, 1.0]               # 2 - 1 - log 2 and 0.5 - 1 + log 2 add up to 0.5
+    values, returns = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 6.0, 4.0]    # R - V: 1, -2, 3, 0
+    junk = torch.full((2, 3), 7.0)
+    grid = {'mask': mask, 'logprobs': zeros, 'returns': junk.masked_scatter(mask, torch.tensor(
+        returns))}
+    metrics = update_metrics(junk.masked_scatter(mask, torch.tensor(ratios).log()), grid,
+                             grid['returns'] - junk.masked_scatter(mask, torch.tensor(values)))
+    # R - V has the mean 0.5 and the variance 3.25, R the mean 3 and the variance 5
+    assert metrics == pytest.approx({'approx_kl': 0.125, 'explained_variance': 1 - 3.25 / 5,
+                                     'adv_std': 3.25 ** 0.5})
+
+
+def test_evaluation_in_parts_is_the_same(stage, tmp_path):
+    """PPO's evaluation samples rollout_size prompts at a time; texts and numbers are those of one
+    piece. Catches a generator that begins anew in each part."""
+    logs = []
+    for size in (24, 5):                        # 24 prompts: one part, or five
+        stage('ppo', steps=1, lr=0.0, value_lr=0.0, rollout_size=size, out=tmp_path / str(size))
+        logs.append(read_log(tmp_path / str(size), 'eval_kl_sft')[-1])
+    names = ('eval_score', 'eval_kl_sft', 'eval_entropy', 'eval_length', 'eval_eos')
+    assert [logs[0][name] for name in names] == pytest.approx([logs[1][name] for name in names],
+                                                              abs=1e-5)
 
 
 # ----------------------------------------------------------------------------- PPO's loop
@@ -783,8 +820,9 @@ def test_ppo_gradients_against_autograd_over_loops(stage, monkeypatch, sft_run, 
         torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
         return model
 
-    def adamw_of(model, *arguments):        # after its weights are loaded, before its first step
-        return adamw(give_a_head(model) if isinstance(model, ScalarGPT) else model, *arguments)
+    def adamw_of(model, *arguments, **options):     # after its weights are loaded
+        return adamw(give_a_head(model) if isinstance(model, ScalarGPT) else model, *arguments,
+                     **options)
     monkeypatch.setattr(train_ppo, 'adamw', adamw_of)
     rollouts = record(monkeypatch, train_ppo, 'rollout')
     saved = stage('ppo', steps=1, ppo_epochs=1, batch_size=24, micro_batch_size=3, grad_clip=1e9,
@@ -809,24 +847,25 @@ def test_ppo_gradients_against_autograd_over_loops(stage, monkeypatch, sft_run, 
     assert_first_gradient(saved['optimizers']['value_model'], model, 1e-4)
 
 
-def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run):
-    """I19: with ref_ema = 0 the reference, the starting policy and the reward model stay bit for
-    bit what they were, the policy and the value model do not, and no two of the five models share
-    a tensor. Catches a reference, or a trunk of the value model, that is the policy itself."""
+@pytest.mark.parametrize('ref_ema', [0.0, 0.5])
+def test_reference_and_reward_model_stay(stage, monkeypatch, sft_run, rm_run, ref_ema):
+    """I19: the policy that PPO began from and the reward model stay bit for bit what they were, the
+    others do not (the reference does with ref_ema = 0), and no two models share a tensor.
+    Catches a reference, or a trunk of the value model, that is the policy itself."""
     loads = record(monkeypatch, train_ppo, 'load_model')
     saves = record(monkeypatch, train_ppo, 'save_checkpoint')
-    weights = stage('ppo', lr=5e-3, ref_ema=0.0)['weights']
+    weights = stage('ppo', lr=5e-3, ref_ema=ref_ema)['weights']
     made, trained = [model for _, model in loads], saves[-1][0][6]      # trained: models by name
     start = load_checkpoint(sft_run, ['sft'])['weights']['policy']
     reward = load_checkpoint(rm_run, ['rm'])['weights']['reward_model']
-    assert same(weights['ref'], start) and not same(weights['policy'], start)
-    # Two GPTs that never moved: the reference and the policy that kl_sft is measured against
-    assert sum(isinstance(model, GPT) and same(model.state_dict(), start) for model in made) == 2
+    assert same(weights['ref'], start) == (ref_ema == 0) and not same(weights['policy'], start)
+    # One GPT never moved: the policy that kl_sft is measured against
+    assert sum(isinstance(model, GPT) and same(model.state_dict(), start) for model in made) == 1
     assert [same(model.state_dict(), reward) for model in made
             if isinstance(model, ScalarGPT)] == [True]
     assert not same(weights['value_model'], reward)
     models = {id(model): model for model in [*made, *trained.values()]}.values()
-    assert len(models) == 5
+    assert len(models) == (5 if ref_ema else 4)
     storages = [p.data_ptr() for model in models for p in model.parameters()]
     assert len(storages) == len(set(storages))
 

@@ -353,6 +353,24 @@ def test_blocks_of_logits_change_nothing(monkeypatch, at_once):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_spare_logits_change_nothing():
+    """V rounded up to 64, as CUDA gets it: the spare logits are -inf, and the losses and gradients
+    are those without them."""
+    model = tiny_gpt().double()
+    _, x, y, mask = make_batch(ROWS)
+    out = []
+    for multiple in (1, 64):
+        model.zero_grad()
+        logits = model.logits(model(x)[mask], multiple)             # (M, 17) or (M, 64)
+        F.cross_entropy(logits, y[mask]).backward()
+        out.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
+    (plain, gradients), (padded, same) = out
+    assert torch.equal(padded[:, :17], plain) and (padded[:, 17:] == -math.inf).all()
+    assert padded.size(1) == 64
+    for a, b in zip(same, gradients):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_logprobs_and_scores_are_at_least_float32():
     """float64 stays float64; a bfloat16 model and bfloat16 autocast give float32. Under autocast
     the two projections stay in float32 too: rounded to bfloat16, a logit of -100 is off by up to a

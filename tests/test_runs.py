@@ -229,8 +229,9 @@ class Evil:
 @pytest.mark.parametrize('contents, why', [
     ({'stage': 'sft', 'weights': Evil()}, 'damaged'),
     ({'kind': 'sft', 'step': 1}, 'not written by this version of prefgpt'),
+    ({'format': 1, 'stage': 'sft'}, 'not written by this version of prefgpt'),
     ([1, 2], 'not written by this version of prefgpt')],
-    ids=['a malicious one', 'an older version', 'a list'])
+    ids=['a malicious one', 'an old one', 'another format', 'a list'])
 def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path, monkeypatch, contents, why):
     """What torch can save, but no stage of this version wrote, gives UserError, not KeyError or
     UnpicklingError; and code inside a pickle does not run."""
@@ -387,6 +388,16 @@ def test_log_line(tmp_path, monkeypatch, capsys):
         'rejected -25.40 | norm 3.10 | lr 1.0e-05 | 412 ms | 19.8k tok/s | 10m left')
     assert len(printed) == 49 and ' 500/500 |' in printed[-1]
     assert log_rows(tmp_path) == [{'step': step, **numbers} for step in range(11, 501)]
+
+
+def test_ppo_cuts_prompts_for_the_smaller_block(shared_data, random_run, tmp_path, capsys):
+    """A reward model with a smaller block than the policy's: PPO's prompts are cut for both."""
+    init = save_tiny_run(tmp_path / 'init', shared_data, block_size=16)
+    common = dict(data=str(shared_data), steps=1, device='cpu')
+    train_rm.main(train_rm.Config(out=f'{tmp_path}/rm', init=str(init), **common))
+    train_ppo.main(train_ppo.Config(out=f'{tmp_path}/ppo', init=str(random_run), **common,
+                                    reward=f'{tmp_path}/rm', rollout_size=8, max_new_tokens=8))
+    assert 'prompts cut on the left' in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- resuming

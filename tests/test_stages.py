@@ -244,8 +244,8 @@ def test_compile_takes_the_same_steps(shared_data, sft_run, rm_run, tmp_path, mo
     compiled, logs, calls = [], [], []
     original = torch.nn.Module.compile
 
-    def note(model):
-        original(model)
+    def note(model, **options):
+        original(model, **options)
         inner = model._compiled_call_impl
         model._compiled_call_impl = lambda *a: calls.append(a) or inner(*a)
         compiled.append(type(model).__name__)

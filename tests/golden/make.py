@@ -35,7 +35,7 @@ from train_rm import reward_loss, score_pairs
 
 # The README's table of constants has the same names and values
 CONSTANTS = dict(
-    eos=16, pad=0, weight_decay=0.1, grad_clip=1.5,
+    version=2, eos=16, pad=0, weight_decay=0.1, grad_clip=1.5, adam_eps=1e-5,
     sft_lr=0.01, sft_warmup=2, sft_steps=10, rm_lr=0.005, dpo_lr=0.005,
     ppo_lr=0.004, value_lr=0.003,
     beta=0.3, label_smoothing=0.1,
@@ -165,7 +165,7 @@ def sft_arrays(models):
     """Takes two steps of SFT on all rows; the second shows both moments and the schedule."""
     policy = copy.deepcopy(models['policy'])
     _, x, y, mask = make_batch(ROWS)
-    optimizer, out = adamw(policy, K.weight_decay), {
+    optimizer, out = adamw(policy, K.weight_decay, K.adam_eps), {
         'schedule': torch.tensor([learning_rate(step, 11, 1.0, 4) for step in range(11)])}
     for i, prefix in enumerate(STEPS):
         loss = -token_logprobs(policy, x, y, mask).sum() / mask.sum()
@@ -188,7 +188,7 @@ def rm_arrays(models):
     return {'scores_everywhere': model(tokens), 'scores': last_scores(model, tokens, mask),
             'chosen': chosen, 'rejected': rejected, 'losses': losses, 'loss': losses.mean(),
             'shift': torch.cat([chosen, rejected]).mean(),
-            **step('', model, adamw(model, K.weight_decay), losses.mean(), K.rm_lr)}
+            **step('', model, adamw(model, K.weight_decay, K.adam_eps), losses.mean(), K.rm_lr)}
 
 
 def dpo_arrays(models):
@@ -208,7 +208,8 @@ def dpo_arrays(models):
         grads = torch.autograd.grad(out[f'loss_{name}'], list(policy.parameters()),
                                     retain_graph=True)
         out[f'norm_{name}'] = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))
-    return {**out, **step('', policy, adamw(policy, K.weight_decay), out['loss'], K.dpo_lr)}
+    optimizer = adamw(policy, K.weight_decay, K.adam_eps)
+    return {**out, **step('', policy, optimizer, out['loss'], K.dpo_lr)}
 
 
 def rollout_arrays(models):
@@ -235,7 +236,7 @@ def rollout_arrays(models):
             'advantages_white': whiten(advantages, mask),
             'flat_white': whiten(1e-4 * advantages, mask),      # a variance about as small as eps
             **{f'logged.{name}': torch.tensor(number)
-               for name, number in rollout_metrics(grid, raw_scores, ended).items()}}
+               for name, number in rollout_metrics((grid, raw_scores, ended)).items()}}
 
 
 def near_arrays(dtype):
@@ -253,7 +254,7 @@ def ppo_arrays(models):
     out = rollout_arrays(models)
     out.update(near_arrays(out['values'].dtype))
     policy, value_model = copy.deepcopy(models['policy']), copy.deepcopy(models['value_model'])
-    optimizers = adamw(policy, K.weight_decay), adamw(value_model, K.weight_decay)
+    optimizers = [adamw(model, K.weight_decay, K.adam_eps) for model in (policy, value_model)]
     for prefix, rows in zip(STEPS, MINIBATCHES):
         inside, n = mask[rows], mask[rows].sum()
         logprobs = token_logprobs(policy, x[rows], y[rows], inside, K.temperature)
