@@ -28,10 +28,11 @@ def copy_of_the_project(folder, *patterns):
     return folder
 
 
-def run_sh(folder, **flags):
-    """Calls `bash run.sh` in a folder with the Python of these tests; returns status and lines."""
+def run_sh(folder, *arguments, **flags):
+    """Calls run.sh in a folder with the Python of these tests; returns its status and lines."""
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    done = subprocess.run(['bash', 'run.sh'], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run(['bash', 'run.sh', *arguments], cwd=folder, capture_output=True,
+                          text=True, check=False,
                           env={**os.environ, **flags, 'PATH': path, 'SEED': '3'})
     assert done.returncode in (0, 1), done.stderr
     return done.returncode, done.stdout.splitlines(), done.stderr
@@ -74,6 +75,28 @@ def test_run_sh(tmp_path):
         at = printed.index(json.loads(line)['prompt'].splitlines()[0])
         assert [answer.split()[0] for answer in printed[at + 2:at + 5]] == [
             row['run'] for row in rows]
+
+
+def test_run_sh_gpt2(tmp_path):
+    """run.sh gpt2 from random weights: every line of it, on toy rows, with a small model."""
+    folder = copy_of_the_project(tmp_path / 'clone')
+    prepare = [sys.executable, '-m', 'data.toy.prepare', '--out=data/toy']
+    subprocess.run(prepare, cwd=folder, check=True, capture_output=True)
+    status, printed, errors = run_sh(
+        folder, 'gpt2', DATA='data/toy', STEPS='1', FLAGS_DPO='--max_new_tokens=8',
+        FLAGS_SFT='--n_layer=1 --n_head=2 --n_embd=32 --max_new_tokens=8',
+        FLAGS_PPO='--rollout_size=16 --batch_size=8 --max_new_tokens=8',
+        FLAGS_EVALUATE='--prompts=4 --max_new_tokens=8')
+    assert status == 0, errors
+    assert printed[0].startswith('random weights, which prove speed and memory and nothing else')
+    out = folder / 'out' / 'toy-gpt2-1-steps-3'
+    rows = json.loads((out / 'evaluate.json').read_text())['rows']
+    assert [row['run'] for row in rows] == [f'out/toy-gpt2-1-steps-3/{name}'
+                                            for name in ('sft', 'ppo', 'dpo')]
+    # The learning rates are those of models of this size, not data/toy's
+    rates = [json.loads((out / name / 'log.jsonl').read_text().splitlines()[0])['lr']
+             for name in ('sft', 'rm', 'ppo', 'dpo')]
+    assert all(0 < rate < 1e-4 for rate in rates)
 
 
 # ----------------------------------------------------------------------------- the core by itself
