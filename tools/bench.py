@@ -42,7 +42,7 @@ class Config:
     memory: bool = False            # instead: what fits on 8, 16, 24 and 80 GB, computed
     seed: int = 0                   # of the rows, the weights and the samples
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
     compile: bool = False           # torch.compile the models' bodies
 
 

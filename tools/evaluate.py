@@ -47,7 +47,7 @@ class Config:
     json: str = ''                  # a file to write the two tables to; '': none
     seed: int = 0                   # of the samples
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
 
 
 # ----------------------------------------------------------------------------- columns

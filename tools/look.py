@@ -26,7 +26,7 @@ class Config:
     prompt: str = ''                # what a user types; it is put into the run's template
     seed: int = 0                   # of the sample
     device: str = 'cpu'             # cuda, mps or cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
 
 
 @torch.no_grad()

@@ -17,15 +17,16 @@ def memory(config):
     weights = matrices + 13 * L * C + (V + T + 2) * C
     # Weight, gradient and AdamW's two moments; autocast copies the matrices
     trained, frozen = 16 * weights + 2 * matrices, 4 * weights
-    # Three blocks of logits, and two gradients of the embedding
-    head = 12 * LOGITS_AT_ONCE + 8 * V * C
+    # Three blocks of logits; the embedding in a width that CUDA likes, and three gradients of it
+    head = 12 * LOGITS_AT_ONCE + 16 * V * C
     # Kept for the backward pass, per block: LayerNorms' inputs 8 C, statistics 16 and outputs 4 C;
     # q, k, v 6 C; attention's output 2 C and sums 4 H; both sides of GELU 16 C. Then the last
     # LayerNorm's
     row = T * (L * (36 * C + 4 * H + 16) + 8 * C + 8)
-    # PPO: a value model too, and reference, kl_sft's copy and reward model; two of them have a head
+    # PPO: a value model too, and reference, kl_sft's copy and reward model; two have a head
+    # Policy and value model learn one after the other, so only one's activations are held
     held = 2 * trained + 3 * frozen + 22 * C + head
-    return {'SFT': (trained + head, row, 0), 'PPO': (held, 2 * row, 4 * L * C * T),
+    return {'SFT': (trained + head, row, 0), 'PPO': (held, row, 4 * L * C * T),
             'DPO': (trained + head, 2 * row, 0)}        # a row is a pair
 
 

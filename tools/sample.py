@@ -38,7 +38,7 @@ class Config:
     batch_size: int = 100           # prompts answered at once; the samples do not depend on it
     seed: int = 0                   # of the samples
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
-    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on CUDA, else float32
+    dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
 
 
 def check_samples(cfg):
