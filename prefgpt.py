@@ -306,7 +306,10 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
     lengths = torch.zeros_like(starts)                              # of the responses, so far
 
     def step(seen):
-        """Reads each row's last token and draws the next, in place, so that it can be replayed."""
+        """
+        Reads each row's last token and draws the next, in place, so that it can be replayed. seen
+        are the cache's slots so far, or more of them.
+        """
         last = starts + lengths - 1                                 # of an ended row, its EOS
         # forward, not __call__: the shapes change at every step, and --compile would recompile
         hidden = policy.forward(tokens[rows, last][:, None], seen, last)[:, 0]      # (B, C)
@@ -323,7 +326,7 @@ def generate(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=No
 
 
 def decode(step, cache, longest, running, max_new_tokens):
-    """Calls generate's step max_new_tokens times, or stops once no row is running."""
+    """Calls generate's step max_new_tokens times; stops earlier if no row is running by then."""
     graph = None
     for t in range(max_new_tokens):
         if graph:
@@ -331,13 +334,13 @@ def decode(step, cache, longest, running, max_new_tokens):
         elif cache.device.type == 'cuda':
             # A step is hundreds of kernels, each quicker than Python starts it. Recorded once, they
             # are replayed as one. Recording computes nothing, and needs shapes that do not change
-            step(cache)
+            step(cache)                             # the first token; it also warms up
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 step(cache)
         else:
             step(cache[..., :longest + t, :])       # a view: forward writes into cache itself
-        # Asking the device forces a wait, so ask only now and then
+        # Asking the device forces a wait, so ask only every 16 tokens
         if t % 16 == 15 and not running.any():
             break
 

@@ -31,6 +31,10 @@ if ! has_packages "$python"; then
                                 exit 1; }
 fi
 
+case "${1:-}" in
+    '' | test | gpt2) ;;
+    *) echo "error: bash run.sh, bash run.sh test or bash run.sh gpt2; not $1" >&2; exit 2 ;;
+esac
 if [ "${1:-}" = test ]; then
     # Two threads per process spin against each other on a busy machine: 73 minutes instead of 3
     export OMP_NUM_THREADS=1

@@ -4,6 +4,7 @@
 # TINY=1 bash tools/gpu_day.sh   the same lines in two minutes on a CPU: do they run through?
 # DATA=data/hh bash tools/gpu_day.sh   trains GPT-2's size on real rows; else on data/toy's, which are
 #                                short and have few words, so that only the bench's figures count
+[ $# = 0 ] || { echo "error: gpu_day.sh takes no arguments; read its first lines" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 out=${OUT:-out/gpu_day}
 python=$(command -v python3 || command -v python)
