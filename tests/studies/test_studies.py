@@ -109,9 +109,9 @@ def test_claims_are_counted_by_seed(capsys):
 
 # In how many seeds each claim fails, in the order in which the claims are printed
 FAILED = {'bandit': [0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 0], 'blind_spot': [0, 0, 0, 1, 5, 14],
-          'contest': [0, 0, 2, 0, 0, 0, 1, 0, 1, 4, 5, 0, 0, 2, 1, 2, 4, 4, 5, 5, 0],
+          'contest': [0, 0, 0, 0, 0, 5, 0, 0, 0, 3, 5, 0, 0, 2, 3, 3, 2, 4, 5, 4, 0],
           'kl_race': [0, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0],
-          'safety': [0, 2, 0, 0, 0, 0, 3, 0, 0, 0, 3, 1, 0], 'toy': [0] * 8}
+          'safety': [0, 2, 0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0], 'toy': [0] * 8}
 
 
 @pytest.mark.parametrize('name', [*FAILED, 'length'])
