@@ -150,6 +150,13 @@ def rm_run(shared_data, sft_run, tmp_path_factory):
     return out
 
 
+def known(Config, options):
+    """Returns the options that a stage's Config has; one that no stage has is a slip of the test."""
+    for key in options:
+        assert any(hasattr(module.Config, key) for module in STAGES.values()), key
+    return {key: options[key] for key in options if hasattr(Config, key)}
+
+
 def read_log(out, key='loss'):
     """Reads a run's log.jsonl: the rows that hold the key, steps or, with 'eval_...', the rest."""
     rows = [json.loads(line) for line in (Path(out) / 'log.jsonl').read_text().splitlines()]

@@ -20,7 +20,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from conftest import (AB_MERGED, EOS, STAGES, Table, log_rows, read_log, record, same,
+from conftest import (AB_MERGED, EOS, STAGES, Table, known, log_rows, read_log, record, same,
                       save_tiny_run, tiny_gpt, tiny_scalar, write_jsonl)
 from data.text import encode_rows, load_split, load_text
 from prefgpt import (GPT, ScalarGPT, UserError, adamw, batches, learning_rate, load_checkpoint,
@@ -343,7 +343,7 @@ def stage(shared_data, sft_run, rm_run, tmp_path):
         options = {**dict(data=str(data), init=str(init), out=str(out), reward=str(rm), steps=2,
                           batch_size=8, rollout_size=24, warmup=0, max_new_tokens=5, device='cpu'),
                    **options}
-        STAGES[name].main(Config(**{key: options[key] for key in options if hasattr(Config, key)}))
+        STAGES[name].main(Config(**known(Config, options)))
         saved = load_checkpoint(out, [name])
         return {**saved, 'optimizers': dict(zip(saved['weights'], saved['optimizers']))}
     return stage

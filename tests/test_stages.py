@@ -13,7 +13,7 @@ import torch
 import train_dpo
 import train_ppo
 import train_sft
-from conftest import EOS, STAGES, log_rows, read_log, same, write_jsonl
+from conftest import EOS, STAGES, known, log_rows, read_log, same, write_jsonl
 from data.text import load_rows
 from prefgpt import GPT, POLICIES, UserError, generate, load_checkpoint, load_model
 
@@ -27,7 +27,7 @@ def run(module, out, data, **options):
                       device='cpu'), **options}
     return module.main(module.Config(**{
         key: str(value) if isinstance(value, Path) else value
-        for key, value in options.items() if hasattr(module.Config, key)}))
+        for key, value in known(module.Config, options).items()}))
 
 
 def greedy(run_folder, prompts, tokenizer):
