@@ -175,14 +175,14 @@ def mutated(mutant):
 
 def take_two_steps(folder):
     """Takes two steps of every stage on a tiny model; raises what they raise."""
-    from conftest import STAGES, save_tiny_run, write_toy_data      # the copy's, with the mutant
+    # The copy's, with the mutant
+    from conftest import STAGES, known, save_tiny_run, write_toy_data
     data, init = write_toy_data(folder / 'data'), folder / 'init'
     save_tiny_run(init, data)
     options = dict(data=str(data), init=str(init), reward=str(folder / 'rm'), steps=2, batch_size=4,
                    rollout_size=8, max_new_tokens=4, device='cpu')
     for name, module in STAGES.items():
-        known = {key: options[key] for key in options if hasattr(module.Config, key)}
-        module.main(module.Config(out=str(folder / name), **known))
+        module.main(module.Config(out=str(folder / name), **known(module.Config, options)))
 
 
 def numbers_of(item):
