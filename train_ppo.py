@@ -143,7 +143,7 @@ def in_parts(function, size, *tensors):
     return torch.cat([function(*part) for part in zip(*(t.split(size) for t in tensors))])
 
 
-def all_logprobs(model, x, y, mask, cfg):
+def grid_logprobs(model, x, y, mask, cfg):
     """Returns token_logprobs, (B, T), micro_batch_size rows at a time."""
     return in_parts(lambda *part: token_logprobs(model, *part, cfg.temperature),
                     cfg.micro_batch_size or len(x), x, y, mask)
@@ -186,8 +186,8 @@ def rollout(policy, ref, scorer, prompts, tokenizer, cfg, generator):
     responses, ended = decode_responses(tokens, mask, tokenizer)
     texts = [tokenizer.decode(prompt) for prompt in prompts], responses
     x, y = x_and_y(tokens)
-    grid = {'x': x, 'y': y, 'mask': mask, 'logprobs': all_logprobs(policy, x, y, mask, cfg),
-            'ref_logprobs': all_logprobs(ref, x, y, mask, cfg)}
+    grid = {'x': x, 'y': y, 'mask': mask, 'logprobs': grid_logprobs(policy, x, y, mask, cfg),
+            'ref_logprobs': grid_logprobs(ref, x, y, mask, cfg)}
     return grid, scorer(tokens, mask, *texts), ended, texts
 
 
@@ -339,7 +339,7 @@ def main(cfg):
         update_ema(ref, policy, cfg.ref_ema)            # 4. The reference follows if ref_ema > 0
 
         with autocast, torch.no_grad():
-            logprobs = all_logprobs(policy, grid['x'], grid['y'], mask, cfg)    # (B, T)
+            logprobs = grid_logprobs(policy, grid['x'], grid['y'], mask, cfg)    # (B, T)
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old
         log.step(step, began, int(mask.sum()), **rollout_metrics((grid, scores, ended)), **means,

@@ -23,7 +23,7 @@ def memory(config):
     # q, k, v 6 C; attention's output 2 C and sums 4 H; both sides of GELU 16 C. Then the last
     # LayerNorm's
     row = T * (L * (36 * C + 4 * H + 16) + 8 * C + 8)
-    # PPO: a value model too, and reference, kl_sft's copy and reward model; two have a head
+    # PPO: a value model too, and reference, kl_sft's copy and reward model; two have a head.
     # Policy and value model learn one after the other, so only one's activations are held
     held = 2 * trained + 3 * frozen + 22 * C + head
     return {'SFT': (trained + head, row, 0), 'PPO': (held, row, 4 * L * C * T),
