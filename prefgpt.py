@@ -609,13 +609,13 @@ def set_up(cfg):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:     # no such device, or torch built without it
         raise UserError(f'--device={cfg.device}: {str(error).splitlines()[0]}') from None
+    if device.type == 'cuda':       # else, with cuda:1, what asks for the current one gets cuda:0
+        torch.cuda.set_device(device.index or 0)
     # A GPU before Ampere (T4, V100) only emulates bfloat16, more slowly than it computes float32
     native = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = cfg.dtype or ('bfloat16' if native else 'float32')
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f'--dtype={dtype}: use float32 or bfloat16 (fp16 would need loss scaling)')
-    if device.type == 'cuda':       # with cuda:1, CUDA graphs and peak_memory would mean cuda:0
-        torch.cuda.set_device(device.index or 0)
     torch.manual_seed(cfg.seed)                         # for the initial weights
     torch.set_float32_matmul_precision('high')          # TF32 on CUDA
     # On an H100 or H200 torch would choose cuDNN's attention, which spends up to half a second
