@@ -110,7 +110,10 @@ def convert(row, path):
     if 'KEY' != extra != ask:
         text = f"({text} + '\\n' + r['{extra}']).strip()"
     prompt = f"[{system}{{'role': 'user', 'content': {text}}}]"
-    prompt = "''" if answer == 'text' else f"r['{ask}']" if ask == 'prompt' and not system else prompt
+    if answer == 'text':
+        prompt = "''"
+    elif ask == 'prompt' and not system:
+        prompt = f"r['{ask}']"
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
     sides = {'completion': answer} if 'KEY' in sides.values() and answer != 'KEY' else sides
     texts = ''.join(f", '{side}': r['{key}']" for side, key in sides.items())

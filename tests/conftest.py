@@ -151,7 +151,7 @@ def rm_run(shared_data, sft_run, tmp_path_factory):
 
 
 def known(Config, options):
-    """Returns the options that a stage's Config has; one that no stage has is a slip of the test."""
+    """Returns the options that a stage's Config has; one that no stage has is a slip."""
     for key in options:
         assert any(hasattr(module.Config, key) for module in STAGES.values()), key
     return {key: options[key] for key in options if hasattr(Config, key)}
