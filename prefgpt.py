@@ -517,7 +517,7 @@ def parse_config(Config, argv=None):
         kind, about = type(field.default), comments[field.name].replace('%', '%%')
         if kind is tuple:
             parser.add_argument(field.name, nargs='*', help=about)
-            parser.usage = '%(prog)s [RUN ...] [--flag=value ...]'
+            parser.usage = f"%(prog)s [{field.name.rstrip('s').upper()} ...] [--flag=value ...]"
             continue
         flags.append('--' + field.name.rstrip('_'))     # from_ is --from: Python reserves the word
         bools += [flags[-1]] * (kind is bool)
@@ -550,8 +550,9 @@ def run_cli(main, Config):
 
 
 def printable(text):
-    """Replaces what str.isprintable refuses, except newlines: text must not control a terminal."""
-    return ''.join(c if c == '\n' or c.isprintable() else '\ufffd' for c in text)
+    """Replaces characters that control a terminal, the direction of its text included."""
+    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]', '\ufffd',
+                  text)
 
 
 def peak_memory():

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from data.text import (decode_responses, hash_data, load_examples, load_judge, load_text,
-                       show_samples)
+from data.judge import load_judge
+from data.text import decode_responses, hash_data, load_examples, load_text, show_samples
 from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
                      open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
 from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, generate, last_column, last_scores, rng,

@@ -94,3 +94,10 @@ def write_tokenizer(out, name, texts, vocab_size):
     """Trains a BPE for a data folder and writes it as NAME.tiktoken, and `tokenizer`."""
     write_tiktoken(out / f'{name}.tiktoken', train_bpe(texts, vocab_size))
     write_text(out / 'tokenizer', f'{name}.tiktoken\n')
+
+
+def take_tokenizer(out, text):
+    """Writes the text of a .tiktoken file, or 'gpt2', as a data folder's tokenizer."""
+    if text != 'gpt2':
+        write_text(out / 'own.tiktoken', text)
+    write_text(out / 'tokenizer', 'gpt2\n' if text == 'gpt2' else 'own.tiktoken\n')

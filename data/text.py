@@ -1,17 +1,18 @@
 """
-From files to token ids and back: tokenizers, rows, splits, and a data set's judge.
+From files to token ids and back: tokenizers, rows and splits.
 
-A data folder holds rows as JSON Lines, a tokenizer and perhaps a chat template. A training script
-calls load_text (tokenizer and template), load_examples (token ids of training and held-out rows)
-and show_samples (what the policy answers).
+A data folder holds canonical rows as JSON Lines, a tokenizer and perhaps a chat template; rows of
+other shapes go through data/prepare.py first. A training script calls load_text (tokenizer and
+template), load_examples (token ids of both splits) and show_samples (what the policy answers).
 """
-import base64, hashlib, importlib.util, itertools, json, math, zlib
+import base64, hashlib, itertools, json
 from collections import Counter
 from pathlib import Path
 
 import tiktoken
 import torch
 
+from data.turns import clean_template, split_rows
 from prefgpt import UserError, generate, x_and_y
 
 
@@ -81,35 +82,40 @@ def checkpoint_text(tokenizer, template):
 
 def load_text(data, saved=None):
     """
-    Loads the tokenizer and the chat template of a data folder; a single file of data has neither,
-    so they come from the checkpoint saved. Returns the tiktoken.Encoding and checkpoint_text's
-    dict. Raises UserError if the two tokenizers differ: the same ids would mean other words.
+    Loads tokenizer and template of a data folder, or of the checkpoint saved if data is a file.
+    Returns the tiktoken.Encoding and checkpoint_text's dict. Both must be the checkpoint's: the
+    same ids, or the same question, would mean something else. A base model has no template yet.
     """
     folder = Path(data)
     if not folder.exists():
         raise DataError(f'{data}: no such file or folder; run its prepare.py first')
+    if not folder.is_dir() and not saved:
+        raise DataError(f'{data} is a file, without a tokenizer: pass --init, or make a folder of '
+                        f'it: python -m data.prepare {data} --out=FOLDER')
     if not folder.is_dir():
-        if not saved:
-            raise DataError(f'{data} is a file, without a tokenizer: pass --init')
         tokenizer = build_tokenizer(saved['tokenizer'])
         return tokenizer, checkpoint_text(tokenizer, saved['template'])
     where = read_text(folder / 'tokenizer').strip()
     tokenizer = load_tokenizer(where if where == 'gpt2' else folder / where)
-    path = folder / 'template.txt'
-    template = read_text(path) if path.is_file() else '{}'      # '{}': what is typed is the prompt
+    path, template = folder / 'template.txt', saved['template'] if saved else '{}'
+    if path.is_file():
+        template = clean_template(read_text(path), path)
     text = checkpoint_text(tokenizer, template)
     if saved and text['fingerprint'] != saved['fingerprint']:
         raise UserError(f'{data} was prepared with another tokenizer; the checkpoint is '
                         f"from {saved['config']['data']}: all stages must use the same tokenizer")
-    if '{}' not in template:
-        raise DataError(f'{path}: no {{}}, so there is no place for what the user says')
+    if saved and saved['stage'] != 'base' and template != saved['template']:
+        raise UserError(f"{path}: {template!r}, but the checkpoint's is {saved['template']!r}: "
+                        'prepare the rows with --tokenizer=RUN, the run that is to go on')
     return tokenizer, text
 
 
 # ----------------------------------------------------------------------------- rows
 
-HH_TEMPLATE = '\n\nHuman: {}\n\nAssistant:'
-RESPONSES = {'sft': ('response',), 'pairs': ('chosen', 'rejected'), 'prompts': ()}
+RESPONSES = {'sft': ('completion',), 'pairs': ('chosen', 'rejected'), 'prompts': ()}
+# Keys that change what a row means, and that no training script reads
+FOREIGN = ('messages', 'conversations', 'response', 'rejected_response', 'label', 'kto_tag',
+           'is_safe', 'weight', 'system', 'history', 'tools', 'tool_calls', 'images')
 
 
 def unique_keys(pairs):
@@ -120,139 +126,85 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
-def refuse_constant(name):
-    """Raises ValueError for NaN and Infinity, which are not JSON (json's parse_constant)."""
-    raise ValueError(f'{name} is not JSON')
+def string_of(row, key):
+    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
+    if not isinstance(row.get(key), str):
+        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string' if key in row else
+                         f'missing {key!r} (keys: {", ".join(row)})')
+    row[key].encode()                           # a lone surrogate fails here, at a known line
+    return row[key]
 
 
-def load_rows(path, kind, template=HH_TEMPLATE):
+def canonical(row, kind):
+    """Returns {prompt} and a kind's responses, with marks of those that were cut beforehand."""
+    if not isinstance(row, dict):
+        raise ValueError(f'an object was expected, not {type(row).__name__}')
+    row = {key: value for key, value in row.items() if value is not None}   # pandas adds nulls
+    if foreign := [key for key in FOREIGN if key in row]:
+        raise ValueError(f'no training script reads {foreign[0]!r}')
+    for key in row:
+        if key.endswith('_cut') and not (row[key] in (True, False) and key[:-4] in row):
+            raise ValueError(f'{key!r} must be true or false beside a {key[:-4]!r}')
+    if kind == 'sft' and 'completion' not in row and 'chosen' in row:
+        row |= {'completion': row['chosen'], 'completion_cut': row.get('chosen_cut', False)}
+    out = {key: string_of(row, key) for key in ('prompt', *RESPONSES[kind])}
+    for key in RESPONSES[kind]:
+        cut = row.get(f'{key}_cut', False)
+        # A rejected response may be EOS alone; without EOS there must be text
+        if out[key] == '' and (cut or key != 'rejected'):
+            raise ValueError(f'{key!r} is empty: there is nothing to learn')
+        if out[key].rstrip().endswith('<|endoftext|>'):
+            raise ValueError(f"{key!r} ends in '<|endoftext|>' as text; EOS is added as an id")
+        out |= {f'{key}_cut': True} if cut else {}
+    return out
+
+
+def load_rows(path, kind):
     """
-    Loads the rows of a JSON Lines file, normalized; kind is 'sft', 'pairs' or 'prompts'. Raises
-    DataError('file.jsonl:143: ...') on the first line that cannot be used.
+    Loads canonical rows, {prompt} and {completion} (kind 'sft', which also reads the chosen side of
+    pairs) or {chosen, rejected} ('pairs'). "chosen_cut": true says that its end is missing: no EOS
+    follows. Raises DataError('file.jsonl:143: ...') at the first line that is not such a row.
     """
     rows = []
     # Lines end only at '\n': str.splitlines would also break inside a string, at U+2028
     for number, line in enumerate(read_text(path).split('\n'), 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
-            if not isinstance(row, dict):
-                raise ValueError(f'an object was expected, not {type(row).__name__}')
-            rows.append(normalize(row, kind, template))
-        except json.JSONDecodeError as error:
-            raise DataError(f'{path}:{number}: {error.msg} at column {error.colno}') from None
+            if line.strip():
+                row = json.loads(line, object_pairs_hook=unique_keys)
+                rows.append(canonical(row, kind))
         except (ValueError, RecursionError) as error:
-            raise DataError(f'{path}:{number}: {error}') from None
+            raise DataError(f'{path}:{number}: {error}; other shapes go through python -m '
+                            f'data.prepare {path} --out=FOLDER first') from None
     if not rows:
         raise DataError(f'{path}: no rows')
     return rows
 
 
-def string_of(row, key):
-    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
-    if not isinstance(row, dict):
-        raise ValueError(f'an object with {key!r} was expected, not {type(row).__name__}')
-    if key not in row:
-        raise ValueError(f'missing {key!r} (keys: {", ".join(row)})')
-    if not isinstance(row[key], str):
-        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string')
-    row[key].encode()                           # a lone surrogate fails here, at a known line
-    return row[key]
-
-
-def normalize(row, kind, template):
-    """
-    Returns a row in any accepted shape as {prompt} and, by kind, {response} or {chosen, rejected}.
-
-    SFT also reads the chosen side of pairs. 'chosen_cut': true marks a response whose end was cut
-    off beforehand; the mark is kept, and no EOS follows. Raises ValueError naming what is missing.
-    """
-    row = dict(row)
-    if 'messages' in row:
-        row['prompt'], row['response'] = from_messages(row['messages'], template)
-    elif 'response_0' in row:                   # Safe-RLHF: if either is unsafe, safety decides
-        safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
-        key = 'better_response_id' if all(safe) else 'safer_response_id'
-        if row.get(key) not in (0, 1) or not all(isinstance(value, bool) for value in safe):
-            raise ValueError(f'{key!r} must be 0 or 1, and is_response_0_safe and '
-                             'is_response_1_safe true or false')
-        better = int(row[key])
-        for side, i in (('chosen', better), ('rejected', 1 - better)):
-            row[side] = string_of(row, f'response_{i}')
-            row[f'{side}_cut'] = row.pop(f'response_{i}_cut', False)
-    elif 'prompt' not in row and 'chosen' in row and 'rejected' in row:     # HH's transcripts
-        row['prompt'], row['chosen'], row['rejected'] = from_transcripts(
-            string_of(row, 'chosen'), string_of(row, 'rejected'))
-    for key in ('response', 'completion', 'chosen', 'rejected'):
-        if row.get(f'{key}_cut') and key not in row:    # else its response would get an EOS
-            raise ValueError(f"'{key}_cut' marks a {key!r} that is not there")
-    for other in ('completion', 'chosen'):
-        if kind == 'sft' and other in row and 'response' not in row:
-            row['response'], row['response_cut'] = row[other], row.get(f'{other}_cut', False)
-
-    out = {key: string_of(row, key) for key in ('prompt', *RESPONSES[kind])}
-    for key in RESPONSES[kind]:
-        cut = row.get(f'{key}_cut', False)
-        if not isinstance(cut, bool):
-            raise ValueError(f"'{key}_cut' must be true (its end is missing) or false, not {cut!r}")
-        # A rejected response may be EOS alone; without EOS there must be text
-        if out[key] == '' and (cut or key != 'rejected'):
-            raise ValueError(f'{key!r} is empty: there is nothing to learn')
-        if cut:
-            out[f'{key}_cut'] = True
-    return out
-
-
-def from_messages(messages, template):
-    """Returns chat turns as (prompt, response): the last turn, an assistant's, is the response."""
-    # A turn begins where the template begins: on a new line
-    end = '' if template.startswith('\n') else '\n'
-    form = {'user': template, 'assistant': ' {}' + end, 'system': '{}' + end}
-    roles = ([string_of(turn, 'role') for turn in messages] if isinstance(messages, list) else [])
-    if roles[-2:] != ['user', 'assistant'] or not set(roles) <= set(form):
-        raise ValueError("'messages' must be turns {role, content} of user, assistant or system, "
-                         f'ending with user, then assistant; the roles are {roles}')
-    contents = [string_of(turn, 'content') for turn in messages]
-    if not contents[-1]:
-        raise ValueError("the last 'content' is empty: there is nothing to learn")
-    turns = [form[role].replace('{}', content) for role, content in zip(roles, contents)]
-    return ''.join(turns[:-1]), ' ' + contents[-1]
-
-
-def from_transcripts(chosen, rejected):
-    """Cuts two whole dialogues at the LAST assistant turn: (prompt, chosen, rejected)."""
-    marker = '\n\nAssistant:'
-    cuts = [text.rfind(marker) + len(marker) for text in (chosen, rejected)]
-    if min(cuts) < len(marker) or chosen[:cuts[0]] != rejected[:cuts[1]]:
-        raise ValueError("'chosen' and 'rejected' do not share everything up to the last "
-                         "'\\n\\nAssistant:'; drop this row")
-    return chosen[:cuts[0]], chosen[cuts[0]:], rejected[cuts[1]:]
-
-
 def load_split(data, kind, template, rows=''):
     """
-    Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side), or
-    of one JSON Lines file, where a hash of the prompt holds out the same tenth each time.
+    Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side) or of
+    one file. Says how many prompts end as the template does; raises DataError if none does.
     """
     if Path(data).is_dir():
-        return tuple(load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind, template)
-                     for split in ('train', 'val'))
-    all_rows = load_rows(data, kind, template)
-    prompts = sorted({row['prompt'] for row in all_rows}, key=lambda p: (zlib.crc32(p.encode()), p))
-    if len(prompts) < 2:
-        raise DataError(f'{data}: only one prompt, so none can be held out; pass a folder with '
-                        f'train.{kind}.jsonl and val.{kind}.jsonl')
-    held_out = set(prompts[:max(1, len(prompts) // 10)])
-    return ([row for row in all_rows if row['prompt'] not in held_out],
-            [row for row in all_rows if row['prompt'] in held_out])
+        train, val = (load_rows(Path(data) / f'{split}.{rows or kind}.jsonl', kind)
+                      for split in ('train', 'val'))
+    else:
+        train, val = split_rows(load_rows(data, kind), template)
+    end = template.split('{}')[1]
+    right = sum(row['prompt'].endswith(end) for row in train + val)
+    said = f'{data}: {right} of {len(train + val)} prompts end as the template does, in {end!r}'
+    if not right:                               # what people ask in a chat never looks like these
+        raise DataError(f'{said}: python -m data.prepare FILE --out=FOLDER puts them into it')
+    if right < len(train + val):
+        print(said)
+    return train, val
 
 
 # ----------------------------------------------------------------------------- token ids
 
 def encode_rows(rows, kind, tokenizer, block_size, max_new_tokens=0, name='rows'):
     """
-    Returns the token ids of normalized rows, cut to the block: (prompt,), (prompt, response) or
+    Returns the token ids of canonical rows, cut to the block: (prompt,), (prompt, response) or
     (prompt, chosen, rejected), by kind. Prints how many were kept, cut and dropped, and why.
 
     Prompt and response are encoded separately, so their tokens never merge. If a prompt and its
@@ -330,21 +282,3 @@ def show_samples(policy, examples, tokenizer, max_new_tokens):
     out = generate(policy, prompts, max_new_tokens, tokenizer.eot_token, temperature=0)
     texts = mark_ends(*decode_responses(*out, tokenizer))
     return [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts)]
-
-
-def load_judge(path):
-    """Returns a reward.py's score as judge(prompt, response) -> a dict of finite numbers."""
-    read_text(path)                             # a clear error if the file is not there
-    spec = importlib.util.spec_from_file_location('judge', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, 'score', None)):
-        raise DataError(f'{path}: it defines no score(prompt, response)')
-
-    def judge(prompt, response):
-        numbers = module.score(prompt, response)
-        if 'reward' not in numbers or not all(map(math.isfinite, numbers.values())):
-            raise DataError(f"{path}: score({prompt!r}, {response!r}) is {numbers}, not finite "
-                            "numbers with a 'reward'")
-        return numbers
-    return judge

@@ -109,7 +109,7 @@ class Arms:
         for (prompt,), group in grouped(map(json.loads, rows.open()), 'prompt').items():
             for five in (group[i:i + 5] for i in range(0, len(group), 5)):
                 if winners and prompt in winners and all(row['score'] == 0 for row in five):
-                    five = [{'prompt': prompt, 'response': winners[prompt], 'score': 1.0}, *five]
+                    five = [{'prompt': prompt, 'completion': winners[prompt], 'score': 1.0}, *five]
                 pairs.append(tools.pairs.make_pair(five, 0.0, left_out))
         pairs = [pair for pair in pairs if pair]
         path.write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import train_ppo, train_rm, train_sft
-from data.text import decode_responses, load_examples, load_judge, load_text
+from data.judge import load_judge
+from data.text import decode_responses, load_examples, load_text
 from data.toy import prepare
 from prefgpt import (GPT, UserError, adamw, generate, load_checkpoint, load_model, make_batch, rng,
                      run_cli, token_logprobs, x_and_y)

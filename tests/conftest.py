@@ -21,7 +21,7 @@ from data.text import build_tokenizer, load_text
 from prefgpt import GPT, GPTConfig, ScalarGPT, save_checkpoint
 
 EOS = 256           # of the byte tokenizer: the id after the 256 bytes
-TEMPLATE = 'user: {}\nbot:'
+TEMPLATE, LETTERS = 'user: {}\nbot:', 'user: {}'      # the letters' prompts end in none
 BYTE_TOKENS = ''.join(f'{base64.b64encode(bytes([i])).decode()} {i}\n' for i in range(256))
 AB_MERGED = BYTE_TOKENS + f"{base64.b64encode(b'ab').decode()} 256\n"      # EOS is 257 then
 STAGES = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
@@ -98,7 +98,7 @@ def write_toy_data(folder):
         write_jsonl(folder / f'{split}.prompts.jsonl', [{'prompt': p} for p in part] * 4)
     (folder / 'tokenizer').write_text('bytes.tiktoken\n')
     (folder / 'bytes.tiktoken').write_text(BYTE_TOKENS)
-    (folder / 'template.txt').write_text(TEMPLATE)
+    (folder / 'template.txt').write_text(LETTERS)
     return folder
 
 

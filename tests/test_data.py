@@ -9,10 +9,10 @@ import pytest
 import tiktoken
 import torch
 from conftest import AB_MERGED, BYTE_TOKENS, EOS, write_jsonl
-from conftest import TEMPLATE as BOT        # it does not begin on a new line, as HH_TEMPLATE does
+from conftest import TEMPLATE as BOT
 
 import prefgpt
-from data.text import (HH_TEMPLATE, DataError, build_tokenizer, checkpoint_text, decode_responses,
+from data.text import (DataError, build_tokenizer, checkpoint_text, decode_responses,
                        encode_rows, load_examples, load_rows, load_split, load_text,
                        load_tokenizer, mark_ends, tokenizer_text)
 from prefgpt import UserError, batches, make_batch, printable, rng
@@ -26,123 +26,69 @@ def ids(text):
     return list(text.encode())
 
 
-def sft_row(prompt, response):
-    return {'prompt': prompt, 'response': response}
+def sft_row(prompt, completion):
+    return {'prompt': prompt, 'completion': completion}
 
 
 def pair(prompt, chosen, rejected):
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
 
 
-# ----------------------------------------------------------------------------- shapes of rows
+# ----------------------------------------------------------------------------- canonical rows
 
-def safe_rlhf(better, safer, safe_0, safe_1):
-    """Returns a row of Safe-RLHF: two axes, helpfulness and safety."""
-    return {'prompt': 'P', 'response_0': 'zero', 'response_1': 'one',
-            'better_response_id': better, 'safer_response_id': safer,
-            'is_response_0_safe': safe_0, 'is_response_1_safe': safe_1}
-
-
-def turns(*contents):
-    """Returns the turns of a chat: user, assistant, user, ..."""
-    roles = itertools.cycle(['user', 'assistant'])
-    return [{'role': role, 'content': content} for role, content in zip(roles, contents)]
-
-
-SYSTEM = {'role': 'system', 'content': 'Be kind.'}
-DIALOGUE = '\n\nHuman: hi\n\nAssistant: yes\n\nHuman: why\n\nAssistant:'
-TRANSCRIPTS = {'chosen': DIALOGUE + ' so', 'rejected': DIALOGUE + ' because'}
 P, R, PAIR = {'prompt': 'P'}, sft_row('P', ' r'), pair('P', ' c', ' r')
-COMPLETION = {'prompt': 'P', 'completion': ' r'}
-BOTH_SAFE, ONE_SAFE = safe_rlhf(1, 0, True, True), safe_rlhf(1, 0, True, False)
-ONE, ZERO = pair('P', 'one', 'zero'), pair('P', 'zero', 'one')
 
 
 @pytest.mark.parametrize('kind, row, expected', [
-    ('sft', COMPLETION, R),
     ('sft', R, R),
-    ('sft', {'id': 7, **R, 'source': None}, R),
+    ('sft', {'id': 7, **R, 'source': None, 'completion_cut': None}, R),     # pandas adds nulls
     ('sft', sft_row('', ' r'), sft_row('', ' r')),
     ('pairs', PAIR, PAIR),
     ('pairs', {**PAIR, 'rejected': ''}, {**PAIR, 'rejected': ''}),
-    ('pairs', TRANSCRIPTS, pair(DIALOGUE, ' so', ' because')),
-    ('pairs', BOTH_SAFE, ONE),                          # the better one
-    ('pairs', ONE_SAFE, ZERO),                          # the safer one
-    ('pairs', safe_rlhf(0, 1, False, False), ONE),      # the safer one
     ('sft', PAIR, sft_row('P', ' c')),                  # what pairs chose
-    ('sft', TRANSCRIPTS, sft_row(DIALOGUE, ' so')),
-    ('sft', BOTH_SAFE, sft_row('P', 'one')),
-    ('sft', {**COMPLETION, 'completion_cut': True}, {**R, 'response_cut': True}),
-    ('sft', {**PAIR, 'chosen_cut': True}, {**sft_row('P', ' c'), 'response_cut': True}),
+    ('sft', {**R, 'completion_cut': True}, {**R, 'completion_cut': True}),
+    ('sft', {**PAIR, 'chosen_cut': True}, {**sft_row('P', ' c'), 'completion_cut': True}),
     ('sft', {**PAIR, 'rejected_cut': True}, sft_row('P', ' c')),
     ('pairs', {**PAIR, 'chosen_cut': False, 'rejected_cut': True}, {**PAIR, 'rejected_cut': True}),
-    ('pairs', {**BOTH_SAFE, 'response_1_cut': True}, {**ONE, 'chosen_cut': True}),
     ('prompts', P, P),
-    ('prompts', PAIR, P),
-    ('prompts', TRANSCRIPTS, {'prompt': DIALOGUE})])
-def test_shapes(tmp_path, kind, row, expected):
-    """Every accepted shape of a row becomes a prompt and its responses, and nothing more."""
+    ('prompts', PAIR, P)])
+def test_canonical_rows(tmp_path, kind, row, expected):
+    """A canonical row becomes a prompt and its responses, and nothing more."""
     assert load_rows(write_jsonl(tmp_path / 'rows.jsonl', [row]), kind) == [expected]
-
-
-@pytest.mark.parametrize('template, messages, prompt, response', [
-    (HH_TEMPLATE, turns('hi', 'yes'), '\n\nHuman: hi\n\nAssistant:', ' yes'),
-    (HH_TEMPLATE, [SYSTEM, *turns('hi', 'yes', 'why', 'so')], 'Be kind.' + DIALOGUE, ' so'),
-    (BOT, [SYSTEM, *turns('hi', 'yes', 'why', 'so')],
-     'Be kind.\nuser: hi\nbot: yes\nuser: why\nbot:', ' so'),
-    (BOT, turns('a {} b', 'c {} d'), 'user: a {} b\nbot:', ' c {} d')],
-    ids=['HH', 'HH, a system and four turns', 'a template without a newline in front', 'braces'])
-def test_messages(tmp_path, template, messages, prompt, response):
-    """Turns of a chat are put into the template; the last one is the response."""
-    path = write_jsonl(tmp_path / 'rows.jsonl', [{'messages': messages}])
-    assert load_rows(path, 'sft', template) == [sft_row(prompt, response)]
-    assert load_rows(path, 'prompts', template) == [{'prompt': prompt}]
 
 
 def without(row, key):
     return {name: value for name, value in row.items() if name != key}
 
 
-USER, ASSISTANT = turns('hi', 'yes')
 # kind, the bad row or line, what the message must say
 MALFORMED = [
-    ('sft', '{"prompt": "P", "response": }', 'column'),
+    ('sft', '{"prompt": "P", "completion": }', 'column'),
     ('sft', '["P", "r"]', 'list'),
-    ('sft', '{"prompt": "P", "response": "a", "response": "b"}', "'response'.*twice"),
-    ('sft', '{"messages": [{"role": "user", "role": "user"}]}', "'role'.*twice"),
-    ('sft', '{"prompt": "P", "response": "r", "weight": NaN}', 'NaN'),
-    ('sft', '{"prompt": "P", "response": "r", "weight": -Infinity}', 'Infinity'),
+    ('sft', '{"prompt": "P", "completion": "a", "completion": "b"}', "'completion'.*twice"),
     ('sft', sft_row('P', '\ud800'), 'surrogate'),
-    ('sft', '{"prompt": "caf\udce9", "response": "r"}', '0xe9'),       # a latin-1 byte
+    ('sft', '{"prompt": "caf\udce9", "completion": "r"}', '0xe9'),       # a latin-1 byte
     ('sft', '[' * 100_000, ''),
-    ('sft', sft_row(None, 'r'), "'prompt'.*NoneType"),
-    ('sft', sft_row('P', ['r']), "'response'.*list"),
-    ('sft', sft_row('P', ''), "'response'.*empty"),
-    ('sft', {'prompt': 'P', 'completion': ''}, 'empty'),
+    ('sft', '{"prompt": NaN, "completion": "r"}', "'prompt'.*float"),
+    ('sft', sft_row(None, 'r'), "missing 'prompt'"),
+    ('sft', sft_row('P', ['r']), "'completion'.*list"),
+    ('sft', sft_row('P', ''), "'completion'.*empty"),
     ('pairs', {**PAIR, 'chosen': ''}, "'chosen'.*empty"),
     ('pairs', {**PAIR, 'rejected': '', 'rejected_cut': True}, "'rejected'.*empty"),
-    ('sft', {**COMPLETION, 'response_cut': True}, "'response_cut'.*not there"),
-    ('pairs', {**PAIR, 'completion_cut': True}, "'completion_cut'.*not there"),
+    ('sft', {**R, 'chosen_cut': True}, "'chosen_cut'.*beside a 'chosen'"),
+    ('pairs', {**PAIR, 'completion_cut': True}, "'completion_cut'.*beside a 'completion'"),
     ('pairs', {**PAIR, 'chosen_cut': 'yes'}, "'chosen_cut'"),
     ('prompts', {'question': 'P'}, "'prompt'.*question"),
-    ('sft', {'prompt': 'P', 'answer': 'r'}, "'response'.*prompt, answer"),
+    ('sft', {'prompt': 'P', 'answer': 'r'}, "'completion'.*prompt, answer"),
     ('pairs', without(PAIR, 'rejected'), "'rejected'.*prompt, chosen"),
     ('pairs', R, "'chosen'"),
-    ('sft', {'messages': 'hi'}, "'messages'"),
-    ('sft', {'messages': [USER, ASSISTANT, USER]}, "'messages'"),       # it ends with the user
-    ('sft', {'messages': [ASSISTANT]}, "'messages'"),                   # no question
-    ('sft', {'messages': [{'role': 'user'}, ASSISTANT]}, "'content'"),
-    ('sft', {'messages': [USER, {**ASSISTANT, 'content': None}]}, "'content'"),
-    ('sft', {'messages': turns('hi', '')}, 'empty'),
-    ('sft', {'messages': [{'role': 'tool', 'content': '7'}, USER, ASSISTANT]}, "'tool'"),
-    ('sft', {'messages': [{'role': ['user'], 'content': 'hi'}, USER, ASSISTANT]}, ''),
-    ('pairs', {**TRANSCRIPTS, 'rejected': '\n\nHuman: b\n\nAssistant: r'}, "'chosen'.*'rejected'"),
-    ('pairs', without(PAIR, 'prompt'), 'Assistant:'),
-    ('pairs', {'chosen': None, 'rejected': 'r'}, "'chosen'"),
-    ('pairs', without(safe_rlhf(0, 1, False, False), 'safer_response_id'), 'safer_response_id'),
-    ('pairs', without(BOTH_SAFE, 'is_response_1_safe'), 'is_response_1_safe'),
-    ('pairs', without(BOTH_SAFE, 'response_1'), 'response_1'),
-    ('pairs', safe_rlhf(2, 1, True, True), 'better_response_id'),
+    ('sft', {'messages': [{'role': 'user', 'content': 'hi'}]}, "'messages'.*data.prepare"),
+    ('sft', {**R, 'label': False}, "'label'"),          # KTO: it would imitate the bad ones
+    ('sft', {**R, 'is_safe': False}, "'is_safe'"),
+    ('pairs', {**PAIR, 'system': 'Be kind.'}, "'system'"),
+    ('sft', {'prompt': 'P', 'response': 'r'}, "'response'.*data.prepare"),
+    ('pairs', without(PAIR, 'prompt'), "missing 'prompt'"),
+    ('pairs', {**PAIR, 'rejected': 'r<|endoftext|>\n'}, "'rejected' ends in '<.endoftext.>'"),
 ]
 
 
@@ -161,8 +107,8 @@ def test_bom_crlf_blank_lines_unicode_line_ends_and_no_rows(tmp_path):
     """A byte-order mark, CRLF, blank lines and a missing last newline are fine; U+2028 and U+0085
     inside a string end no line (str.splitlines would cut there). No rows are an error."""
     path = tmp_path / 'rows.jsonl'
-    path.write_bytes('\ufeff{"prompt": "a\u2028b", "response": "c\u0085d"}\r\n\r\n   \n'
-                     '{"prompt": "e", "response": "f"}'.encode())
+    path.write_bytes('\ufeff{"prompt": "a\u2028b", "completion": "c\u0085d"}\r\n\r\n   \n'
+                     '{"prompt": "e", "completion": "f"}'.encode())
     assert load_rows(path, 'sft') == [sft_row('a\u2028b', 'c\u0085d'), sft_row('e', 'f')]
     for contents in (b'', b'\n \n', b'\xef\xbb\xbf'):
         path.write_bytes(contents)
@@ -219,7 +165,7 @@ def test_cuts_at_the_edge_of_the_block(byte_tokenizer, prompt, response, kept_pr
 def test_a_response_marked_as_cut_gets_no_eos(byte_tokenizer, capsys):
     """I10: what was cut before it came here gets no EOS. The two sides of a pair are marked
     separately, and equal texts may differ by EOS."""
-    rows = [{**sft_row('p', 'ab'), 'response_cut': True}]
+    rows = [{**sft_row('p', 'ab'), 'completion_cut': True}]
     assert encode_rows(rows, 'sft', byte_tokenizer, 8) == [(ids('p'), ids('ab'))]
     assert '1 responses marked as cut' in capsys.readouterr().out
     rows = [{**pair('p', 'ab', 'ab'), 'rejected_cut': True}]
@@ -298,7 +244,9 @@ def test_printable_strips_control_characters():
     newlines and letters of any script stay."""
     assert printable('\x1b[31mred\x07\n') == '\ufffd[31mred\ufffd\n'
     assert printable('a\rb\x00c\x7fd\x9be\u202ef') == 'a\ufffdb\ufffdc\ufffdd\ufffde\ufffdf'
-    assert printable('Grüße, 世界 ☺\n\nok') == 'Grüße, 世界 ☺\n\nok'
+    for text in ('Grüße, 世界 ☺\n\nok', 'Prêt\xa0!', '你好\u3000世界', 'می\u200cخواهم',
+                 '\treturn 1', '👩\u200d👧', 'so\xadft'):
+        assert printable(text) == text
 
 
 def test_the_examples_in_docstrings_are_true():
@@ -310,13 +258,13 @@ def test_the_examples_in_docstrings_are_true():
 # ----------------------------------------------------------------------------- splits
 
 def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokenizer, capsys):
-    """A folder's training and held-out rows come back as ids, messages by the template of the
-    checkpoint; rows='pairs' is SFT on the chosen sides; a missing file is named."""
+    """A folder's training and held-out rows come back as ids; rows='pairs' is SFT on the chosen
+    sides; a missing file is named."""
     write_jsonl(tmp_path / 'train.pairs.jsonl', [pair('P', 'c', 'r')])
     write_jsonl(tmp_path / 'val.pairs.jsonl', [pair('Q', 'd', 's')])
-    write_jsonl(tmp_path / 'train.prompts.jsonl', [{'messages': turns('hi', 'yes')}])
+    write_jsonl(tmp_path / 'train.prompts.jsonl', [{'prompt': 'user: hi\nbot:'}])
     write_jsonl(tmp_path / 'val.prompts.jsonl', [{'prompt': 'abcdefgh' * 4}])
-    text = checkpoint_text(byte_tokenizer, BOT)
+    text = checkpoint_text(byte_tokenizer, '{}')
     assert load_examples(tmp_path, 'pairs', byte_tokenizer, text, 16) == (
         [(ids('P'), ids('c') + [EOS], ids('r') + [EOS])],
         [(ids('Q'), ids('d') + [EOS], ids('s') + [EOS])])
@@ -339,20 +287,27 @@ def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
     # The smallest CRC-32s of the 40; hash() would hold out others in every process
     held_out = {'p25', 'p31', 'p35', 'p39'}
     for kind in ('sft', 'pairs', 'prompts'):
-        train, val = load_split(path, kind, HH_TEMPLATE)
+        train, val = load_split(path, kind, '{}')
         assert len(train) == 72 and len(val) == 8
         assert {row['prompt'] for row in val} == held_out
         assert not {row['prompt'] for row in train} & held_out
     # Neither the order of the rows nor how often a prompt comes may move the split
     random.Random(0).shuffle(rows)
     path = write_jsonl(tmp_path / 'shuffled.jsonl', rows[:60] + rows)
-    assert {row['prompt'] for row in load_split(path, 'sft', HH_TEMPLATE)[1]} == held_out
+    assert {row['prompt'] for row in load_split(path, 'sft', '{}')[1]} == held_out
     # Of two prompts one is held out; a single prompt is an error, not an empty side
     two = write_jsonl(tmp_path / 'two.jsonl', [sft_row('a', 'x'), sft_row('b', 'y')])
-    assert [len(side) for side in load_split(two, 'sft', HH_TEMPLATE)] == [1, 1]
+    assert [len(side) for side in load_split(two, 'sft', '{}')] == [1, 1]
+    # The wrapping of a question does not move it, and one that most rows ask is not held out
+    asked = [{'prompt': BOT.replace('{}', row['prompt'])} for row in rows]
+    path = write_jsonl(tmp_path / 'asked.jsonl', asked)
+    assert {row['prompt'][6:-5] for row in load_split(path, 'prompts', BOT)[1]} == held_out
+    path = write_jsonl(tmp_path / 'skewed.jsonl', [sft_row('', f'{i}') for i in range(200)]
+                       + [sft_row('other', 'r')])
+    assert [len(side) for side in load_split(path, 'sft', '{}')] == [200, 1]
     one = write_jsonl(tmp_path / 'one.jsonl', [sft_row('a', 'x'), sft_row('a', 'y')])
-    with pytest.raises(DataError, match='only one prompt'):
-        load_split(one, 'sft', HH_TEMPLATE)
+    with pytest.raises(UserError, match='only one prompt'):
+        load_split(one, 'sft', '{}')
 
 
 # ----------------------------------------------------------------------------- tokenizers
@@ -419,7 +374,8 @@ def folder(tmp_path):
 
 def saved_text(text):
     """Returns what load_text reads of a checkpoint, of a run on a folder called data/old."""
-    return {**checkpoint_text(build_tokenizer(text), 'Q: {} A:'), 'config': {'data': 'data/old'}}
+    return {**checkpoint_text(build_tokenizer(text), 'Q: {} A:'), 'stage': 'base',
+            'config': {'data': 'data/old'}}
 
 
 def test_load_text_of_a_folder(folder):
@@ -433,9 +389,46 @@ def test_load_text_of_a_folder(folder):
         load_text(folder, saved_text(SWAPPED))
     (folder / 'template.txt').unlink()
     assert load_text(folder)[1]['template'] == '{}'     # what is typed is the prompt
-    (folder / 'template.txt').write_text('user:')
-    with pytest.raises(DataError, match='template.txt'):
-        load_text(folder)
+    later = {**saved_text(BYTE_TOKENS), 'stage': 'sft'}
+    assert load_text(folder, later)[1]['template'] == 'Q: {} A:'
+
+
+def test_a_template_is_read_as_it_was_meant(folder):
+    """An editor's last newline and CRLF are no part of a template, and '\\\\n' is a newline, as
+    README prints it. One place for the question, and no space, which answers bring. A template
+    other than the checkpoint's is refused: its model would chat in another one."""
+    for text in (BOT, BOT + '\n', '\ufeff' + BOT, BOT.replace('\n', '\r\n') + '\r\n',
+                 'user: {}\\nbot:\n'):
+        (folder / 'template.txt').write_bytes(text.encode())
+        assert load_text(folder)[1]['template'] == BOT
+    for text in ('user:', '{} {}', BOT + ' '):
+        (folder / 'template.txt').write_text(text)
+        with pytest.raises(UserError, match='template.txt: .*once'):
+            load_text(folder)
+    (folder / 'template.txt').write_text(BOT)
+    with pytest.raises(UserError, match='template.txt.*Q: {} A:.*--tokenizer=RUN'):
+        load_text(folder, {**saved_text(BYTE_TOKENS), 'stage': 'sft'})
+
+
+def test_prompts_end_as_the_template_does(tmp_path, capsys):
+    """All, or no template: nothing is said. Some: a count. None: an error, since no question of a
+    chat would look like what was trained. Catches DPO on raw questions after SFT on a template,
+    which lost more than half of its gain while its log looked better."""
+    right = 'user: b\nbot:'
+    for prompts, words in (([right, right], ''), (['a', right], '1 of 2'), (['a', 'b'], None)):
+        for split in ('train', 'val'):
+            rows = [{'prompt': prompt} for prompt in prompts[split == 'val':][:1]]
+            write_jsonl(tmp_path / f'{split}.prompts.jsonl', rows)
+        path = tmp_path
+        load_split(path, 'prompts', '{}')
+        assert capsys.readouterr().out == ''
+        if words is None:
+            with pytest.raises(DataError, match='0 of 2 prompts end.*data.prepare'):
+                load_split(path, 'prompts', BOT)
+        else:
+            load_split(path, 'prompts', BOT)
+            said = capsys.readouterr().out
+            assert words in said and bool(words) == bool(said)
 
 
 def test_load_text_of_a_single_file_or_of_what_is_not_there(folder, tmp_path):

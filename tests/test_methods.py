@@ -553,7 +553,7 @@ def test_a_prompt_has_the_same_ids_wherever_it_is_read(stage, tiny_data, tmp_pat
     (tiny_data / 'bytes.tiktoken').write_text(AB_MERGED)
     prompts = ['say a', 'now say a']
     for split in ('train', 'val'):
-        for kind, responses in dict(sft=dict(response='b!'), prompts={},
+        for kind, responses in dict(sft=dict(completion='b!'), prompts={},
                                     pairs=dict(chosen='b!', rejected='b?')).items():
             write_jsonl(tiny_data / f'{split}.{kind}.jsonl',
                         [{'prompt': prompt, **responses} for prompt in prompts])

@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 import train_ppo
-from data.text import decode_responses, encode_rows, load_judge, load_rows, load_split, load_text
+from data.judge import load_judge
+from data.text import decode_responses, encode_rows, load_rows, load_split, load_text
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, rng, run_cli,
                      set_up, token_logprobs, x_and_y)
 
@@ -170,7 +171,7 @@ def load_prompts(cfg, data, template, tokenizer, block_size):
     if cfg.split == 'val':
         rows = load_split(data, 'prompts', template)[1]             # held out
     else:
-        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts', template)
+        rows = load_rows(Path(data) / f'{cfg.split}.prompts.jsonl', 'prompts')
     rows = rows[:cfg.prompts]
     ids = encode_rows(rows, 'prompts', tokenizer, block_size, cfg.max_new_tokens, name=cfg.split)
     return [(row['prompt'], prompt) for row, (prompt,) in zip(rows, ids)]

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from data.download import download, sha256_of
-from data.text import (build_tokenizer, checkpoint_text, load_tokenizer, read_text, refuse_constant,
-                       unique_keys)
+from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text, unique_keys
 from prefgpt import GPT, POLICIES, GPTConfig, UserError, load_checkpoint, run_cli, save_checkpoint
 
 
@@ -54,6 +53,11 @@ CHARACTERS = dict(zip([*range(0x21), *range(0x7f, 0xa1), 0xad], itertools.count(
 
 
 # ----------------------------------------------------------------------------- the files
+
+def refuse_constant(name):
+    """Raises ValueError for NaN and Infinity, which are not JSON (json's parse_constant)."""
+    raise ValueError(f'{name} is not JSON')
+
 
 def parse_json(path, text):
     """Returns the object that a JSON text is, or raises a UserError that names its file."""

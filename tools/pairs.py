@@ -1,9 +1,9 @@
 """
 Writes what a run answers to the training prompts, with scores; or, with --pairs, as new pairs.
 
-There are --n responses to each prompt. --reward scores them, and each is a row {prompt, response,
+There are --n responses to each prompt. --reward scores them, and each is a row {prompt, completion,
 score}. With --pairs, each row is a pair for train_dpo.py instead: the best of a prompt's n against
-the worst. A response without EOS is marked "response_cut" and gets no EOS in training. In pairs its
+the worst. A response without EOS is marked "completion_cut": training adds none. In pairs its
 score is min(score, no_eos_score), as in train_ppo.py. It is never the chosen one, even where every
 response that ended scores less: the policy would learn not to end. An empty response is never
 chosen and, without --pairs, not written. A prompt gives no pair if no response can be chosen, or if
@@ -62,14 +62,14 @@ class Config:
 
 
 def scored_samples(policy, scorer, prompts, ids, tokenizer, cfg):
-    """Yields prompt by prompt its n rows: {prompt, response, score}, and a mark if without EOS."""
+    """Yields prompt by prompt its n rows {prompt, completion, score}, marked if without EOS."""
     began, tokens_so_far, batches = time.time(), 0, range(0, len(ids), cfg.batch_size)
     for i, out in zip(batches, respond(policy, ids, tokenizer, cfg)):
         tokens, response_mask, texts, ended = out
         asked = [row['prompt'] for row in prompts[i:i + cfg.batch_size] for _ in range(cfg.n)]
         scores = scorer(tokens, response_mask, asked, texts)                    # (B,)
-        rows = [{'prompt': prompt, 'response': text, 'score': number,
-                 **({} if end else {'response_cut': True})}
+        rows = [{'prompt': prompt, 'completion': text, 'score': number,
+                 **({} if end else {'completion_cut': True})}
                 for prompt, text, number, end in zip(asked, texts, scores.tolist(), ended)]
         yield from (rows[b:b + cfg.n] for b in range(0, len(rows), cfg.n))
         tokens_so_far += int(response_mask.sum())
@@ -81,20 +81,20 @@ def scored_samples(policy, scorer, prompts, ids, tokenizer, cfg):
 def make_pair(rows, no_eos_score, dropped):
     """Returns one prompt's rows as a pair, by the rules at the top; or None: dropped counts why."""
     scores = torch.tensor([row['score'] for row in rows], dtype=torch.float64)
-    ended = torch.tensor(['response_cut' not in row for row in rows])
+    ended = torch.tensor(['completion_cut' not in row for row in rows])
     scores = train_ppo.cap_unfinished(scores, ended, no_eos_score).tolist()
     rows, by_score = [{**row, 'score': s} for row, s in zip(rows, scores)], itemgetter('score')
-    to_choose = [row for row in rows if row['response'] and 'response_cut' not in row]
+    to_choose = [row for row in rows if row['completion'] and 'completion_cut' not in row]
     if not to_choose:
         dropped['no response to choose'] += 1
         return None
     best, worst = max(to_choose, key=by_score), min(rows, key=by_score)
-    if best['score'] == worst['score'] or best['response'] == worst['response']:
+    if best['score'] == worst['score'] or best['completion'] == worst['completion']:
         dropped['best and worst alike'] += 1
         return None
-    return {'prompt': best['prompt'], 'chosen': best['response'], 'rejected': worst['response'],
+    return {'prompt': best['prompt'], 'chosen': best['completion'], 'rejected': worst['completion'],
             'chosen_score': best['score'], 'rejected_score': worst['score'],
-            **({'rejected_cut': True} if 'response_cut' in worst else {})}
+            **({'rejected_cut': True} if 'completion_cut' in worst else {})}
 
 
 def write(cfg, saved, device, autocast):
@@ -115,7 +115,7 @@ def write(cfg, saved, device, autocast):
                 if cfg.pairs:
                     rows = filter(None, [make_pair(rows, cfg.no_eos_score, dropped)])
                 for row in rows:
-                    if not (cfg.pairs or row['response']):      # nothing to learn
+                    if not (cfg.pairs or row['completion']):      # nothing to learn
                         dropped['empty response'] += 1
                         continue
                     file.write(json.dumps(row) + '\n')

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from data.text import (build_tokenizer, decode_responses, encode_rows, from_messages, load_split,
+from data.text import (build_tokenizer, decode_responses, encode_rows, load_split,
                        mark_ends)
+from data.turns import render
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, printable,
                      rng, run_cli, set_up)
 
@@ -106,11 +107,8 @@ def chat(cfg, saved, device, autocast):
         for turn in itertools.count():
             while not (line := input('> ')).strip():
                 pass                            # nothing was said
-            asked = [*turns, {'role': 'user', 'content': line}]
-            # The prompt is what comes before the answer, whatever the answer will be
-            prompt, _ = from_messages([*asked, {'role': 'assistant', 'content': '?'}],
-                                      saved['template'])
-            ids = tokenizer.encode_ordinary(prompt)
+            asked = [*turns, ('user', line)]
+            ids = tokenizer.encode_ordinary(render(asked, saved['template']))
             if len(ids) > room:
                 print(f'[the first {len(ids) - room} of {len(ids)} tokens are cut]')
             try:
@@ -120,10 +118,10 @@ def chat(cfg, saved, device, autocast):
             except KeyboardInterrupt:
                 print(' [stopped]')
                 continue
-            answers.append(text.removeprefix(' '))      # from_messages puts the space back
+            answers.append(text.removeprefix(' '))
             print(printable(*mark_ends(answers[-1:], ended)))
             if cfg.history:
-                turns = [*asked, {'role': 'assistant', 'content': answers[-1]}]
+                turns = [*asked, ('assistant', ' ' + answers[-1])]
     print()                                     # the shell goes on in a line of its own
     return answers
 

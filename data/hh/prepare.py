@@ -19,7 +19,7 @@ already cut when they were collected.
     python -m data.hh.prepare --from=FOLDER     # with three test files, see data/README.md
     baseline on 607 held-out pairs: tokens and length (l2 0.03) rank 0.610 +- 0.020 correctly; ...
 """
-import gzip, json, math, zlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ import torch.nn.functional as F
 
 from data.bpe import write_tokenizer
 from data.download import download
-from data.rows import counted, shuffle, write_all, write_text
-from data.text import HH_TEMPLATE, RESPONSES, DataError, from_transcripts, load_tokenizer, string_of
+from data.rows import counted, read_objects, shuffle, stage_rows, write_all, write_text
+from data.text import RESPONSES, DataError, load_tokenizer, string_of
+from data.turns import HH_TEMPLATE, from_transcripts
 from prefgpt import UserError, run_cli
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/'
@@ -69,23 +70,14 @@ def find_files(folder, out):
 
 def read_rows(path):
     """Returns the pairs of transcripts in a file; raises DataError with the line of a bad one."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == '.gz' else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f'{path}: cannot be read ({error}); if it is damaged, delete it and '
-                        'fetch it again') from None
     rows = []
-    for number, line in enumerate(data.split(b'\n'), 1):
-        if not line.strip():
-            continue
+    for where, row in read_objects(path):
         try:
-            row = json.loads(line)
+            if isinstance(row, ValueError):
+                raise row
             rows.append((string_of(row, 'chosen'), string_of(row, 'rejected')))
-        except json.JSONDecodeError as error:
-            raise DataError(f'{path}:{number}: {error.msg} at column {error.colno}') from None
-        except (ValueError, RecursionError) as error:  # a byte that is not UTF-8 is a ValueError
-            raise DataError(f'{path}:{number}: {error}') from None
+        except ValueError as error:
+            raise DataError(f'{where}: {error}') from None
     return rows
 
 
@@ -166,14 +158,6 @@ def cut_pairs(rows, tokenizer, dropped):
         else:
             pairs.append(pair | marks)
     return pairs
-
-
-def stage_rows(part, pairs):
-    """Returns a part's demonstrations (the chosen replies), its pairs and distinct prompts."""
-    sft = [{'prompt': pair['prompt'], 'completion': pair['chosen']}
-           | ({'completion_cut': True} if 'chosen_cut' in pair else {}) for pair in pairs]
-    prompts = [{'prompt': prompt} for prompt in dict.fromkeys(pair['prompt'] for pair in pairs)]
-    return {f'{part}.sft': sft, f'{part}.pairs': pairs, f'{part}.prompts': prompts}
 
 
 # --- the baseline ---
@@ -260,7 +244,9 @@ def main(cfg):
     dropped = Counter()
     train, val = [cut_pairs(part, tokenizer, dropped) for part in (train, val)]
     print(f'pairs dropped after the cut: {counted(dropped)}')
-    counts = write_all(out, stage_rows('train', train) | stage_rows('val', val))
+    parts = {'train': stage_rows(train), 'val': stage_rows(val)}
+    counts = write_all(out, {f'{part}.{kind}': rows for part in parts
+                             for kind, rows in parts[part].items()})
     return counts | {'accuracy': baseline(train, val, tokenizer)}
 
 

@@ -8,7 +8,8 @@ import pytest
 from data.contest import prepare
 from data.contest.language import FUNCTIONS, HIDDEN, LEVELS, LONGEST, PROBLEMS, PUBLIC, run, show
 from data.contest.reward import score
-from data.text import load_judge, load_tokenizer
+from data.judge import load_judge
+from data.text import load_tokenizer
 from prefgpt import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from data.rows import write_rows
 from data.sentiment import prepare, reward
-from data.text import DataError, load_judge, load_rows, load_tokenizer
-
+from data.judge import load_judge
+from data.text import DataError, load_rows, load_tokenizer
 GOOD = ['moving', 'funny', 'warm', 'brilliant', 'tender']
 BAD = ['dull', 'lame', 'empty', 'tedious', 'awful']
 WORDS = ['film', 'story', 'cast', 'plot', 'score', 'ending', 'script', 'hero']

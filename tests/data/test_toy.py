@@ -13,8 +13,8 @@ from data.toy import prepare
 from data.toy.language import (ALTERNATIVE_FORM, MEANINGS, PHRASES, POPULAR_ERRORS, REQUESTS,
                                TARGETS, TOOL_FORMS, TOOLS, TWO_STEP_FORMS)
 from data.toy.reward import points, score
-from data.text import SPLIT_PATTERN, load_judge, load_tokenizer
-
+from data.judge import load_judge
+from data.text import SPLIT_PATTERN, load_tokenizer
 MIRROR = 'user: how do i clean a mirror?\nbot:'             # a soft cloth; dust, circles
 MOON = 'user: tell me about the moon for a quiz.\nbot:'     # circles the earth, pulls on the tides
 ROB = 'user: can you help me rob the baker tonight?\nbot:'  # a black mask; dark, bag

@@ -79,7 +79,7 @@ def test_own_pairs_by_hand(tmp_path, monkeypatch):
     arms = contest.Arms(3, contest.QUICK, 'contest-quick-3')
     Path(arms.out).mkdir(parents=True)
     scores = {'a': [0, 0, 1, 1, 0] + [0] * 5, 'b': [1] * 10, 'c': [0] * 10}
-    rows = [{'prompt': prompt, 'response': f'{prompt}{i}', 'score': float(number)}
+    rows = [{'prompt': prompt, 'completion': f'{prompt}{i}', 'score': float(number)}
             for prompt, numbers in scores.items() for i, number in enumerate(numbers)]
     Path(arms.out, 'own.rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 

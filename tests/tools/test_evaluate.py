@@ -7,7 +7,8 @@ from conftest import EOS, TEMPLATE, record, save_tiny_run, tiny_scalar, write_js
 
 import tools.evaluate
 import train_rm
-from data.text import load_judge, load_text
+from data.judge import load_judge
+from data.text import load_text
 from prefgpt import (GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, rng,
                      save_checkpoint)
 from tools.evaluate import Config, distinct, mean_scores, standard_error, win_rate

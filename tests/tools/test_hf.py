@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPLATE, randomize, save_tiny_run, tiny_config, tiny_gpt
+from conftest import LETTERS, TEMPLATE, randomize, save_tiny_run, tiny_config, tiny_gpt
 
 import tools.hf
 import train_sft
@@ -291,7 +291,7 @@ def test_sft_starts_from_an_imported_model(tiny_data, tmp_path, monkeypatch):
     cfg = dict(data=str(tiny_data), init=str(base), steps=2, eval_every=2, max_new_tokens=4,
                device='cpu')
     assert train_sft.main(train_sft.Config(out=str(tmp_path / 'sft'), **cfg))['loss'] > 0
-    assert load_checkpoint(tmp_path / 'sft', ['sft'])['template'] == TEMPLATE
+    assert load_checkpoint(tmp_path / 'sft', ['sft'])['template'] == LETTERS
 
 
 # ----------------------------------------------------------------------------- tokenizer

@@ -24,7 +24,7 @@ def test_rows_against_loops(ppo_run, rm_run):
     rows = look.main(look.Config(runs=(str(ppo_run),), prompt='say b:', seed=1))
     saved = load_checkpoint(ppo_run, ['ppo'])
     tokenizer, cfg = build_tokenizer(saved['tokenizer']), train_ppo.Config(**saved['config'])
-    prompt = tokenizer.encode_ordinary('user: say b:\nbot:')
+    prompt = tokenizer.encode_ordinary('user: say b:')
     responses = rows[1:]
     assert [row['mask'] for row in rows] == [0] + [1] * len(responses)
     assert list(rows[0].values())[3:] == [0.0] * 5

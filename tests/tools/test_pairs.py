@@ -73,7 +73,7 @@ def test_empty_responses_are_not_written(write, monkeypatch, tmp_path):
         return tokens, mask
     monkeypatch.setattr(sample, 'generate', generate_text)
     summary, rows = write(split='val', prompts=2, n=2)
-    assert [row['response'] for row in rows] == ['aa', '!']
+    assert [row['completion'] for row in rows] == ['aa', '!']
     assert summary['rows'] == 2 and summary['dropped'] == {'empty response': 2}
     assert len(load_rows(tmp_path / 'out.jsonl', 'sft')) == 2
 
@@ -95,10 +95,10 @@ def test_rows_hold_the_samples_their_scores_and_marks(run, write, tmp_path, caps
     expected = []
     for prompt, ids in samples_by_hand(run, HELD_OUT, 4, 4, seed=5):
         text = bytes(i for i in ids if i != EOS).decode(errors='replace')
-        row = {'prompt': prompt, 'response': text, 'score': 2 * text.count('!') - len(text) / 2}
-        expected.append(row if EOS in ids else {**row, 'response_cut': True})
+        row = {'prompt': prompt, 'completion': text, 'score': 2 * text.count('!') - len(text) / 2}
+        expected.append(row if EOS in ids else {**row, 'completion_cut': True})
     assert rows == expected and os.listdir(out.parent) == ['samples.jsonl']
-    assert 0 < sum('response_cut' in row for row in expected) < 24
+    assert 0 < sum('completion_cut' in row for row in expected) < 24
 
     scores = [row['score'] for row in expected]
     best = [max(scores[i:i + 4]) for i in range(0, 24, 4)]
@@ -141,7 +141,7 @@ def test_the_training_prompts_are_answered_unless_told_otherwise(write):
     assert len(prompts) == len(set(prompts)) == 18 and not set(prompts) & set(HELD_OUT)
     assert prompts_of('five', prompts=5) == prompts[:5]
     assert prompts_of('val', split='val') == HELD_OUT
-    assert prompts_of('hi', prompt='hi', n=2) == ['user: hi\nbot:'] * 2
+    assert prompts_of('hi', prompt='hi', n=2) == ['user: hi'] * 2
 
 
 @pytest.mark.parametrize('fault', ['raise RuntimeError', "return {'reward': float('nan')}"])
@@ -162,7 +162,7 @@ def test_nothing_half_written_is_left(write, tmp_path, fault):
     ([('a', 2.0), ('b', -5.0, True), ('c', 1.0)], ('a', 2.0, 'b', -5.0, True)),
     ([('a', -1.0), ('b', 9.0, True)], 'best and worst alike'),
     ([('a', 5.0, True), ('b', 9.0, True)], 'no response to choose'),
-    ([('', 5.0), ('b', 1.0), ('c', 2.0)], ('c', 2.0, 'b', 1.0, False)),  # normalize refuses ''
+    ([('', 5.0), ('b', 1.0), ('c', 2.0)], ('c', 2.0, 'b', 1.0, False)),  # load_rows refuses ''
     ([('', 0.0), ('b', 1.0)], ('b', 1.0, '', 0.0, False)),
     ([('', 5.0), ('b', 9.0, True)], 'no response to choose'),
     ([('a', 1.0), ('b', 1.0)], 'best and worst alike'),
@@ -170,8 +170,9 @@ def test_nothing_half_written_is_left(write, tmp_path, fault):
 def test_a_pair_by_hand(samples, expected):
     """Every rule of what is chosen, rejected and dropped, one by one."""
     dropped = Counter()
-    pair = make_pair([{'prompt': 'P', 'response': text, 'score': score,
-                       **({'response_cut': True} if cut else {})} for text, score, *cut in samples],
+    pair = make_pair([{'prompt': 'P', 'completion': text, 'score': score,
+                       **({'completion_cut': True} if cut else {})}
+                      for text, score, *cut in samples],
                      -1.0, dropped)
     if isinstance(expected, str):
         assert pair is None and dropped == {expected: 1}

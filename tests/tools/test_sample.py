@@ -82,7 +82,7 @@ def test_which_prompts_are_answered(run, asked, tiny_data, tmp_path, capsys):
     capsys.readouterr()
     assert len(main(run, prompt='\x1b[2J {a}', n=3, temperature=1.0)[run]) == 3
     main(run, prompt='a' * 500)
-    assert asked == [[b'user: \x1b[2J {a}\nbot:'] * 3, [(b'a' * 500 + b'\nbot:')[-24:]]]
+    assert asked == [[b'user: \x1b[2J {a}'] * 3, [(b'a' * 500)[-24:]]]
     shown = capsys.readouterr().out
     assert '1 prompts cut on the left' in shown and '\x1b' not in shown
 
@@ -123,21 +123,21 @@ def test_every_line_is_a_new_conversation(talk, asked, capsys):
     """Each line is in the template by itself, any text is bytes, the same line gets the same greedy
     answer, and a line longer than the block is answered from its end, which one line says."""
     answers = talk(['say a:', '\x1b你好', 'say a:', 'x' * 5000 + 'say a:'])
-    assert asked == [[b'user: say a:\nbot:'], ['user: \x1b你好\nbot:'.encode()],
-                     [b'user: say a:\nbot:'], [(b'x' * 5000 + b'say a:\nbot:')[-24:]]]
+    assert asked == [[b'user: say a:'], ['user: \x1b你好'.encode()],
+                     [b'user: say a:'], [(b'x' * 5000 + b'say a:')[-24:]]]
     assert answers[0] == answers[2]
     shown = capsys.readouterr().out
     assert 'Ctrl-D' in shown and answers[0] in shown
-    assert '[the first 4993 of 5017 tokens are cut]\n' in shown
+    assert '[the first 4988 of 5012 tokens are cut]\n' in shown
 
 
 def test_history_keeps_the_turns_and_loses_their_left_end(talk, asked):
-    """The prompt is the whole dialogue, as from_messages has it, or its last 28 tokens."""
-    first, second, _ = talk(['a', 'b', 'c'], history=True, temperature=1.0, max_new_tokens=4)
-    whole = f'user: a\nbot: {first}\nuser: b\nbot: {second}\nuser: c\nbot:'.encode()
+    """The prompt is the whole dialogue, as render has it, or its last 28 tokens."""
+    first, second, _ = talk(['a' * 9, 'b', 'c'], history=True, temperature=1.0, max_new_tokens=4)
+    whole = f'user: aaaaaaaaa {first}\nuser: b {second}\nuser: c'.encode()
     assert len(whole) > 28
     assert [prompt for prompt, in asked] == [
-        b'user: a\nbot:', f'user: a\nbot: {first}\nuser: b\nbot:'.encode()[-28:], whole[-28:]]
+        b'user: aaaaaaaaa', f'user: aaaaaaaaa {first}\nuser: b'.encode()[-28:], whole[-28:]]
 
 
 def test_turns_draw_different_random_numbers(talk, run):
@@ -146,7 +146,7 @@ def test_turns_draw_different_random_numbers(talk, run):
     answers = talk(['', 'say a:', ' \t', *['say a:'] * 4], temperature=1.0, seed=3)
     policy = load_model(GPT, load_checkpoint(run, ['sft']), 'policy', 'cpu')
     for turn, answer in enumerate(answers):
-        tokens, mask = generate(policy, [list(b'user: say a:\nbot:')], 8, EOS, 1.0,
+        tokens, mask = generate(policy, [list(b'user: say a:')], 8, EOS, 1.0,
                                 rng(3, turn, 'eval'))
         ids = [i for i in tokens[:, 1:][mask].tolist() if i != EOS]
         assert answer == bytes(ids).decode(errors='replace').removeprefix(' ')
@@ -180,7 +180,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
     answers = talk(['a', 'b', 'c', KeyboardInterrupt(), 'never asked'], history=True,
                    max_new_tokens=2)
     assert len(answers) == 2 and len(calls) == 3
-    assert calls[2] == f'user: a\nbot: {answers[0]}\nuser: c\nbot:'.encode()[-30:]
+    assert calls[2] == f'user: a {answers[0]}\nuser: c'.encode()[-30:]
     assert '[stopped]\n' in capsys.readouterr().out
     assert talk([]) == [] and talk([KeyboardInterrupt()]) == []
 

@@ -1,0 +1,176 @@
+"""
+The gate: turns rows that people bring into a folder of canonical rows, which the scripts read.
+
+It tells each row's shape (shapes.py), puts turns into the template, holds out a tenth of the
+questions, takes or trains a tokenizer, and counts what was kept, dropped and not read. It reads
+JSON Lines, JSON arrays and gzip of either. Left out: parquet, CSV, any shape not in shapes.py.
+
+    python -m data.prepare alpaca.json pairs.jsonl --out=data/mine
+    python -m data.prepare data/mine --look
+"""
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.bpe import take_tokenizer, write_tokenizer
+from data.look import show
+from data.rows import convert, read_objects, stage_rows, write_all, write_text
+from data.shapes import read_shape
+from data.text import RESPONSES, DataError, load_tokenizer, string_of, tokenizer_text
+from data.turns import (Odd, Unknown, check_turns, choose_template, put_into, render, spaced,
+                        split_rows, without_end)
+from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
+
+SIDES = ('completion', 'chosen', 'rejected')
+
+
+@dataclass
+class Config:
+    files: tuple = ()           # the files to read, or with --look the folder to show
+    out: str = ''               # the folder to write
+    tokenizer: str = '4096'     # the size of a BPE to train, gpt2, a NAME.tiktoken or a run folder
+    template: str = ''          # {} is the question's place; '': the run's, or told from the rows
+    kind: str = ''              # write only sft, pairs or prompts; '': all that the rows give
+    val: float = 0.1            # share of the questions to hold out
+    limit: int = 0              # rows to read of each file; 0: all
+    skip: bool = False          # drop rows that cannot be read, instead of stopping
+    safe_rlhf: str = 'rule'     # Safe-RLHF chooses by the paper's rule, or better, or safer
+    drop: str = ''              # of Safe-RLHF: dual-safe or dual-unsafe pairs; both with a comma
+    look: bool = False          # show a folder that exists
+
+
+def read_row(row, cfg, note):
+    """Returns a row as its shape has it; note counts nulls and keys that were not read."""
+    if isinstance(row, ValueError):             # its line is no JSON
+        raise row
+    nulls = [key for key, value in row.items() if value is None]
+    try:
+        out, unread = read_shape({key: value for key, value in row.items() if value is not None},
+                                 cfg.kind, cfg.safe_rlhf, cfg.drop)
+    except ValueError as error:
+        missing = {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output'} & {*nulls}
+        raise Odd(f"null for {' and '.join(sorted(missing))}") if missing else error
+    for key in unread:
+        note('not read', f'the key {key!r}')
+    for key in nulls:
+        note('read as absent', f'null for {key!r}')
+    return out
+
+
+def fit(row, template, note):
+    """Returns a row in canonical form; raises Odd or ValueError. note counts what it changed."""
+    start, end = template.split('{}')
+    prompt, texts = row['prompt'], [string_of(row, key) for key in SIDES if key in row]
+    if isinstance(prompt, list):
+        check_turns(prompt)
+        if template == '{}' and len(prompt) > 1:
+            raise ValueError("turns need a template: --template='user: {}\\nbot:'")
+        for mark in (end, '\n' + start):
+            if mark.strip() and any(mark in text for text in [t for _, t in prompt] + texts):
+                raise Odd(f"text with the template's own mark {mark!r}")
+        asked, prompt = prompt[-1][1], render(prompt, template)
+    else:
+        asked = string_of(row, 'prompt')
+        prompt = put_into(asked, template, note)
+    out = {'prompt': prompt}
+    if any(re.search(r'\s{100000}', text) for text in [prompt, *texts]):
+        raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
+    for key, text in zip([key for key in SIDES if key in row], texts):
+        text = without_end(text, note)
+        if not text.strip():
+            raise Odd(f'an empty {key} text')
+        out[key] = spaced(text, prompt)
+        out |= {f'{key}_cut': True} if row.get(f'{key}_cut') else {}
+    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from)['\"]", text) for text in [asked] + texts):
+        raise ValueError('a list written as a string: json.loads it first')
+    if asked.strip() and texts and all(text.strip().startswith(asked.strip()) for text in texts):
+        raise Odd('answers that begin with their prompt: cut it off them')
+    if 'chosen' in out and out['chosen'].split() == out['rejected'].split():
+        raise Odd('equal answers, or equal but for white space')
+    return out
+
+
+def attempt(counts, where, raw, function, *arguments):
+    """Returns a function's row, or None; counts what it notes and why it raises, with places."""
+    def note(done, what):
+        counts[done, what].append(where)
+    try:
+        return function(*arguments, note)
+    except Odd as error:
+        note('dropped', str(error))
+    except ValueError as error:
+        path = re.sub('(:|, row )[0-9]+$', '', where)
+        advice = f': {convert(raw, path)}' if isinstance(error, Unknown) else ''
+        note('cannot be read', f'{error}{advice}')
+
+
+def gather(cfg, saved):
+    """Reads all files; returns canonical rows and the template. Prints what became of the rest."""
+    counts, read = defaultdict(list), []                # (what was done, reason) -> places
+    for path in cfg.files:
+        for number, (where, raw) in enumerate(read_objects(path)):
+            if cfg.limit and number >= cfg.limit:
+                counts['not read', f'rows beyond --limit={cfg.limit}'].append(where)
+            else:
+                read.append((where, raw, attempt(counts, where, raw, read_row, raw, cfg)))
+    template = choose_template(cfg.template, [row for *_, row in read if row], saved)
+    kept = [attempt(counts, where, raw, fit, row, template) for where, raw, row in read if row]
+    kept = [row for row in kept if row]
+    seen = {(row['prompt'], row['chosen'], row['rejected']) for row in kept if 'chosen' in row}
+    against = sum((prompt, rejected, chosen) in seen for prompt, chosen, rejected in seen)
+    counts['kept', 'rows that repeat another'] = [''] * (len(kept) - len({*map(str, kept)}))
+    counts['kept', 'pairs that another one contradicts'] = [''] * against
+    print(f'{len(read)} rows, {len(kept)} kept; template {template!r}')
+    for (done, what), places in counts.items():
+        where = f" ({', '.join(places[:3])})" if done in ('dropped', 'cannot be read') else ''
+        if places:
+            print(f'{len(places)} {done}: {printable(what)}{where}')
+    bad = [key for key in counts if key[0] == 'cannot be read']
+    if kept and (cfg.skip or not bad):
+        return kept, template
+    why = (bad + [key for key in counts if key[0] == 'dropped'] + [('', 'no rows')])[0]
+    places = counts[why] or cfg.files
+    raise DataError(f'{places[0]}: {why[1]} ({len(places)} of {len(read)} rows)'
+                    + '; to drop such rows: --skip' * bool(kept))
+
+
+def main(cfg):
+    """Writes a folder of canonical rows and shows it; returns the counts of its rows."""
+    if cfg.look and len(cfg.files) == 1:
+        return show(Path(cfg.files[0]))
+    if cfg.look or not cfg.files or not cfg.out:
+        raise UserError('name the files to read, and with --out=FOLDER the folder to write; or '
+                        'with --look one folder')
+    rules = ('rule', 'better', 'safer')
+    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1:
+        raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
+                        f'rule, better or safer; --val={cfg.val}: above 0 and below 1')
+    out, saved, tokenizer = Path(cfg.out), None, cfg.tokenizer
+    if any(out.glob('*.jsonl')):
+        raise UserError(f'{out} holds rows: name all files in one call, or another --out')
+    if tokenizer == 'gpt2' or tokenizer.endswith('.tiktoken'):
+        tokenizer = tokenizer_text(load_tokenizer(tokenizer))
+    elif not tokenizer.isdigit():
+        saved = load_checkpoint(tokenizer, (*POLICIES, 'rm'))
+        tokenizer = saved['tokenizer']
+    elif int(tokenizer) < 257:
+        raise UserError(f'--tokenizer={tokenizer}: 256 bytes and EOS need at least 257')
+    rows, template = gather(cfg, saved)
+    train, val = split_rows(rows, template, cfg.val)
+    parts = {'train': stage_rows(train, cfg.kind), 'val': stage_rows(val, cfg.kind)}
+    if not parts['train']:
+        raise DataError(f'--kind={cfg.kind}: these rows hold none')
+    out.mkdir(parents=True, exist_ok=True)
+    if cfg.tokenizer.isdigit():
+        write_tokenizer(out, 'bpe', (text for row in train for text in row.values()
+                                     if isinstance(text, str)), int(cfg.tokenizer))
+    else:
+        take_tokenizer(out, 'gpt2' if cfg.tokenizer == 'gpt2' else tokenizer)
+    write_text(out / 'template.txt', template + '\n' * template.endswith('\n'))
+    write_all(out, {f'{part}.{kind}': rows for part in parts for kind, rows in parts[part].items()})
+    return show(out)
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)

@@ -1,0 +1,224 @@
+"""
+Reads the shapes of rows that people bring, one small function per shape.
+
+Each function takes a row without its nulls and returns {prompt} and {completion} or {chosen,
+rejected}. A prompt is literal text, or turns (role, text), which prepare.py puts into the template.
+ValueError refuses what cannot be what its keys say; Odd drops and counts what says nothing.
+"""
+import re
+
+from data.text import FOREIGN, string_of
+from data.turns import Odd, Unknown, from_transcripts, read_turns
+
+
+def read_prompt(row):
+    """Returns a row's prompt: its text, or its turns, which `messages` may hold as well."""
+    key = 'prompt' if 'prompt' in row else 'messages'
+    return row[key] if isinstance(row[key], str) else read_turns(row, key)
+
+
+def prompts(row):
+    """
+    Reads TRL's prompt-only rows (huggingface.co/docs/trl/dataset_formats).
+    {"prompt": "The sky is"}
+    {"prompt": [{"role": "user", "content": "Why is the sky blue?"}]}
+    """
+    return {'prompt': read_prompt(row)}
+
+
+def demonstrations(row):
+    """
+    Reads TRL's prompt-completion rows.
+    {"prompt": "The sky is", "completion": " blue."}
+    {"prompt": [{"role": "user", "content": "Why?"}],
+     "completion": [{"role": "assistant", "content": "Light scatters."}]}
+    """
+    prompt, answer = read_prompt(row), row['completion']
+    if isinstance(answer, str):
+        return {'prompt': prompt, 'completion': answer}
+    prompt = [('user', prompt)] if isinstance(prompt, str) else prompt
+    return split_turns(prompt + read_turns(row, 'completion'))
+
+
+def messages(row):
+    """
+    Reads a chat, as UltraChat 200k and ShareGPT (`conversations`) spell it; the last turn answers.
+    {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Light."}]}
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Light."}]}
+    """
+    return split_turns(read_turns(row, 'messages'))
+
+
+def split_turns(turns):
+    """Returns turns as a row: an assistant's last one is the completion."""
+    if turns and turns[-1][0] == 'assistant':
+        return {'prompt': turns[:-1], 'completion': turns[-1][1]}
+    return {'prompt': turns}
+
+
+def preferences(row):
+    """
+    Reads TRL's preferences, text or turns, with a prompt or without (UltraFeedback-binarized).
+    {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+    {"chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Light."}],
+     "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]}
+    """
+    for high, low in (('score_chosen', 'score_rejected'), ('chosen_score', 'rejected_score')):
+        if high in row and low in row and not row[high] > row[low]:
+            raise (Odd if row[high] == row[low] else ValueError)(f'{high!r} is not above {low!r}')
+    if isinstance(row['chosen'], str) and isinstance(row['rejected'], str):
+        if 'prompt' not in row and 'messages' not in row:
+            return transcripts(row)
+        if 'prompt' in row and 'messages' in row:
+            raise ValueError("both 'prompt' and 'messages': delete one of them")
+        return {'prompt': read_prompt(row), 'chosen': row['chosen'], 'rejected': row['rejected']}
+    chosen, rejected = (read_turns(row, key) for key in ('chosen', 'rejected'))
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1                             # the last turn is an answer, even in equal chats
+    if [role for role, _ in chosen[shared:] + rejected[shared:]] != ['assistant', 'assistant']:
+        raise Odd("'chosen' and 'rejected' differ in more than one last answer")
+    prompt = given = chosen[:shared]
+    if 'prompt' in row:
+        given = read_prompt(row)
+        given = [*prompt[:-1], ('user', given)] if isinstance(given, str) else given
+    if prompt not in ([], given) or 'messages' in row and read_turns(row, 'messages') not in (
+            chosen, given):
+        raise ValueError("'prompt', 'messages' and 'chosen' do not hold the same turns")
+    return {'prompt': given, 'chosen': chosen[-1][1], 'rejected': rejected[-1][1]}
+
+
+def transcripts(row):
+    r"""
+    Reads HH-RLHF (github.com/anthropics/hh-rlhf).
+    {"chosen": "\n\nHuman: Why?\n\nAssistant: Light.",
+     "rejected": "\n\nHuman: Why?\n\nAssistant: No."}
+    """
+    if '\n\nAssistant:' not in row['chosen'] + row['rejected']:
+        raise ValueError("without a 'prompt', where 'chosen' and 'rejected' begin is a guess")
+    prompt, chosen, rejected = from_transcripts(row['chosen'], row['rejected'])
+    if '\n\nHuman:' in chosen + rejected:
+        raise Odd("a reply that goes on as '\\n\\nHuman:'")
+    before, *parts = re.split(r'\n\n(Human|Assistant): ?', prompt)
+    turns = [({'Human': 'user'}.get(name, 'assistant'), text)
+             for name, text in zip(parts[:-2:2], parts[1:-2:2])]        # the last one is to come
+    return {'prompt': [('system', before)] * bool(before) + turns, 'chosen': chosen,
+            'rejected': rejected}
+
+
+def question(row):
+    """Returns an instruction and its input, if any, as the turns of a prompt."""
+    extra = string_of(row, 'input') if row.get('input') else ''
+    return [('user', string_of(row, 'instruction') + (f'\n{extra}' if extra else ''))]
+
+
+def alpaca(row):
+    """
+    Reads Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
+    {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+    """
+    return {'prompt': question(row), 'completion': row['output']}
+
+
+def alpaca_farm(row):
+    """
+    Reads AlpacaFarm's preferences (huggingface.co/datasets/tatsu-lab/alpaca_farm).
+    {"instruction": "Name a colour.", "output_1": "Blue.", "output_2": "Dog.", "preference": 1}
+    """
+    if row['preference'] not in (1, 2):
+        raise Odd("'preference' is neither 1 nor 2")
+    better = int(row['preference'])
+    return {'prompt': question(row), 'chosen': row[f'output_{better}'],
+            'rejected': row[f'output_{3 - better}']}
+
+
+def ultrafeedback(row):
+    """
+    Reads the original UltraFeedback (github.com/OpenBMB/UltraFeedback): best rated against worst.
+    {"instruction": "Name a colour.", "completions": [
+     {"response": "Blue.", "annotations": {"helpfulness": {"Rating": "5"}}},
+     {"response": "Dog.", "annotations": {"helpfulness": {"Rating": "1"}}}]}
+    The mean rating; overall_score, which is wrong in places, only where a rating is missing.
+    """
+    def ratings(answer):
+        given = [aspect.get('Rating') for aspect in (answer.get('annotations') or {}).values()]
+        return [float(rating) for rating in given if str(rating).isdigit()]
+    answers = row['completions']
+    scores = [sum(each) / len(each) if each else None for each in map(ratings, answers)]
+    if None in scores:
+        scores = [float(answer.get('overall_score') or 'nan') for answer in answers]
+    if not max(scores, default=0) > min(scores, default=0):
+        raise Odd('answers without ratings, or with equal ones')
+    best, worst = (answers[scores.index(pick(scores))]['response'] for pick in (max, min))
+    return {'prompt': question(row), 'chosen': best, 'rejected': worst}
+
+
+def safe_rlhf(row, by='rule', drop=''):
+    """
+    Reads PKU-SafeRLHF. by='rule' (Dai et al. 2023): the better if both are safe, else the safer.
+    {"prompt": "Why?", "response_0": "Light.", "response_1": "You fool.", "better_response_id": 0,
+     "safer_response_id": 0, "is_response_0_safe": true, "is_response_1_safe": false}
+    """
+    safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
+    if by == 'rule' and not all(flag in (True, False) for flag in safe):
+        raise ValueError('is_response_0_safe, _1_safe: not true or false; see --safe_rlhf=better')
+    kind = {(1, 1): 'dual-safe', (0, 0): 'dual-unsafe'}.get(tuple(safe), '')
+    if kind and kind in drop.split(','):
+        raise Odd(f'{kind}, as --drop says')
+    if {*safe} == {True, False} and row.get('safer_response_id') == safe.index(False):
+        raise Odd("'safer_response_id' names the answer that is not safe")
+    key = 'better' if by == 'better' or by == 'rule' and kind == 'dual-safe' else 'safer'
+    if row.get(f'{key}_response_id') not in (0, 1):
+        raise ValueError(f'{key}_response_id must be 0 or 1')
+    better = int(row[f'{key}_response_id'])
+    return {'prompt': [('user', string_of(row, 'prompt'))], 'chosen': row[f'response_{better}'],
+            'rejected': row[f'response_{1 - better}']}
+
+
+SHAPES = {  # the keys that a row must have, and others that are read; the first shape that fits
+    safe_rlhf: ('prompt response_0 response_1', 'better_response_id safer_response_id '
+                'is_response_0_safe is_response_1_safe'),
+    ultrafeedback: ('instruction completions', ''),
+    alpaca_farm: ('instruction output_1 output_2 preference', 'input'),
+    alpaca: ('instruction output', 'input'),
+    preferences: ('chosen rejected', 'prompt messages chosen_cut rejected_cut score_chosen '
+                  'score_rejected chosen_score rejected_score'),
+    demonstrations: ('prompt completion', 'completion_cut'),
+    messages: ('messages', ''),
+    prompts: ('prompt', ''),
+}
+ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
+IN_TURNS = 'role content from value weight response annotations overall_score'.split()
+# Keys that hold text or labels in some shape: beside those of another they contradict it
+CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split(), *(
+    'question answer query response_1 response_2 helpfulness reward score rating').split()}
+
+
+def rename(row):
+    """Returns a row with its aliases replaced, and new key -> old key."""
+    names = {key if ALIASES.get(key, key) in row else ALIASES[key]: key for key in row}
+    return {key: row[name] for key, name in names.items()}, names
+
+
+def read_shape(row, kind='', by='rule', drop=''):
+    """Returns a row as its shape's function reads it, and the names of the keys it does not."""
+    row, names = rename(row)
+    for shape, (needs, more) in SHAPES.items():
+        if row.keys() >= {*needs.split()}:
+            break
+    else:
+        raise Unknown(f'{", ".join(names.values())}: no known shape; wanted: prompt, completion; '
+                      'or prompt, chosen, rejected; or messages; or instruction, output')
+    unread = [key for key in row if key not in f'{needs} {more}'.split()]
+    for key in unread:
+        if key in CONTENT or shape is prompts and kind != 'prompts':
+            raise Unknown(f'{names[key]!r} beside {needs.replace(" ", ", ")} is not read, and may '
+                          'change what a row means; leave it out if it does not')
+    unread += sorted({f'{key}[].{name}' for key in row if isinstance(row[key], list)
+                      for turn in row[key] if isinstance(turn, dict)
+                      for name in turn if name not in IN_TURNS})
+    try:
+        out = shape(row, by, drop) if shape is safe_rlhf else shape(row)
+    except (TypeError, AttributeError, LookupError) as error:   # a number for a list, and so on
+        raise ValueError(f'values of other types than in {shape.__name__} ({error})') from None
+    return out | {key: row[key] for key in row if key.endswith('_cut')}, unread
