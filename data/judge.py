@@ -1,32 +1,32 @@
 """
 Loads a reward.py: anybody's score(prompt, response), beside a data set or elsewhere.
 """
-import importlib.util, math
+import runpy, sys
+from pathlib import Path
 
 from data.text import DataError, read_text
 
 
 def load_judge(path):
-    """Returns a reward.py's score as judge(prompt, response) -> a dict of finite numbers."""
+    """Returns a reward.py's score as judge(prompt, response) -> a dict of finite floats."""
     read_text(path)                             # a clear error if the file is not there
-    spec = importlib.util.spec_from_file_location('judge', path)
-    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).resolve().parent))   # it may import its neighbours
     try:
-        spec.loader.exec_module(module)
+        score = runpy.run_path(path, run_name='judge').get('score')
     except Exception as error:                  # it is anybody's code
         raise DataError(f'{path}: {type(error).__name__}: {error}') from None
-    if not callable(getattr(module, 'score', None)):
+    if not callable(score):
         raise DataError(f'{path}: it defines no score(prompt, response)')
 
     def judge(prompt, response):
-        """Calls score. A number by itself is the reward; numpy's and torch's become Python's."""
+        """Calls score. A number by itself is the reward; every number becomes a Python float."""
         found = None
         try:
-            found = said = module.score(prompt, response)
+            found = said = score(prompt, response)
             said = said if isinstance(said, dict) else {'reward': said}
-            said = {name: number if isinstance(number, (int, float)) else number.item()
+            said = {name: float(number if isinstance(number, (int, float)) else number.item())
                     for name, number in said.items()}
-            if 'reward' in said and all(map(math.isfinite, said.values())):
+            if 'reward' in said and all(abs(number) < 1e38 for number in said.values()):
                 return said
         except Exception as error:
             found = f'{found!r} ({type(error).__name__}: {error})'
