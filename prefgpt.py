@@ -15,8 +15,8 @@ M tokens where a mask is true.
 
 Left out: dropout, multi-GPU training, fp16, top-k and top-p (samples must match token_logprobs).
 """
-import argparse, dataclasses, difflib, hashlib, inspect, itertools, json, math, os, re
-import shutil, sys, time, zipfile
+import argparse, contextlib, dataclasses, difflib, functools, hashlib, inspect, itertools, json
+import math, os, re, shutil, signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -397,8 +397,9 @@ def check_finite(where, **numbers):
     """Raises UserError if a number is not finite; the message names it and where it occurred."""
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise UserError(f'{where}: the {name} is {number}; the last good checkpoint is kept. '
-                            'Lower --lr or check the data')
+            Log.unsaved = False     # what blew up must not replace the last good checkpoint
+            raise UserError(f'{where}: the {name} is {number}. Check the data, or lower --lr in '
+                            'another --out; there, --init=RUN goes on from a checkpoint')
 
 
 def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
@@ -410,6 +411,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     check_finite(f'step {step}, lr={lr:.1e}', **losses, norm=norm)
     for group in optimizer.param_groups:        # every group: weights that decay and the others
         group['lr'] = lr
+    Log.unsaved = False                         # until Log.step, the weights are between two steps
     optimizer.step()
     optimizer.zero_grad()                       # backward() adds to what is there
     return norm
@@ -423,11 +425,12 @@ POLICIES = ('base', 'sft', 'ppo', 'dpo')        # the stages whose checkpoints h
 
 def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, **extra):
     """
-    Writes one file, whole or not at all, for resuming (PPO also reads --init and --reward again),
-    sampling and the next stage. models maps names to models, and the first gives the shape.
-    optimizers has the same order, and text is load_text's. The old file stays as ckpt.prev.pt.
+    Writes one file, whole or not at all; the old one stays as ckpt.prev.pt. models maps names to
+    models, the first gives the shape; optimizers has the same order, and text is load_text's.
     """
     path, shape = Path(path), next(iter(models.values())).config
+    check_finite(f'step {step}', **{f'norm of the {name}': nn.utils.get_total_norm(
+        model.parameters()).item() for name, model in models.items()})
     # Only tensors, strings, numbers, dicts and lists, so that weights_only=True can load them
     contents = dict(
         format=FORMAT, stage=stage, step=step, config=dataclasses.asdict(cfg),
@@ -440,6 +443,7 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())             # a full disk fails here, before the rename
+        assert not torch.serialization.get_unsafe_globals_in_checkpoint(temporary)  # as numpy's
         if path.exists():
             previous.unlink(missing_ok=True)
             try:
@@ -447,18 +451,20 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
             except OSError:                     # a file system without hard links
                 shutil.copy2(path, previous)
         os.replace(temporary, path)             # atomic: the old file or the new one
+    except RuntimeError as error:               # torch.save's, over the error of a full disk
+        raise OSError(f'{temporary}: {error.__context__ or error}') from error
     finally:
         temporary.unlink(missing_ok=True)       # there only if something failed
 
 
 def load_checkpoint(path, stages):
     """
-    Loads the checkpoint of a run folder, or a checkpoint file, onto the CPU. Raises UserError if
-    it is missing or damaged, or if its stage is not one of stages.
+    Loads the checkpoint of a run folder, or a checkpoint file, onto the CPU. Raises UserError if it
+    is missing or damaged, if its stage is not one of stages, or if a weight is not finite.
     """
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f'{path}: no checkpoint there; has that stage been run?')
+        raise UserError(f'{path}: no checkpoint there; run that stage, or copy ckpt.prev.pt to it')
     try:
         # torch.load does not notice flipped bytes; the checksums of the zip archive do
         with zipfile.ZipFile(path) as archive:
@@ -474,7 +480,12 @@ def load_checkpoint(path, stages):
                         'run its stage (or tools.hf import) again')
     if saved['stage'] not in stages:
         raise UserError(f"{path}: its stage is {saved['stage']}, not {' or '.join(stages)}")
-    return saved
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(*(weights.values() for weights in saved['weights'].values())):
+        if not tensor.isfinite().all():
+            raise UserError(f'{path}: some of its weights are not finite; train it again')
+        digest.update(tensor.float().numpy().tobytes())
+    return {**saved, 'id': digest.hexdigest()}
 
 
 def load_model(Model, saved, name, device):
@@ -482,15 +493,6 @@ def load_model(Model, saved, name, device):
     model = Model(GPTConfig(**saved['model']))
     model.load_state_dict(saved['weights'][name])
     return model.to(device)
-
-
-def resume(saved, *optimizers):
-    """Loads the optimizers' states from saved, if any; returns the last step and its metrics."""
-    if not saved:
-        return 0, {}
-    for optimizer, state in zip(optimizers, saved['optimizers']):
-        optimizer.load_state_dict(state)
-    return saved['step'], saved['metrics']
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -509,7 +511,7 @@ def parse_config(Config, argv=None):
     """
     comments = dict(re.findall(r'^ +(\w+): .*?  # (.*)$', inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(
-        description=inspect.getmodule(Config).__doc__.strip(), usage='%(prog)s [--flag=value ...]',
+        description=inspect.getdoc(inspect.getmodule(Config)), usage='%(prog)s [--flag=value ...]',
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f'error: {message}\n')     # one line, no usage
     flags, bools = [], []
@@ -537,14 +539,17 @@ def parse_config(Config, argv=None):
 
 def run_cli(main, Config):
     """Calls main with the Config from the command line; prints a user's mistake as one line."""
+    sys.stdout.reconfigure(errors='backslashreplace')   # a terminal may not know every character
     try:
         main(parse_config(Config))
     except (UserError, OSError) as error:       # OSError: a full disk, somebody else's folder
-        sys.exit(f'error: {printable(str(error))}')
+        sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout    # not once more
+        sys.exit('error: ' + printable(' '.join(str(error).split())))
     except KeyboardInterrupt:
-        print('interrupted; --resume continues a training run', file=sys.stderr)
         sys.exit(130)                           # what a shell expects after Ctrl-C
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:        # for a CPU torch has no OutOfMemoryError
+        if not re.search("^$|out of memory|can't allocate memory", str(error)):
+            raise
         sys.exit(f'error: out of memory, peak {peak_memory()}: set --micro_batch_size, or halve it '
                  '(that changes rounding only), or halve --rollout_size; in a tool, --batch_size')
 
@@ -569,45 +574,59 @@ def peak_memory():
 
 # ----------------------------------------------------------------------------- runs and their log
 
-# Flags that may change on resuming: they change rounding only (which can flip a sampled token)
-MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'judge')
-# Minimum values of flags, so that no run of zero steps passes for a success
-AT_LEAST = dict(steps=1, batch_size=1, eval_every=1, max_new_tokens=1, rollout_size=1, ppo_epochs=1,
-                prompts=1, n=1, micro_batch_size=0, temperature=0, grad_clip=1e-9)
+# Flags that may change on resuming: they change rounding only (it can flip a token), or move files
+MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'judge',
+              'data', 'init', 'reward')
+# The least and the most that a flag's number may be, so that no run of zero steps is a success
+RANGES = {(1, 1e38): 'steps batch_size eval_every max_new_tokens rollout_size ppo_epochs prompts n',
+          (1, 2 ** 20): 'n_layer n_head n_embd block_size', (0, 1e9): 'temperature init_std',
+          (0, 1e38): 'micro_batch_size warmup lr value_lr weight_decay beta clip_eps vf_clip',
+          (0, 1): 'gamma gae_lambda ref_ema label_smoothing', (0, 2 ** 64 - 1): 'seed',
+          (1e-9, 1e38): 'grad_clip', (-1e38, 1e38): 'no_eos_score'}
 # Formats of the numbers in the printed lines; a number not named here is printed as 6.3f
 FORMATS = dict(loss='6.4f', accuracy='4.2f', chosen='7.2f', rejected='7.2f', ratio='5.3f',
                clip_frac='5.3f', pg_loss='7.4f', vf_loss='6.4f', entropy='5.3f', length='5.1f',
                eos='5.3f', norm='6.2f', lr='7.1e', approx_kl='6.4f')
 
 
+def one_run(main):
+    """Decorates main(cfg): whatever ends it, Log saves the steps taken and gives up the folder."""
+    @functools.wraps(main)
+    def run(cfg):
+        with contextlib.ExitStack() as Log.at_the_end:
+            return main(dataclasses.replace(cfg, out=os.path.expanduser(cfg.out)))
+    return run
+
+
 def open_run(cfg, stage):
     """Returns the checkpoint in cfg.out to continue from, or None; never overwrites a run."""
     out = Path(cfg.out)
+    if not cfg.out:
+        raise UserError('--out is empty: name a folder for the run')
     if not cfg.resume and any((out / name).exists() for name in ('ckpt.pt', 'log.jsonl')):
         raise UserError(f'{out} holds a run: continue it with --resume, or name another --out')
-    if not (out / 'ckpt.pt').exists():
-        if (out / 'ckpt.prev.pt').exists():
-            raise UserError(f'{out} has no ckpt.pt: copy ckpt.prev.pt, the one before, to ckpt.pt')
+    if not any((out / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt')):
         return None                             # a new run
     saved, now = load_checkpoint(out, [stage]), dataclasses.asdict(cfg)
+    before = {**dataclasses.asdict(type(cfg)()), **saved['config']}     # a new flag had its default
     # Half a run with one learning rate and half with another would be neither
-    changed = [f"--{key} was {saved['config'].get(key)!r} and is {now[key]!r}" for key in now
-               if key not in MAY_CHANGE and saved['config'].get(key) != now[key]]
+    changed = [f'--{key} was {before[key]!r} and is {now[key]!r}' for key in now
+               if key not in MAY_CHANGE and before[key] != now[key]]
     if changed:
-        raise UserError(f'{out} was run with other flags: ' + ', '.join(changed))
-    if saved['step'] == cfg.steps:              # then the loop has nothing left to do
-        print(f'{cfg.out} is finished: {cfg.steps} steps')
+        raise UserError(f'{out} was run with other flags: {", ".join(changed)}. Name another --out '
+                        f'(with --init={out}, to train on from it), or remove {out}')
     return saved
 
 
 def set_up(cfg):
     """Returns a run's device and autocast context; raises UserError if a flag cannot work."""
-    for name, least in AT_LEAST.items():
-        if not getattr(cfg, name, least) >= least:      # 'not >=' catches nan as well
-            raise UserError(f'--{name}={getattr(cfg, name)}: must be at least {least}')
+    for (least, most), names in RANGES.items():
+        for name in names.split():
+            if not least <= getattr(cfg, name, least) <= most:      # 'not' catches nan as well
+                raise UserError(f'--{name}={getattr(cfg, name)}: not from {least:g} to {most:g}')
     try:
         device = torch.device(cfg.device or torch.accelerator.current_accelerator(True) or 'cpu')
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:     # no such device, or torch built without it
         raise UserError(f'--device={cfg.device}: {str(error).splitlines()[0]}') from None
     if device.type == 'cuda':       # else, with cuda:1, what asks for the current one gets cuda:0
@@ -627,43 +646,99 @@ def set_up(cfg):
 
 
 class Log:
-    """A run's printed lines and its log.jsonl: one row per step, and one per evaluation."""
+    """A run's printed lines, its log.jsonl (a row per step, one per evaluation) and its saves."""
+    unsaved = False         # whether the weights are those of a step that is not saved yet
 
-    def __init__(self, out, start, steps):
-        self.path, self.start, self.steps = Path(out) / 'log.jsonl', start, steps
-        self.began, self.lr = time.time(), 0.0
+    def __init__(self, cfg, saved=None, rows=(), inputs={}, **checkpoint):
+        """Goes on after saved, if it was made from the same; checkpoint is save_checkpoint's."""
+        saved = saved or {'step': 0, 'metrics': {}, 'optimizers': [], 'inputs': {}}
+        self.path, self.cfg, self.began = Path(cfg.out, 'log.jsonl'), cfg, time.time()
+        self.lr, self.signal, self.start, self.saved = 0.0, 0, saved['step'], saved['step']
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(repr(row).encode())
+        inputs = {**inputs, 'rows': digest.hexdigest(),
+                  'script': inspect.getsource(inspect.getmodule(type(cfg)))}
+        before = {**inputs, **saved.get('inputs', {})}
+        changed = [name for name in inputs if before[name] != inputs[name]]
+        if changed == ['script']:
+            print(f'{cfg.out}: its script has changed since it began; it goes on with the new one')
+        elif changed:
+            raise UserError(f'{cfg.out}: its {", ".join(changed)} has changed: name another --out')
+        for optimizer, state in zip(checkpoint.get('optimizers', ()), saved['optimizers']):
+            optimizer.load_state_dict(state)
+        self.checkpoint = {**checkpoint, 'cfg': cfg, 'inputs': inputs, 'metrics': saved['metrics']}
+        # The log's lock is the folder's. Without --resume the log must be new
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Drop the lines that an interrupted run wrote after its last checkpoint
-        lines = self.path.read_text().splitlines(True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= start]
-        if kept != lines:
-            temporary = self.path.with_suffix('.tmp')
-            temporary.write_text(''.join(kept))
-            temporary.replace(self.path)        # a run killed here keeps the old log
+        log = Log.at_the_end.enter_context(open(self.path, 'a+b' if cfg.resume else 'x+b'))
+        try:
+            import fcntl
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until it is closed, or we are gone
+        except BlockingIOError:
+            raise UserError(f'{cfg.out}: another process trains there') from None
+        except (ImportError, OSError):          # Windows, or a file system without locks
+            (mark := self.path.with_name('a-process-trains-here')).touch(exist_ok=False)
+            Log.at_the_end.callback(mark.unlink)
+        Log.unsaved = False
+        Log.at_the_end.push(self.save)
+        if self.start == cfg.steps:
+            return print(f'{cfg.out} is finished: {cfg.steps} steps')       # and no file is touched
+        # Cut off what follows the last checkpoint, and half a line; a damaged row stays
+        step_of = re.compile(rb'{"step": (\d+)|').match
+        log.seek(0)
+        log.truncate(sum(map(len, itertools.takewhile(lambda line: (
+            line.endswith(b'\n') and int(step_of(line)[1] or 0) <= self.start), log))))
+
+    def save(self, error=None, *_):
+        """Saves the last step if it is not saved; if an error ends the run, says how far it is."""
+        if Log.unsaved:
+            save_checkpoint(self.path.with_name('ckpt.pt'), step=self.last, **self.checkpoint)
+            self.saved, Log.unsaved = self.last, False
+        if error:
+            print(f'{self.cfg.out} is saved up to step {self.saved}, where --resume goes on',
+                  file=sys.stderr)
+
+    def steps(self, lengths, batch_size):
+        """Yields the steps that are left, and their rows' indices; ends the run on a signal."""
+        def stop(number, frame):
+            if self.signal:
+                raise KeyboardInterrupt         # asked twice: at once
+            self.signal = number
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGINT)}:
+            if signal.getsignal(number) != signal.SIG_IGN:      # which nohup asked for
+                Log.at_the_end.callback(signal.signal, number, signal.signal(number, stop))
+        for step, indices in zip(range(self.start + 1, self.cfg.steps + 1),
+                                 batches(lengths, batch_size, self.cfg.seed, self.start)):
+            self.step_began = time.time()
+            yield step, indices
+            if self.signal:
+                sys.exit(128 + self.signal)
 
     def write(self, row):
         with open(self.path, 'a') as file:
             file.write(json.dumps(row) + '\n')
 
-    def step(self, step, began, tokens, **metrics):
-        """Logs a step; began is when it started, tokens what it read (PPO: only responses)."""
-        seconds, self.lr = time.time() - began, metrics.get('lr', self.lr)
+    def step(self, step, tokens, **metrics):
+        """Logs a step; tokens is how many it read (PPO: only responses)."""
+        Log.unsaved, self.last, steps = True, step, self.cfg.steps
+        seconds, self.lr = max(time.time() - self.step_began, 1e-9), metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
-        if step in (1, self.steps) or step % max(1, self.steps // 50) == 0:     # 50 to 99 lines
-            left = (time.time() - self.began) / (step - self.start) * (self.steps - step)
-            self.show(f'step  {step:>5}/{self.steps}', metrics, f'{seconds * 1e3:.0f} ms',
+        if step in (1, steps) or step % max(1, steps // 50) == 0:       # 50 to 99 lines
+            left = (time.time() - self.began) / (step - self.start) * (steps - step)
+            self.show(f'step  {step:>5}/{steps}', metrics, f'{seconds * 1e3:.0f} ms',
                       f'{tokens / seconds / 1e3:.1f}k tok/s',
                       f'{left / 60:.0f}m left' if left > 90 else f'{left:.0f}s left')
 
-    def eval(self, step, metrics, samples):
-        """Logs an evaluation on held-out rows, with two samples as text."""
-        self.show(f'eval  {step:>5}/{self.steps}', metrics)
-        for sample in samples:
-            print('      | ' + printable(sample).strip().replace('\n', '\n      | '))
-        # Weights that blew up in this step's update must not replace the last good checkpoint
+    def eval(self, step, metrics, samples, **more):
+        """Logs an evaluation on held-out rows, with two samples as text, and saves the step."""
         check_finite(f'evaluation at step {step}, lr={self.lr:.1e}', **metrics)
         self.write({'step': step, **{f'eval_{name}': value for name, value in metrics.items()},
                     'samples': samples})
+        self.checkpoint |= {'metrics': metrics, **more}
+        self.save()
+        self.show(f'eval  {step:>5}/{self.cfg.steps}', metrics)         # printing can fail
+        for sample in samples:
+            print('      | ' + printable(sample).strip().replace('\n', '\n      | '))
 
     def show(self, head, metrics, *tail):
         numbers = [f"{name} {value:{FORMATS.get(name, '6.3f')}}" for name, value in metrics.items()]
@@ -672,3 +747,4 @@ class Log:
     def close(self):
         print(f"{self.path.with_name('ckpt.pt')} | {(time.time() - self.began) / 60:.1f} minutes | "
               f'peak memory {peak_memory()}', flush=True)
+        return self.checkpoint['metrics']

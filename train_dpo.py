@@ -12,15 +12,15 @@ fixed reference. The reference is pi before its first step, so the loss starts a
 
     python train_dpo.py --data=data/toy --init=out/toy/sft --out=out/toy/dpo
 """
-import itertools, math, time
+import itertools, math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from data.text import hash_data, load_examples, load_text, show_samples
+from data.text import load_examples, load_text, show_samples
 from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
-                     make_batch, open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
+                     make_batch, one_run, open_run, optimizer_step, run_cli, set_up)
 from prefgpt import GPT, UserError, pair_metrics, token_logprobs
 
 
@@ -100,25 +100,23 @@ def losses_and_margins(cfg, *seq_logprobs):
     return losses, cfg.beta * log_ratio(*seq_logprobs)
 
 
+@one_run
 def main(cfg):
     """Trains the model on pairs and returns the last evaluation's numbers."""
     if cfg.beta <= 0 or cfg.ipo and cfg.label_smoothing:
         raise UserError('--beta must be above 0, and --ipo takes no --label_smoothing')
     # --- the same in every script
-    saved = open_run(cfg, 'dpo')
-    device, autocast = set_up(cfg)
+    saved, (device, autocast) = open_run(cfg, 'dpo'), set_up(cfg)
 
     # --- data and model
-    init = saved or load_checkpoint(cfg.init, POLICIES)
-    tokenizer, text = load_text(cfg.data, init)
-    model = load_model(GPT, init, 'policy', device)
+    init = load_checkpoint(cfg.init, POLICIES)
+    tokenizer, text = load_text(cfg.data, saved or init)
+    model = load_model(GPT, saved or init, 'policy', device)
     print(f'{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
     train, val = load_examples(cfg.data, 'pairs', tokenizer, text, model.config.block_size)
-    data_hash = hash_data(cfg, saved, train, val)
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
         model.compile(dynamic=True)
-    start, metrics = resume(saved, optimizer)
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
     # Tokens read per pair: the prompt is read twice
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
@@ -133,10 +131,10 @@ def main(cfg):
                                              device, autocast)
 
     # --- the loop
-    log = Log(cfg.out, start, cfg.steps)
-    for step, indices in zip(range(start + 1, cfg.steps + 1),
-                             batches(lengths, cfg.batch_size, cfg.seed, start)):
-        began, parts = time.time(), []
+    log = Log(cfg, saved, train + ['end'] + val, {'init': init['id']}, text=text, ref_val=ref_val,
+              stage='dpo', models={'policy': model}, optimizers=[optimizer], ref_train=ref_train)
+    for step, indices in log.steps(lengths, cfg.batch_size):
+        parts = []
         for i in range(0, len(indices), micro_batch_size):
             micro = indices[i:i + micro_batch_size]
             with autocast:
@@ -149,7 +147,7 @@ def main(cfg):
         # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step, loss=logged['loss'])
-        log.step(step, began, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
+        log.step(step, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             chosen, rejected = all_logprobs(model, val, micro_batch_size, device, autocast)  # (N,)
             losses, margins = losses_and_margins(cfg, chosen, rejected, *ref_val)
@@ -157,11 +155,7 @@ def main(cfg):
             with autocast:
                 samples = show_samples(model, val[:2], tokenizer, cfg.max_new_tokens)
             log.eval(step, metrics, samples)
-            save_checkpoint(f'{cfg.out}/ckpt.pt', 'dpo', step, cfg, text, metrics,
-                            {'policy': model}, [optimizer], data_hash=data_hash,
-                            ref_train=ref_train, ref_val=ref_val)
-    log.close()
-    return metrics
+    return log.close()
 
 
 if __name__ == '__main__':

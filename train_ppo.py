@@ -18,15 +18,14 @@ initial policy, is logged. Left out: a trunk shared with the value model, whiten
 
     python train_ppo.py --data=data/toy --init=out/toy/sft --reward=out/toy/rm --out=out/toy/ppo
 """
-import time
 from dataclasses import dataclass
 
 import torch
 
 from data.judge import load_judge
-from data.text import decode_responses, hash_data, load_examples, load_text, show_samples
-from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
-                     open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
+from data.text import decode_responses, load_examples, load_text, read_text, show_samples
+from prefgpt import (POLICIES, Log, adamw, learning_rate, load_checkpoint, load_model, one_run,
+                     open_run, optimizer_step, run_cli, set_up)
 from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, generate, last_column, last_scores, rng,
                      token_logprobs, x_and_y)
 
@@ -160,18 +159,15 @@ def load_scorer(reward, init, device, size=0):
         def scorer(tokens, response_mask, prompts, texts):
             numbers = [judge(prompt, text)['reward'] for prompt, text in zip(prompts, texts)]
             return torch.tensor(numbers, dtype=torch.float32, device=device)
-        return scorer, init
+        return scorer, {**init, 'id': read_text(reward)}
     source = load_checkpoint(reward, ['rm'])
     if source['fingerprint'] != init['fingerprint']:
         raise UserError(f"{reward} has a different tokenizer from the policy's")
     model = load_model(ScalarGPT, source, 'reward_model', device).requires_grad_(False)
 
     def scorer(tokens, response_mask, prompts, texts):
-        scores = in_parts(lambda *part: last_scores(model, *part), size or len(tokens), tokens,
-                          response_mask) - source['shift']
-        if not scores.isfinite().all():
-            raise UserError(f'{reward}: a score is not a finite number')
-        return scores
+        return in_parts(lambda *part: last_scores(model, *part), size or len(tokens), tokens,
+                        response_mask) - source['shift']
     return scorer, source
 
 
@@ -261,17 +257,17 @@ def minibatch_gradient(policy, value_model, grid, indices, cfg, autocast):
             'pg_loss': pg_loss, 'vf_loss': vf_loss}
 
 
+@one_run
 def main(cfg):
     """Trains a policy against a reward and returns the last evaluation's numbers."""
     if cfg.temperature <= 0:
         raise UserError(f'--temperature={cfg.temperature}: PPO samples, so it must be above 0')
     # --- the same in every script
-    saved = open_run(cfg, 'ppo')
-    device, autocast = set_up(cfg)
+    saved, (device, autocast) = open_run(cfg, 'ppo'), set_up(cfg)
 
     # --- data and models: policy, reference, value model, scorer; and start_policy for kl_sft
     init = load_checkpoint(cfg.init, POLICIES)
-    tokenizer, text = load_text(cfg.data, init)
+    tokenizer, text = load_text(cfg.data, saved or init)
     scorer, source = load_scorer(cfg.reward, init, device, cfg.micro_batch_size)
     judge = load_judge(cfg.judge) if cfg.judge else None
     policy = load_model(GPT, saved or init, 'policy', device)
@@ -284,7 +280,6 @@ def main(cfg):
     train, val = load_examples(cfg.data, 'prompts', tokenizer, text, block_size,
                                cfg.max_new_tokens)                              # rows (prompt,)
     val = val[:128]                             # enough for a mean
-    data_hash = hash_data(cfg, saved, train, val, [init['metrics'], source['metrics']])
     value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # in the source's shape
     if saved:
         value_model.load_state_dict(saved['weights']['value_model'])
@@ -302,14 +297,13 @@ def main(cfg):
     if cfg.compile:
         for model in (policy, ref, value_model):
             model.compile(dynamic=True)
-    start, metrics = resume(saved, optimizer, value_optimizer)
 
     # --- the loop
-    log = Log(cfg.out, start, cfg.steps)
+    log = Log(cfg, saved, train + ['end'] + val, {'init': init['id'], 'reward': source['id']},
+              stage='ppo', text=text, optimizers=[optimizer, value_optimizer],
+              models={'policy': policy, 'value_model': value_model, 'ref': ref})
     # All lengths given as 1, so nothing is sorted: by length, prompts would be grouped by kind
-    for step, indices in zip(range(start + 1, cfg.steps + 1),
-                             batches([1] * len(train), cfg.rollout_size, cfg.seed, start)):
-        began = time.time()
+    for step, indices in log.steps([1] * len(train), cfg.rollout_size):
         # 1. Sample and score
         with autocast:
             grid, scores, ended, _ = rollout(policy, ref, scorer, [train[i][0] for i in indices],
@@ -342,18 +336,14 @@ def main(cfg):
             logprobs = grid_logprobs(policy, grid['x'], grid['y'], mask, cfg)    # (B, T)
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old
-        log.step(step, began, int(mask.sum()), **rollout_metrics((grid, scores, ended)), **means,
+        log.step(step, int(mask.sum()), **rollout_metrics((grid, scores, ended)), **means,
                  **update_metrics(logprobs, grid, advantages), lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             with autocast:
                 metrics = evaluate(policy, start_policy, scorer, judge, val, tokenizer, cfg)
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
             log.eval(step, metrics, samples)
-            save_checkpoint(f'{cfg.out}/ckpt.pt', 'ppo', step, cfg, text, metrics,
-                            {'policy': policy, 'value_model': value_model, 'ref': ref},
-                            [optimizer, value_optimizer], data_hash=data_hash)
-    log.close()
-    return metrics
+    return log.close()
 
 
 if __name__ == '__main__':

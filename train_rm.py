@@ -9,15 +9,14 @@ subtracts it. Scores are not scaled: they stay logits, and beta means the same i
 
     python train_rm.py --data=data/toy --init=out/toy/sft --out=out/toy/rm
 """
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from data.text import hash_data, load_examples, load_text
-from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
-                     make_batch, open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
+from data.text import load_examples, load_text
+from prefgpt import (POLICIES, Log, adamw, learning_rate, load_checkpoint, load_model, make_batch,
+                     one_run, open_run, optimizer_step, run_cli, set_up)
 from prefgpt import GPTConfig, ScalarGPT, last_scores, pair_metrics
 
 
@@ -65,36 +64,35 @@ def all_scores(model, pairs, size, device, autocast):
                           for i in range(0, len(pairs), size)], dim=1)
 
 
+@one_run
 def main(cfg):
     """Trains the model on pairs and returns the last evaluation's numbers."""
     # --- the same in every script
-    saved = open_run(cfg, 'rm')
-    device, autocast = set_up(cfg)
+    saved, (device, autocast) = open_run(cfg, 'rm'), set_up(cfg)
 
     # --- data and model
-    init = saved or load_checkpoint(cfg.init, POLICIES)
-    tokenizer, text = load_text(cfg.data, init)
-    if saved:
-        model = load_model(ScalarGPT, saved, 'reward_model', device)
+    init = load_checkpoint(cfg.init, (*POLICIES, 'rm'))
+    tokenizer, text = load_text(cfg.data, saved or init)
+    if (saved or init)['stage'] == 'rm':
+        model = load_model(ScalarGPT, saved or init, 'reward_model', device)
     else:
         model = ScalarGPT(GPTConfig(**init['model'])).to(device)
         model.body.load_state_dict(init['weights']['policy'])
     print(f'{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
     train, val = load_examples(cfg.data, 'pairs', tokenizer, text, model.config.block_size)
-    data_hash = hash_data(cfg, saved, train, val)
     optimizer = adamw(model, cfg.weight_decay)
     if cfg.compile:
         model.compile(dynamic=True)
-    start, metrics = resume(saved, optimizer)
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
 
     # --- the loop
-    log = Log(cfg.out, start, cfg.steps)
+    log = Log(cfg, saved, train + ['end'] + val, {'init': init['id']}, stage='rm',
+              text=text, models={'reward_model': model}, optimizers=[optimizer],
+              shift=saved['shift'] if saved else 0.0)
     # Tokens read per pair: the prompt is read twice
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
-    for step, indices in zip(range(start + 1, cfg.steps + 1),
-                             batches(lengths, cfg.batch_size, cfg.seed, start)):
-        began, parts = time.time(), []
+    for step, indices in log.steps(lengths, cfg.batch_size):
+        parts = []
         for i in range(0, len(indices), micro_batch_size):
             micro = indices[i:i + micro_batch_size]
             with autocast:
@@ -107,7 +105,7 @@ def main(cfg):
         # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step, loss=logged['loss'])
-        log.step(step, began, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
+        log.step(step, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             chosen, rejected = all_scores(model, val, micro_batch_size, device, autocast)   # (N,)
             losses, margins = reward_loss(chosen, rejected), chosen - rejected
@@ -117,11 +115,8 @@ def main(cfg):
                        f'{chosen[i] - shift:6.2f} chosen  {tokenizer.decode(val[i][1])}\n'
                        f'{rejected[i] - shift:6.2f} rejected{tokenizer.decode(val[i][2])}'
                        for i in range(min(2, len(val)))]
-            log.eval(step, metrics, samples)
-            save_checkpoint(f'{cfg.out}/ckpt.pt', 'rm', step, cfg, text, metrics,
-                            {'reward_model': model}, [optimizer], data_hash=data_hash, shift=shift)
-    log.close()
-    return metrics
+            log.eval(step, metrics, samples, shift=shift)
+    return log.close()
 
 
 if __name__ == '__main__':

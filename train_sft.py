@@ -10,14 +10,13 @@ Left out: packing several rows into one, training on the user's turns.
 
     python train_sft.py --data=data/toy --out=out/toy/sft
 """
-import time
 from dataclasses import dataclass
 
 import torch
 
-from data.text import hash_data, load_examples, load_text, show_samples
-from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
-                     make_batch, open_run, optimizer_step, resume, run_cli, save_checkpoint, set_up)
+from data.text import load_examples, load_text, show_samples
+from prefgpt import (POLICIES, Log, adamw, learning_rate, load_checkpoint, load_model, make_batch,
+                     one_run, open_run, optimizer_step, run_cli, set_up)
 from prefgpt import GPT, GPTConfig, UserError, token_logprobs
 
 
@@ -64,38 +63,39 @@ def evaluate(policy, rows, size, device, autocast):
     return {'loss': total / response_tokens}
 
 
+@one_run
 def main(cfg):
     """Trains a policy on demonstrations and returns the last evaluation's numbers."""
     if cfg.rows not in ('sft', 'pairs'):
         raise UserError(f'--rows={cfg.rows}: sft or pairs')
     # --- the same in every script
-    saved = open_run(cfg, 'sft')
-    device, autocast = set_up(cfg)
+    saved, (device, autocast) = open_run(cfg, 'sft'), set_up(cfg)
 
     # --- data and model
-    init = saved or (load_checkpoint(cfg.init, POLICIES) if cfg.init else None)
-    tokenizer, text = load_text(cfg.data, init)
-    if init:
-        policy = load_model(GPT, init, 'policy', device)
+    init = load_checkpoint(cfg.init, POLICIES) if cfg.init else None
+    for name, size in init['model'].items() if init else ():
+        if getattr(cfg, name, size) not in (size, getattr(Config, name, size)):
+            raise UserError(f'--{name}={getattr(cfg, name)}: that of --init={cfg.init} is {size}')
+    tokenizer, text = load_text(cfg.data, saved or init)
+    if saved or init:
+        policy = load_model(GPT, saved or init, 'policy', device)
     else:
         policy = GPT(GPTConfig(cfg.block_size, tokenizer.n_vocab, cfg.n_layer, cfg.n_head,
                                cfg.n_embd, cfg.init_std)).to(device)
     print(f'{cfg.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters')
     train, val = load_examples(cfg.data, 'sft', tokenizer, text, policy.config.block_size,
                                rows=cfg.rows)
-    data_hash = hash_data(cfg, saved, train, val)
     optimizer = adamw(policy, cfg.weight_decay)
     if cfg.compile:
         policy.compile(dynamic=True)
-    start, metrics = resume(saved, optimizer)
 
     # --- the loop
-    log = Log(cfg.out, start, cfg.steps)
+    log = Log(cfg, saved, train + ['end'] + val, {'init': init and init['id']},
+              stage='sft', text=text, models={'policy': policy}, optimizers=[optimizer])
     lengths = [len(prompt) + len(response) for prompt, response in train]
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    for step, indices in zip(range(start + 1, cfg.steps + 1),
-                             batches(lengths, cfg.batch_size, cfg.seed, start)):
-        began, loss = time.time(), 0.0
+    for step, indices in log.steps(lengths, cfg.batch_size):
+        loss = 0.0
         rows = [train[i] for i in indices]
         # Counted over the whole batch, so that the micro-batches' losses add up to its mean
         response_tokens = sum(len(response) for _, response in rows)
@@ -110,16 +110,13 @@ def main(cfg):
         # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, loss=loss)
-        log.step(step, began, sum(lengths[i] for i in indices), loss=loss, norm=norm, lr=lr)
+        log.step(step, sum(lengths[i] for i in indices), loss=loss, norm=norm, lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             metrics = evaluate(policy, val, micro_batch_size, device, autocast)
             with autocast:
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
             log.eval(step, metrics, samples)
-            save_checkpoint(f'{cfg.out}/ckpt.pt', 'sft', step, cfg, text, metrics,
-                            {'policy': policy}, [optimizer], data_hash=data_hash)
-    log.close()
-    return metrics
+    return log.close()
 
 
 if __name__ == '__main__':

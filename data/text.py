@@ -247,18 +247,6 @@ def load_examples(data, kind, tokenizer, text, block_size, max_new_tokens=0, row
                  for name, split in zip(('train', 'val'), splits))
 
 
-def hash_data(cfg, saved, *lists):
-    """Hashes encoded rows for the checkpoint; raises UserError if a resumed run's rows changed."""
-    digest = hashlib.sha256()
-    for rows in lists:
-        for row in (*rows, 'end'):              # where train ends and val begins counts too
-            digest.update(repr(row).encode())
-    if saved and saved['data_hash'] != digest.hexdigest():
-        raise UserError(f'{cfg.data}, or a checkpoint that {cfg.out} was made from, has changed '
-                        'since the run began: start a new one in another --out')
-    return digest.hexdigest()
-
-
 def decode_responses(tokens, response_mask, tokenizer):
     """Returns a batch's responses as text, without EOS, and whether each ended with EOS, (B,)."""
     texts, ended = [], []

@@ -61,7 +61,7 @@ rate-of-the-first-group-only I21: in optimizer.param_groups: => in optimizer.par
 gradient-not-cleared I22: optimizer.zero_grad() => pass
 epoch-begun-anew I22: visits[max(0, start - epoch * per_epoch):] => visits
 optimizer-not-resumed I22: optimizer.load_state_dict(state) => pass
-steps-logged-twice I22: and json.loads(line)['step'] <= start] => ]
+steps-logged-twice I22: and int(step_of(line)[1] or 0) <= self.start => and True
 checkpoint-in-place I22: os.replace(temporary, path) => shutil.copyfile(temporary, path)
 
 # data/text.py
@@ -142,7 +142,7 @@ values-of-pads-learned I7: cfg.vf_clip) => cfg.vf_clip); mask = torch.ones_like(
 ratios-of-pads-counted I15:
     (far > cfg.clip_eps).sum() / response_tokens => (far > cfg.clip_eps).float().mean()
 kl-averaged-over-columns I15: grid['ref_logprobs']).sum(1) => grid['ref_logprobs']).mean(1)
-rollouts-drawn-anew-on-resuming I22: step - 1, 'rollout' => step - 1 - start, 'rollout'
+rollouts-drawn-anew-on-resuming I22: step - 1, 'rollout' => step - 1 - log.start, 'rollout'
 """
 
 

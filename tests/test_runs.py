@@ -4,6 +4,7 @@ Checks runs: command line, checkpoints and their faults, log, resuming, errors a
     python -m pytest -q tests/test_runs.py
 """
 import ast
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -25,12 +26,13 @@ import pytest
 import torch
 from conftest import EOS, STAGES, log_rows, same, save_tiny_run, tiny_gpt
 
+import prefgpt
 import train_ppo
 import train_rm
 import train_sft
 from data.text import checkpoint_text
 from prefgpt import (GPT, Log, ScalarGPT, UserError, adamw, load_checkpoint, load_model, open_run,
-                     parse_config, resume, run_cli, save_checkpoint)
+                     parse_config, run_cli, save_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ['.'.join(path.relative_to(ROOT).with_suffix('').parts)
@@ -137,6 +139,29 @@ def test_help_lists_every_field_with_its_comment(script, capsys):
 # ----------------------------------------------------------------------------- checkpoints
 
 @pytest.fixture
+def open_log(tmp_path, monkeypatch):
+    """
+    Returns open_log(saved, steps): the log of a run in tmp_path, by itself. It saves nothing, and a
+    new one closes the one before.
+    """
+    monkeypatch.setattr(prefgpt, 'save_checkpoint', lambda *arguments, **options: None)
+    monkeypatch.setattr(Log, 'at_the_end', contextlib.ExitStack(), raising=False)
+
+    def open_log(saved=None, steps=10, **checkpoint):
+        Log.at_the_end.close()
+        cfg = train_sft.Config(out=str(tmp_path), steps=steps, resume=True)
+        return Log(cfg, saved, **checkpoint)
+    yield open_log
+    Log.unsaved = False
+    Log.at_the_end.close()
+
+
+def at(step):
+    """Returns what a log reads of a checkpoint of a step."""
+    return {'step': step, 'metrics': {'loss': 0.5}, 'optimizers': []}
+
+
+@pytest.fixture
 def save(tmp_path, byte_tokenizer):
     """Returns save(step): it writes a tiny policy to tmp_path/run/ckpt.pt and returns the path."""
     path = tmp_path / 'run' / 'ckpt.pt'
@@ -151,7 +176,7 @@ def save(tmp_path, byte_tokenizer):
     return save
 
 
-def test_checkpoint_round_trip(save):
+def test_checkpoint_round_trip(save, open_log):
     """What was saved comes back: stage, step, configs, tokenizer, weights, optimizer and extras,
     from the folder and from the file."""
     path = save(3)
@@ -167,9 +192,11 @@ def test_checkpoint_round_trip(save):
     policy = load_model(GPT, saved, 'policy', 'cpu')
     assert same(policy.state_dict(), tiny_gpt(3, n_layer=1).state_dict())
     optimizer = adamw(policy, 0.0)
-    assert resume(saved, optimizer) == (3, {'loss': 0.5})
+    log = open_log(saved, optimizers=[optimizer])
+    assert (log.start, log.close()) == (3, {'loss': 0.5})
     assert optimizer.param_groups[0]['weight_decay'] == 0.3
-    assert resume(None, optimizer) == (0, {})
+    log = open_log(optimizers=[optimizer])
+    assert (log.start, log.close()) == (0, {})
 
 
 def test_a_wrong_stage_or_model_is_refused(save):
@@ -299,16 +326,16 @@ def test_a_failed_write_leaves_the_old_checkpoint(save, monkeypatch, tmp_path, m
 # ----------------------------------------------------------------------------- opening a run
 
 def test_open_run_starts_and_refuses(save, tmp_path):
-    """The log makes a new folder, nothing else does. Without --resume, a folder that holds a log
-    or a checkpoint is refused; with it, open_run returns the checkpoint, or None before the
-    first."""
+    """open_run makes no folder. Without --resume, a folder that holds a log or a checkpoint is
+    refused; with it, open_run returns the checkpoint, or None before the first."""
     def open_at(out, **flags):
         return open_run(train_sft.Config(data='data/old', out=str(out), **flags), 'sft')
 
     new = tmp_path / 'a' / 'new'
     assert open_at(new) is None
     assert not new.parent.exists()
-    Log(str(new), 0, 10).write({'step': 1})
+    new.mkdir(parents=True)
+    (new / 'log.jsonl').write_text('{"step": 1}\n')
     with pytest.raises(UserError, match='new holds a run: .*--resume'):
         open_at(new)
     assert open_at(new, resume=True) is None
@@ -328,26 +355,26 @@ def test_open_run_names_what_changed(save):
     """A changed setting is named with both values, and so is another stage; what changes no result
     may change."""
     cfg = train_sft.Config(data='data/old', out=str(save(1).parent), resume=True)
-    with pytest.raises(UserError, match='was run with other flags: ') as error:
-        open_run(dataclasses.replace(cfg, lr=0.002, data='data/new'), 'sft')
+    with pytest.raises(UserError, match='was run with other flags: .*Name another --out') as error:
+        open_run(dataclasses.replace(cfg, lr=0.002, rows='pairs'), 'sft')
     assert '--lr was 0.006 and is 0.002' in str(error.value)
-    assert "--data was 'data/old' and is 'data/new'" in str(error.value)
+    assert "--rows was 'sft' and is 'pairs'" in str(error.value)
     assert 'resume was' not in str(error.value)
-    assert open_run(dataclasses.replace(cfg, micro_batch_size=2), 'sft')['step'] == 1
+    assert open_run(dataclasses.replace(cfg, micro_batch_size=2, data='moved'), 'sft')['step'] == 1
     with pytest.raises(UserError, match='its stage is sft, not dpo'):
         open_run(cfg, 'dpo')
 
 
 # ----------------------------------------------------------------------------- the log
 
-def test_log_is_cut_where_the_run_resumes(tmp_path):
+def test_log_is_cut_where_the_run_resumes(tmp_path, open_log):
     """I22: rows past the checkpoint are removed, with their samples, and so is a last line that was
     half written; the rest stays, and new rows follow. Catches steps that are logged twice."""
     rows = ['{"step": 1, "loss": 3.0}\n', '{"step": 2, "loss": 2.5}\n',
             '{"step": 2, "eval_loss": 2.6, "samples": ["hi", "yo"]}\n',
             '{"step": 3, "loss": 2.0, "samples": ["hi there"]}\n', '{"step": 4, "lo']
     (tmp_path / 'log.jsonl').write_text(''.join(rows))
-    log = Log(str(tmp_path), 2, 10)
+    log = open_log(at(2))
     assert (tmp_path / 'log.jsonl').read_text() == ''.join(rows[:3])
     log.write({'step': 3, 'loss': 1.5})
     log.eval(3, {'loss': 1.25}, ['one', 'two'])
@@ -357,31 +384,31 @@ def test_log_is_cut_where_the_run_resumes(tmp_path):
     assert names_in(tmp_path) == ['log.jsonl']
 
 
-def test_log_survives_any_sample(tmp_path, capsys):
+def test_log_survives_any_sample(tmp_path, capsys, open_log):
     """A model may write anything, even line ends and rows of a log: resuming neither fails nor
     loses samples, and escape sequences do not reach the terminal."""
     samples = ['a\n{"step": 9}\nb', '{"step": 99, "lo', 'a\u2028b\x85c\r', '\ud800 \x1b[2J']
-    Log(str(tmp_path), 0, 10).eval(2, {'loss': 1.0}, samples)
+    open_log().eval(2, {'loss': 1.0}, samples)
     written = (tmp_path / 'log.jsonl').read_bytes()
-    Log(str(tmp_path), 2, 10)
+    open_log(at(2))
     assert (tmp_path / 'log.jsonl').read_bytes() == written
     assert json.loads(written)['samples'] == samples
     printed = capsys.readouterr().out
     assert '\x1b' not in printed and '[2J' in printed and '| b' in printed
 
 
-def test_log_line(tmp_path, monkeypatch, capsys):
+def test_log_line(tmp_path, monkeypatch, capsys, open_log):
     """A step's line has a fixed order, its time and the time left: 10 steps took 12 s, so 480 more
     take 576 s; 8158 tokens in 0.412 s are 19.8 thousand per second. Of 490 steps about 50 are
     printed, and all are written."""
     clock = [1000.0]
     monkeypatch.setattr(time, 'time', lambda: clock[0])
-    log = Log(str(tmp_path), 10, 500)
-    clock[0] = 1012.0
+    log = open_log(at(10), steps=500)
+    clock[0], log.step_began = 1012.0, 1011.588
     numbers = dict(loss=0.61212, accuracy=0.65625, margin=0.41349, chosen=-21.305,
                    rejected=-25.4, norm=3.1, lr=1e-5)
     for step in range(11, 501):
-        log.step(step, 1011.588, 8158, **numbers)
+        log.step(step, 8158, **numbers)
     printed = capsys.readouterr().out.splitlines()
     assert ' '.join(printed[0].split()) == (
         'step 20/500 | loss 0.6121 | accuracy 0.66 | margin 0.413 | chosen -21.30 | '
@@ -466,6 +493,7 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
         if step == 5:
             with open(self.path, 'a') as file:
                 file.write('{"step": 6, "los')      # and was about to log another one
+            Log.unsaved = False                     # a kill leaves no time to save
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Log, 'step', log_and_die)
@@ -557,7 +585,8 @@ def test_resume_on_changed_inputs_is_refused(stage, changed, config, tiny_data, 
             path.write_text(''.join(path.read_text().splitlines(True)[1:]))
     else:
         saved = load_checkpoint(own['reward'], ['rm'])
-        torch.save({**saved, 'metrics': {'loss': 0.123}}, tmp_path / 'rm' / 'ckpt.pt')
+        saved['weights']['reward_model']['score.weight'] *= -1
+        torch.save(saved, tmp_path / 'rm' / 'ckpt.pt')
     with pytest.raises(UserError, match='has changed'):
         STAGES[stage].main(dataclasses.replace(cfg, resume=True))
 

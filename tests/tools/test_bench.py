@@ -1,11 +1,12 @@
 """tools/bench.py and memory.py: the workload is what it says, the formulas are counts."""
 import json, re, shlex, sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_scalar
+from conftest import tiny_gpt, tiny_scalar, write_jsonl
 
 import prefgpt
 from prefgpt import GPTConfig, UserError, adamw
@@ -67,8 +68,8 @@ def fake_script(monkeypatch):
 
         def main(cfg):
             asked.append(cfg)
-            prefgpt.Log(cfg.out, 0, 1).path.write_text(''.join(json.dumps(row) + '\n'
-                                                               for row in log))
+            Path(cfg.out).mkdir(parents=True)
+            write_jsonl(Path(cfg.out) / 'log.jsonl', log)
         monkeypatch.setitem(bench.SCRIPTS, stage, SimpleNamespace(
             main=main, Config=bench.SCRIPTS[stage].Config))
         return asked
