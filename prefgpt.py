@@ -451,8 +451,9 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
             except OSError:                     # a file system without hard links
                 shutil.copy2(path, previous)
         os.replace(temporary, path)             # atomic: the old file or the new one
-    except RuntimeError as error:               # torch.save's, over the error of a full disk
-        raise OSError(f'{temporary}: {error.__context__ or error}') from error
+    except (OSError, RuntimeError) as error:    # torch.save's own hides a full disk's
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        raise OSError(f'{temporary}: {cause or error}') from error
     finally:
         temporary.unlink(missing_ok=True)       # there only if something failed
 
@@ -695,8 +696,7 @@ class Log:
             save_checkpoint(self.path.with_name('ckpt.pt'), step=self.last, **self.checkpoint)
             self.saved, Log.unsaved = self.last, False
         if error:
-            print(f'{self.cfg.out} is saved up to step {self.saved}, where --resume goes on',
-                  file=sys.stderr)
+            print(f'{self.cfg.out}: saved to step {self.saved}; --resume goes on', file=sys.stderr)
 
     def steps(self, lengths, batch_size):
         """Yields the steps that are left, and their rows' indices; ends the run on a signal."""

@@ -21,7 +21,8 @@ import torch
 
 from data.download import download, sha256_of
 from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text, unique_keys
-from prefgpt import GPT, POLICIES, GPTConfig, UserError, load_checkpoint, run_cli, save_checkpoint
+from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, load_checkpoint, load_model,
+                     run_cli, save_checkpoint)
 
 
 @dataclass
@@ -228,8 +229,13 @@ def export(run, out):
     config = {'architectures': ['GPT2LMHeadModel'], **FIXED, **dict(zip(SHAPE, shape.values())),
               'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0,
               'bos_token_id': tokenizer.eot_token, 'eos_token_id': tokenizer.eot_token}
+    try:
+        model = load_model(ScalarGPT if is_reward else GPT, saved,
+                           'reward_model' if is_reward else 'policy', 'cpu')
+    except RuntimeError as error:       # adapters, say, which transformers would silently leave out
+        raise UserError(f'{run}: {" ".join(str(error).split())[:300]}') from None
     tensors = {}
-    for name, tensor in saved['weights']['reward_model' if is_reward else 'policy'].items():
+    for name, tensor in model.state_dict().items():
         name = name if name == 'score.weight' else 'transformer.' + name.removeprefix('body.')
         tensors[name] = tensor.t() if CONV1D.search(name) else tensor
     if is_reward:

@@ -344,6 +344,18 @@ def save_run(folder, kind, name, model, tokenizer, **extra):
     return folder
 
 
+def test_tensors_that_export_does_not_know_are_refused(tmp_path, bpe):
+    """An adapter in a checkpoint would be left out by transformers without a word: what is exported
+    would be another model."""
+    folder = save_run(tmp_path / 'run', 'sft', 'policy', tiny_gpt(1, vocab_size=301), bpe)
+    saved = torch.load(folder / 'ckpt.pt', weights_only=True)
+    saved['weights']['policy']['h.0.attn.c_attn.lora_A'] = torch.ones(2, 16)
+    torch.save(saved, folder / 'ckpt.pt')
+    with pytest.raises(UserError, match='run: .*Unexpected key.*lora_A'):
+        run('export', folder, out=tmp_path / 'hf')
+    assert not (tmp_path / 'hf').exists()
+
+
 @pytest.mark.parametrize('kind', ['base', 'sft', 'ppo', 'dpo'])
 def test_an_exported_policy_gives_numpy_our_logits(kind, tmp_path, bpe):
     """Names with prefix, Conv1D's order, no lm_head; config.json says what transformers would take
