@@ -431,7 +431,6 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
     path, shape = Path(path), next(iter(models.values())).config
     check_finite(f'step {step}', **{f'norm of the {name}': nn.utils.get_total_norm(
         model.parameters()).item() for name, model in models.items()})
-    # Only tensors, strings, numbers, dicts and lists, so that weights_only=True can load them
     contents = dict(
         format=FORMAT, stage=stage, step=step, config=dataclasses.asdict(cfg),
         model=dataclasses.asdict(shape), metrics=metrics,
@@ -443,7 +442,7 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())             # a full disk fails here, before the rename
-        assert not torch.serialization.get_unsafe_globals_in_checkpoint(temporary)  # as numpy's
+        assert not torch.serialization.get_unsafe_globals_in_checkpoint(temporary)  # numpy's
         if path.exists():
             previous.unlink(missing_ok=True)
             try:
@@ -580,9 +579,9 @@ MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_ev
               'data', 'init', 'reward')
 # The least and the most that a flag's number may be, so that no run of zero steps is a success
 RANGES = {(1, 1e38): 'steps batch_size eval_every max_new_tokens rollout_size ppo_epochs prompts n',
-          (1, 2 ** 20): 'n_layer n_head n_embd block_size', (0, 1e9): 'temperature init_std',
+          (1, 1e6): 'n_layer n_head n_embd block_size', (0, 1e9): 'temperature init_std',
           (0, 1e38): 'micro_batch_size warmup lr value_lr weight_decay beta clip_eps vf_clip',
-          (0, 1): 'gamma gae_lambda ref_ema label_smoothing', (0, 2 ** 64 - 1): 'seed',
+          (0, 1): 'gamma gae_lambda ref_ema label_smoothing', (0, 1.8e19): 'seed',
           (1e-9, 1e38): 'grad_clip', (-1e38, 1e38): 'no_eos_score'}
 # Formats of the numbers in the printed lines; a number not named here is printed as 6.3f
 FORMATS = dict(loss='6.4f', accuracy='4.2f', chosen='7.2f', rejected='7.2f', ratio='5.3f',
@@ -604,7 +603,8 @@ def open_run(cfg, stage):
     out = Path(cfg.out)
     if not cfg.out:
         raise UserError('--out is empty: name a folder for the run')
-    if not cfg.resume and any((out / name).exists() for name in ('ckpt.pt', 'log.jsonl')):
+    if not cfg.resume and any(path.exists() and path.stat().st_size     # an empty log is no run
+                              for path in (out / 'ckpt.pt', out / 'log.jsonl')):
         raise UserError(f'{out} holds a run: continue it with --resume, or name another --out')
     if not any((out / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt')):
         return None                             # a new run
@@ -624,7 +624,7 @@ def set_up(cfg):
     for (least, most), names in RANGES.items():
         for name in names.split():
             if not least <= getattr(cfg, name, least) <= most:      # 'not' catches nan as well
-                raise UserError(f'--{name}={getattr(cfg, name)}: not from {least:g} to {most:g}')
+                raise UserError(f'--{name}={getattr(cfg, name)}: must be {least:g} to {most:g}')
     try:
         device = torch.device(cfg.device or torch.accelerator.current_accelerator(True) or 'cpu')
         torch.zeros(1, device=device).item()
@@ -648,10 +648,9 @@ def set_up(cfg):
 
 class Log:
     """A run's printed lines, its log.jsonl (a row per step, one per evaluation) and its saves."""
-    unsaved = False         # whether the weights are those of a step that is not saved yet
 
     def __init__(self, cfg, saved=None, rows=(), inputs={}, **checkpoint):
-        """Goes on after saved, if it was made from the same; checkpoint is save_checkpoint's."""
+        """Owns cfg.out by a lock on the log; goes on after saved; checkpoint is save_checkpoint's."""
         saved = saved or {'step': 0, 'metrics': {}, 'optimizers': [], 'inputs': {}}
         self.path, self.cfg, self.began = Path(cfg.out, 'log.jsonl'), cfg, time.time()
         self.lr, self.signal, self.start, self.saved = 0.0, 0, saved['step'], saved['step']
@@ -669,9 +668,8 @@ class Log:
         for optimizer, state in zip(checkpoint.get('optimizers', ()), saved['optimizers']):
             optimizer.load_state_dict(state)
         self.checkpoint = {**checkpoint, 'cfg': cfg, 'inputs': inputs, 'metrics': saved['metrics']}
-        # The log's lock is the folder's. Without --resume the log must be new
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        log = Log.at_the_end.enter_context(open(self.path, 'a+b' if cfg.resume else 'x+b'))
+        log = Log.at_the_end.enter_context(open(self.path, 'a+b'))
         try:
             import fcntl
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until it is closed, or we are gone
@@ -680,7 +678,9 @@ class Log:
         except (ImportError, OSError):          # Windows, or a file system without locks
             (mark := self.path.with_name('a-process-trains-here')).touch(exist_ok=False)
             Log.at_the_end.callback(mark.unlink)
-        Log.unsaved = False
+        if log.seek(0, os.SEEK_END) and not cfg.resume:
+            raise UserError(f'{cfg.out}: another process has begun a run there')
+        Log.unsaved = False         # whether the weights are those of a step that is not saved yet
         Log.at_the_end.push(self.save)
         if self.start == cfg.steps:
             return print(f'{cfg.out} is finished: {cfg.steps} steps')       # and no file is touched

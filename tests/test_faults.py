@@ -162,8 +162,19 @@ def test_a_run_that_begins_meanwhile_is_not_overwritten(config, monkeypatch):
         train_sft.main(cfg)             # the other one, from its start to its end
         return set_up(cfg)
     monkeypatch.setattr(train_sft, 'set_up', set_up_late)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match='another process has begun'):
         train_sft.main(cfg)
+    assert step_of(cfg) == 1
+
+
+def test_a_run_without_a_step_may_be_started_again(config, tmp_path):
+    """A reward.py that fails in the first rollout leaves no run: the same command, without
+    --resume, starts."""
+    cfg = config('ppo', reward=judge_file(tmp_path / 'reward.py', 'None'), steps=1)
+    with pytest.raises(DataError, match='is None'):
+        train_ppo.main(cfg)
+    judge_file(tmp_path / 'reward.py', '1.0')
+    train_ppo.main(cfg)
     assert step_of(cfg) == 1
 
 
