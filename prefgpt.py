@@ -650,7 +650,7 @@ class Log:
     """A run's printed lines, its log.jsonl (a row per step, one per evaluation) and its saves."""
 
     def __init__(self, cfg, saved=None, rows=(), inputs={}, **checkpoint):
-        """Owns cfg.out by a lock on the log; goes on after saved; checkpoint is save_checkpoint's."""
+        """Locks the log, and so cfg.out; goes on after saved; checkpoint is save_checkpoint's."""
         saved = saved or {'step': 0, 'metrics': {}, 'optimizers': [], 'inputs': {}}
         self.path, self.cfg, self.began = Path(cfg.out, 'log.jsonl'), cfg, time.time()
         self.lr, self.signal, self.start, self.saved = 0.0, 0, saved['step'], saved['step']

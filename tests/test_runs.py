@@ -136,6 +136,18 @@ def test_help_lists_every_field_with_its_comment(script, capsys):
         assert ''.join((name + comment if kind == 'tuple' else flag).split()) in shown, name
 
 
+def test_what_is_the_same_in_every_script_is_the_same():
+    """The lines after a mark '--- the same in' differ by the stage's name alone, so that a diff of
+    two scripts shows their methods."""
+    marks = {'--- the same in every script\n': set(), '--- the same in train_sft, train_rm': set()}
+    for stage in STAGES:
+        text = (ROOT / f'train_{stage}.py').read_text().replace(f"'{stage}'", 'STAGE')
+        for mark, lines in marks.items():
+            lines |= {after.split('\n')[0 if mark.endswith('\n') else 1]
+                      for after in text.split(mark)[1:]}
+    assert [len(lines) for lines in marks.values()] == [1, 1]
+
+
 # ----------------------------------------------------------------------------- checkpoints
 
 @pytest.fixture
