@@ -17,12 +17,9 @@ from data.bpe import take_tokenizer, write_tokenizer
 from data.look import show
 from data.rows import convert, read_objects, stage_rows, write_all, write_text
 from data.shapes import read_shape
-from data.text import RESPONSES, DataError, load_tokenizer, string_of, tokenizer_text
-from data.turns import (Odd, Unknown, check_turns, choose_template, put_into, render, spaced,
-                        split_rows, without_end)
+from data.text import RESPONSES, DataError, load_tokenizer, tokenizer_text
+from data.turns import Odd, Unknown, choose_template, fit, split_rows
 from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
-
-SIDES = ('completion', 'chosen', 'rejected')
 
 
 @dataclass
@@ -55,39 +52,6 @@ def read_row(row, cfg, note):
         note('not read', f'the key {key!r}')
     for key in nulls:
         note('read as absent', f'null for {key!r}')
-    return out
-
-
-def fit(row, template, note):
-    """Returns a row in canonical form; raises Odd or ValueError. note counts what it changed."""
-    start, end = template.split('{}')
-    prompt, texts = row['prompt'], [string_of(row, key) for key in SIDES if key in row]
-    if isinstance(prompt, list):
-        check_turns(prompt)
-        if template == '{}' and len(prompt) > 1:
-            raise ValueError("turns need a template: --template='user: {}\\nbot:'")
-        for mark in (end, '\n' + start):
-            if mark.strip() and any(mark in text for text in [t for _, t in prompt] + texts):
-                raise Odd(f"text with the template's own mark {mark!r}")
-        asked, prompt = prompt[-1][1], render(prompt, template)
-    else:
-        asked = string_of(row, 'prompt')
-        prompt = put_into(asked, template, note)
-    out = {'prompt': prompt}
-    if any(re.search(r'\s{100000}', text) for text in [prompt, *texts]):
-        raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
-    for key, text in zip([key for key in SIDES if key in row], texts):
-        text = without_end(text, note)
-        if not text.strip():
-            raise Odd(f'an empty {key} text')
-        out[key] = spaced(text, prompt)
-        out |= {f'{key}_cut': True} if row.get(f'{key}_cut') else {}
-    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from)['\"]", text) for text in [asked] + texts):
-        raise ValueError('a list written as a string: json.loads it first')
-    if asked.strip() and texts and all(text.strip().startswith(asked.strip()) for text in texts):
-        raise Odd('answers that begin with their prompt: cut it off them')
-    if 'chosen' in out and out['chosen'].split() == out['rejected'].split():
-        raise Odd('equal answers, or equal but for white space')
     return out
 
 
@@ -142,10 +106,12 @@ def main(cfg):
     if cfg.look or not cfg.files or not cfg.out:
         raise UserError('name the files to read, and with --out=FOLDER the folder to write; or '
                         'with --look one folder')
-    rules = ('rule', 'better', 'safer')
-    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1:
+    drop, rules = {*filter(None, cfg.drop.split(','))}, ('rule', 'better', 'safer')
+    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1 or (
+            drop - {'dual-safe', 'dual-unsafe'}):
         raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
-                        f'rule, better or safer; --val={cfg.val}: above 0 and below 1')
+                        f'rule, better or safer; --drop={cfg.drop}: dual-safe, dual-unsafe; '
+                        f'--val={cfg.val}: above 0 and below 1')
     out, saved, tokenizer = Path(cfg.out), None, cfg.tokenizer
     if any(out.glob('*.jsonl')):
         raise UserError(f'{out} holds rows: name all files in one call, or another --out')
@@ -158,9 +124,16 @@ def main(cfg):
         raise UserError(f'--tokenizer={tokenizer}: 256 bytes and EOS need at least 257')
     rows, template = gather(cfg, saved)
     train, val = split_rows(rows, template, cfg.val)
-    parts = {'train': stage_rows(train, cfg.kind), 'val': stage_rows(val, cfg.kind)}
+    chosen = not any('completion' in row for row in rows)
+    parts = {name: stage_rows(part, cfg.kind, chosen)
+             for name, part in (('train', train), ('val', val))}
     if not parts['train']:
         raise DataError(f'--kind={cfg.kind}: these rows hold none')
+    for kind in parts['train'].keys() ^ parts['val'].keys():
+        raise DataError(f'{kind}: too few rows to hold some out; bring more, or raise --val, or '
+                        f'leave the others out with --kind')
+    if chosen and 'sft' in parts['train']:
+        print('no demonstrations: the chosen sides of the pairs are taken for them')
     out.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer.isdigit():
         write_tokenizer(out, 'bpe', (text for row in train for text in row.values()

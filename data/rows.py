@@ -99,27 +99,30 @@ def read_objects(path):
 
 
 def convert(row, path):
-    """Returns a command that turns rows with such keys into a shape that is read."""
+    """
+    Returns a command that makes rows that are read, and says what it leaves out. KEY stands where
+    one has to choose; a label keeps the rows that it calls good.
+    """
     def first(*keys):
         return next((key for key in keys if key in row), 'KEY')
-    ask, answer = first('prompt', 'question', 'query', 'instruction', 'input'), first(
-        'completion', 'output', 'response', 'answer', *['text'] * (len(row) == 1))
-    system = "{'role': 'system', 'content': r['system']}, " if 'system' in row else ''
-    extra = first('input', 'context')           # of an instruction
-    text = f"r['{ask}']"
-    if 'KEY' != extra != ask:
-        text = f"({text} + '\\n' + r['{extra}']).strip()"
-    prompt = f"[{system}{{'role': 'user', 'content': {text}}}]"
-    if answer == 'text':
-        prompt = "''"
-    elif ask == 'prompt' and not system:
-        prompt = f"r['{ask}']"
+    label = first('label', 'kto_tag', 'is_safe')
+    asked = [key for key in ('system', 'prompt', 'question', 'query', 'instruction', 'input',
+                             'context') if key in row]
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
-    sides = {'completion': answer} if 'KEY' in sides.values() and answer != 'KEY' else sides
+    answer = first('completion', 'output', 'response', 'answer', 'text')
+    if 'KEY' in sides.values() and answer != 'KEY':
+        sides = {'completion': answer}
+    prompt = ', '.join(f"r['{key}']" for key in asked) or "''"
+    if len(asked) > 1:
+        prompt = f"'\\n'.join(filter(None, [{prompt}]))"
+    if asked not in ([], ['prompt']):           # a question, not the literal text
+        prompt = f"[{{'role': 'user', 'content': {prompt}}}]"
     texts = ''.join(f", '{side}': r['{key}']" for side, key in sides.items())
-    which = " if r['label'] in (True, 'desirable')" if 'label' in row else ''
+    which = f" if r['{label}'] in (True, 'desirable')" if label != 'KEY' else ''
+    out = [key for key in row if key not in [*asked, *sides.values(), label]]
     return (f"python -c \"import json; [print(json.dumps({{'prompt': {prompt}{texts}}})) for r in "
-            f"map(json.loads, open('{path}')){which}]\" > NEW.jsonl")
+            f"map(json.loads, open('{path}')){which}]\" > NEW.jsonl"
+            + f"  # leaves out {', '.join(out)}" * bool(out))
 
 
 def shuffle(items, text=str):
@@ -153,12 +156,12 @@ def write_all(out, rows):
     return {name: len(listed) for name, listed in rows.items()}
 
 
-def stage_rows(rows, kind=''):
-    """Returns rows by kind. Without demonstrations, the chosen sides of pairs are some."""
+def stage_rows(rows, kind='', chosen=True):
+    """Returns rows by kind. chosen: the chosen sides of pairs are the demonstrations."""
     pairs = [row for row in rows if 'chosen' in row]
-    sft = [row for row in rows if 'completion' in row] or [
-        {key.replace('chosen', 'completion'): value for key, value in row.items()
-         if 'rejected' not in key} for row in pairs]
+    sft = [{key.replace('chosen', 'completion'): value for key, value in row.items()
+            if 'rejected' not in key} for row in pairs]
+    sft = sft if chosen else [row for row in rows if 'completion' in row]
     asked = [{'prompt': prompt} for prompt in dict.fromkeys(row['prompt'] for row in rows)]
     return {name: listed for name, listed in (('sft', sft), ('pairs', pairs), ('prompts', asked))
             if listed and kind in ('', name)}

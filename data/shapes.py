@@ -5,10 +5,10 @@ Each function takes a row without its nulls and returns {prompt} and {completion
 rejected}. A prompt is literal text, or turns (role, text), which prepare.py puts into the template.
 ValueError refuses what cannot be what its keys say; Odd drops and counts what says nothing.
 """
-import re
+import math, re
 
-from data.text import FOREIGN, string_of
-from data.turns import Odd, Unknown, from_transcripts, read_turns
+from data.text import FOREIGN
+from data.turns import Odd, Unknown, from_transcripts, read_turns, string_of
 
 
 def read_prompt(row):
@@ -64,8 +64,8 @@ def preferences(row):
      "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]}
     """
     for high, low in (('score_chosen', 'score_rejected'), ('chosen_score', 'rejected_score')):
-        if high in row and low in row and not row[high] > row[low]:
-            raise (Odd if row[high] == row[low] else ValueError)(f'{high!r} is not above {low!r}')
+        if high in row and low in row and not (above := float(row[high]) - float(row[low])) > 0:
+            raise (Odd if above == 0 else ValueError)(f'{high!r} is not above {low!r}')
     if isinstance(row['chosen'], str) and isinstance(row['rejected'], str):
         if 'prompt' not in row and 'messages' not in row:
             return transcripts(row)
@@ -125,8 +125,8 @@ def alpaca_farm(row):
     Reads AlpacaFarm's preferences (huggingface.co/datasets/tatsu-lab/alpaca_farm).
     {"instruction": "Name a colour.", "output_1": "Blue.", "output_2": "Dog.", "preference": 1}
     """
-    if row['preference'] not in (1, 2):
-        raise Odd("'preference' is neither 1 nor 2")
+    if isinstance(row['preference'], bool) or row['preference'] not in (1, 2):
+        raise ValueError("'preference' is neither 1 nor 2, the better output's number")
     better = int(row['preference'])
     return {'prompt': question(row), 'chosen': row[f'output_{better}'],
             'rejected': row[f'output_{3 - better}']}
@@ -138,17 +138,20 @@ def ultrafeedback(row):
     {"instruction": "Name a colour.", "completions": [
      {"response": "Blue.", "annotations": {"helpfulness": {"Rating": "5"}}},
      {"response": "Dog.", "annotations": {"helpfulness": {"Rating": "1"}}}]}
-    The mean rating; overall_score, which is wrong in places, only where a rating is missing.
+    By the mean over the aspects that all of them have a rating of; overall_score has errors.
     """
-    def ratings(answer):
-        given = [aspect.get('Rating') for aspect in (answer.get('annotations') or {}).values()]
-        return [float(rating) for rating in given if str(rating).isdigit()]
+    def rating(answer, aspect):
+        try:
+            return float(answer['annotations'][aspect]['Rating'])
+        except (LookupError, TypeError, ValueError):    # none, or "N/A"
+            return math.nan
     answers = row['completions']
-    scores = [sum(each) / len(each) if each else None for each in map(ratings, answers)]
-    if None in scores:
-        scores = [float(answer.get('overall_score') or 'nan') for answer in answers]
+    table = [[rating(answer, aspect) for answer in answers]
+             for aspect in (answers[0]['annotations'] or {} if answers else {})]
+    scores = [sum(column) for column in zip(*[line for line in table if all(
+        map(math.isfinite, line))])]            # the sum has the order of the mean
     if not max(scores, default=0) > min(scores, default=0):
-        raise Odd('answers without ratings, or with equal ones')
+        raise Odd('answers without ratings that can be compared, or with equal ones')
     best, worst = (answers[scores.index(pick(scores))]['response'] for pick in (max, min))
     return {'prompt': question(row), 'chosen': best, 'rejected': worst}
 
@@ -188,10 +191,11 @@ SHAPES = {  # the keys that a row must have, and others that are read; the first
     prompts: ('prompt', ''),
 }
 ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
-IN_TURNS = 'role content from value weight response annotations overall_score'.split()
+IN_TURNS = 'role content from value weight response annotations'.split()
 # Keys that hold text or labels in some shape: beside those of another they contradict it
 CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split(), *(
-    'question answer query response_1 response_2 helpfulness reward score rating').split()}
+    'question answer query context system_prompt response_1 response_2 function_call '
+    'helpfulness reward score rating chosen_rating rejected_rating').split()}
 
 
 def rename(row):
@@ -211,7 +215,7 @@ def read_shape(row, kind='', by='rule', drop=''):
                       'or prompt, chosen, rejected; or messages; or instruction, output')
     unread = [key for key in row if key not in f'{needs} {more}'.split()]
     for key in unread:
-        if key in CONTENT or shape is prompts and kind != 'prompts':
+        if key in CONTENT or key.endswith('_cut') or shape is prompts and kind != 'prompts':
             raise Unknown(f'{names[key]!r} beside {needs.replace(" ", ", ")} is not read, and may '
                           'change what a row means; leave it out if it does not')
     unread += sorted({f'{key}[].{name}' for key in row if isinstance(row[key], list)
@@ -221,4 +225,7 @@ def read_shape(row, kind='', by='rule', drop=''):
         out = shape(row, by, drop) if shape is safe_rlhf else shape(row)
     except (TypeError, AttributeError, LookupError) as error:   # a number for a list, and so on
         raise ValueError(f'values of other types than in {shape.__name__} ({error})') from None
-    return out | {key: row[key] for key in row if key.endswith('_cut')}, unread
+    cuts = {key: row[key] for key in row if key.endswith('_cut')}
+    if not all(isinstance(cut, bool) for cut in cuts.values()):
+        raise ValueError(f'{", ".join(cuts)}: must be true or false')
+    return out | cuts, unread

@@ -12,7 +12,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from data.turns import clean_template, split_rows
+from data.turns import clean_template, split_rows, string_of
 from prefgpt import UserError, generate, x_and_y
 
 
@@ -99,7 +99,7 @@ def load_text(data, saved=None):
     tokenizer = load_tokenizer(where if where == 'gpt2' else folder / where)
     path, template = folder / 'template.txt', saved['template'] if saved else '{}'
     if path.is_file():
-        template = clean_template(read_text(path), path)
+        template = clean_template(read_text(path).removesuffix('\n').removesuffix('\r'), path)
     text = checkpoint_text(tokenizer, template)
     if saved and text['fingerprint'] != saved['fingerprint']:
         raise UserError(f'{data} was prepared with another tokenizer; the checkpoint is '
@@ -126,15 +126,6 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
-def string_of(row, key):
-    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
-    if not isinstance(row.get(key), str):
-        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string' if key in row else
-                         f'missing {key!r} (keys: {", ".join(row)})')
-    row[key].encode()                           # a lone surrogate fails here, at a known line
-    return row[key]
-
-
 def canonical(row, kind):
     """Returns {prompt} and a kind's responses, with marks of those that were cut beforehand."""
     if not isinstance(row, dict):
@@ -143,7 +134,7 @@ def canonical(row, kind):
     if foreign := [key for key in FOREIGN if key in row]:
         raise ValueError(f'no training script reads {foreign[0]!r}')
     for key in row:
-        if key.endswith('_cut') and not (row[key] in (True, False) and key[:-4] in row):
+        if key.endswith('_cut') and not (isinstance(row[key], bool) and key[:-4] in row):
             raise ValueError(f'{key!r} must be true or false beside a {key[:-4]!r}')
     if kind == 'sft' and 'completion' not in row and 'chosen' in row:
         row |= {'completion': row['chosen'], 'completion_cut': row.get('chosen_cut', False)}

@@ -1,8 +1,8 @@
 """
-Turns and templates: how a chat, or a question, becomes the literal prompt that a model sees, and
-how the question is found in it again, for the split.
+Turns and templates: how a chat, or a question, becomes a canonical row, whose prompt is the literal
+text that a model sees; and how the question is found in it again, for the split.
 """
-import zlib
+import re, zlib
 from collections import Counter
 
 from prefgpt import UserError
@@ -13,6 +13,7 @@ KNOWN = (HH_TEMPLATE, '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n',
 ROLES = {'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'system': 'system', 'developer': 'system'}
 ENDS = ('<|endoftext|>', '</s>', '<|im_end|>', '<|eot_id|>', '<|end_of_text|>', '<eos>')
+SIDES = ('completion', 'chosen', 'rejected')
 
 
 class Odd(ValueError):
@@ -21,6 +22,15 @@ class Odd(ValueError):
 
 class Unknown(ValueError):
     """A row whose keys are no shape that is read; convert may have the command that helps."""
+
+
+def string_of(row, key):
+    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
+    if not isinstance(row.get(key), str):
+        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string' if key in row else
+                         f'missing {key!r} (keys: {", ".join(row)})')
+    row[key].encode()                           # a lone surrogate fails here, at a known line
+    return row[key]
 
 
 def read_turns(row, key):
@@ -37,7 +47,6 @@ def read_turns(row, key):
             text = ''.join(part['text'] for part in text)
         if not isinstance(text, str):
             raise ValueError(f"{key!r} has a turn whose 'content' is {type(text).__name__}")
-        text.encode()                           # a lone surrogate fails here, at a known line
         turns.append((ROLES[role], text))
     if turns and row[key][-1].get('weight') == 0:
         raise Odd('the last turn has weight 0')
@@ -67,7 +76,8 @@ def render(turns, template):
     """Returns turns that end with the user's as one prompt. A turn begins on a new line."""
     end = '' if template.startswith('\n') else '\n'
     form = {'user': template, 'assistant': '{}' + end, 'system': '{}' + end}
-    return ''.join(form[role].replace('{}', spaced(text) if role == 'assistant' else text)
+    # An answer of before begins as the one to come will: after the template's end
+    return ''.join(form[role].replace('{}', spaced(text, template) if role == 'assistant' else text)
                    for role, text in turns)
 
 
@@ -77,8 +87,8 @@ def spaced(text, before=''):
 
 
 def clean_template(text, where):
-    """Returns a template without an editor's last newline; raises UserError if it cannot work."""
-    text = text.replace('\r\n', '\n').removesuffix('\n').replace('\\n', '\n')
+    """Returns a template, `\\n` as a line break; raises UserError if it cannot work."""
+    text = text.replace('\r\n', '\n').replace('\\n', '\n')
     if text.count('{}') != 1 or text.endswith((' ', '\t')):
         raise UserError(f'{where}: {text!r} must hold {{}} once, the place of the question, and '
                         'not end in a space: each answer brings its own')
@@ -87,15 +97,14 @@ def clean_template(text, where):
 
 def without_end(text, note):
     """Returns an answer without another tool's EOS in words: ours is an id, which follows."""
-    for mark in ENDS:
-        if text.rstrip().endswith(mark):
-            note('without it', f'answers that ended in {mark}')
-            return text.rstrip().removesuffix(mark)
+    while mark := next((mark for mark in ENDS if text.rstrip().endswith(mark)), ''):
+        note('without it', f'answers that ended in {mark}')
+        text = text.rstrip().removesuffix(mark)
     return text
 
 
 def put_into(prompt, template, note):
-    """Returns a literal prompt in the template, unless it ends as it does already."""
+    """Returns a literal prompt in the template, unless it is already. Refuses half a template."""
     start, end = template.split('{}')
     if '\n' in end and prompt.endswith(end.replace('\n', '\\n')):
         raise ValueError("line breaks spelled '\\n': the text was escaped twice")
@@ -106,8 +115,54 @@ def put_into(prompt, template, note):
         return prompt
     if not prompt.strip():
         raise Odd('an empty prompt')
+    ends = tuple(known.split('{}')[1] for known in KNOWN)
+    if start.strip() and prompt.startswith(start) or prompt.rstrip(' ').endswith(ends):
+        raise ValueError(f'a literal prompt in half of the template {template!r}, or in another '
+                         'one: see --template')
     note('put into the template', 'literal prompts')
     return template.replace('{}', prompt)
+
+
+def fit(row, template, note):
+    """Returns a row in canonical form; raises Odd or ValueError. note counts what it changed."""
+    sides = [key for key in SIDES if key in row]
+    texts = [without_end(string_of(row, key), note) for key in sides]
+    if isinstance(row['prompt'], list):
+        turns = [(role, without_end(text, note) if role == 'assistant' else text)
+                 for role, text in row['prompt']]
+        check_turns(turns)
+        if template == '{}' and len(turns) > 1:
+            raise ValueError("turns need a template: --template='user: {}\\nbot:'")
+        inside, prompt = [text for _, text in turns], render(turns, template)
+    else:
+        inside, prompt = [string_of(row, 'prompt')], put_into(row['prompt'], template, note)
+    asked = inside[-1].strip()
+    for mark in ('\n' + template.lstrip('\n')).split('{}'):
+        said = texts + inside * (len(prompt) > len(inside[-1]))     # unless it came in the template
+        if mark.strip() and any(mark in text for text in said):
+            raise Odd(f"text with the template's own mark {mark!r}")
+    out = {'prompt': prompt}
+    for key, text in zip(sides, texts):
+        if not text.strip():
+            raise Odd(f'an empty {key} text')
+        out[key] = spaced(text, prompt)
+        out |= {f'{key}_cut': True} if row.get(f'{key}_cut') else {}
+        if template == '{}' and out[key] != text:
+            note('given a space in front', 'answers')
+    if not sides:
+        note('kept', 'prompts without an answer')
+    for text in (prompt, *texts):
+        text.encode()                           # as in string_of
+        if re.search(r'\s{100000}', text):
+            raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
+    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value|text|type)['\"]\s*:", text)
+           for text in (asked, *texts)):
+        raise ValueError('a list written as a string: json.loads it first')
+    if asked and texts and all(text.strip().startswith(asked) for text in texts):
+        raise Odd('answers that begin with their prompt: cut it off them')
+    if 'chosen' in out and out['chosen'].split() == out['rejected'].split():
+        raise Odd('equal answers, or equal but for white space')
+    return out
 
 
 def choose_template(flag, rows, saved):
@@ -118,17 +173,22 @@ def choose_template(flag, rows, saved):
         return saved['template']
     literal = [row['prompt'].rstrip(' ') for row in rows if isinstance(row['prompt'], str)]
     for template in KNOWN:
-        end = template.split('{}')[1].rstrip(' ')
-        if literal and all(prompt.endswith((end, end.replace('\n', '\\n'))) for prompt in literal):
+        end = template.split('{}')[1]
+        right = sum(prompt.endswith((end, end.replace('\n', '\\n'))) for prompt in literal)
+        if 0 < right < len(literal):
+            raise UserError(f'{right} of {len(literal)} literal prompts end in {end!r}, the others '
+                            f'do not: say --template={template!r}, or {{}} to leave all as they are')
+        if right:
             return template
     return CHAT if len(literal) < len(rows) or not rows else '{}'
 
 
 def question_of(prompt, template):
-    """Returns a prompt's first question, the same in any wrapping."""
-    start, end = template.split('{}')
-    prompt = prompt.split(start, 1)[-1] if start else prompt
-    return (prompt.split(end, 1)[0] if end else prompt).strip()
+    """Returns a prompt's first question, without its template and the system's turn before it."""
+    start, end = (re.escape(part) for part in template.strip('\n').split('{}'))
+    asked = f'(.*?)(?:{end}|$)' if end else '(.*)'
+    found = re.search(rf'(?s)(?:^|\n){start}{asked}', prompt)
+    return (found[1] if found else prompt).strip()
 
 
 def split_rows(rows, template, share=0.1):

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from data.bpe import write_tokenizer
 from data.download import download
 from data.rows import counted, read_objects, shuffle, stage_rows, write_all, write_text
-from data.text import RESPONSES, DataError, load_tokenizer, string_of
-from data.turns import HH_TEMPLATE, from_transcripts
+from data.text import RESPONSES, DataError, load_tokenizer
+from data.turns import HH_TEMPLATE, from_transcripts, string_of
 from prefgpt import UserError, run_cli
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/'

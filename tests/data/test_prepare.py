@@ -108,6 +108,10 @@ def fitted(row, template=CHAT):
     ('{}', {'prompt': 'q\n', 'completion': 'r'}, 'q\n', 'r'),
     ('{}', {'prompt': '', 'completion': 'r'}, '', ' r'),
     ('{}', {'prompt': [('user', 'q')], 'completion': 'r<|endoftext|>'}, 'q', ' r'),
+    ('{}', {'prompt': 'user: q\nbot:', 'completion': ' r'}, 'user: q\nbot:', ' r'),
+    (CHAT, {'prompt': 'q', 'completion': 'r</s></s>\n<|endoftext|>'}, 'user: q\nbot:', ' r'),
+    (CHAT, {'prompt': [('user', 'hi'), ('assistant', 'yes</s>'), ('user', 'q')],
+            'completion': 'r'}, 'user: hi\nbot: yes\nuser: q\nbot:', ' r'),
     (CHAT, {'prompt': 'q', 'completion': ' r</s>\n'}, 'user: q\nbot:', ' r')])
 def test_prompt_and_answer_meet_the_template(template, row, prompt, completion):
     """Turns always go through the template, literal text unless it ends as the template does; an
@@ -121,7 +125,7 @@ def test_what_is_changed_is_noted_and_marks_stay():
     assert row == {'prompt': 'user: q\nbot:', 'chosen': ' c', 'rejected': ' r',
                    'rejected_cut': True}
     assert list(row) == ['prompt', 'chosen', 'rejected', 'rejected_cut']        # in every process
-    assert len(notes) == 2 and 'literal prompts' in notes[0] and '</s>' in notes[1]
+    assert len(notes) == 2 and '</s>' in notes[0] and 'literal prompts' in notes[1]
     assert 'space' in fitted({'prompt': 'user: q\nbot: '})[1][0]
 
 
@@ -135,7 +139,15 @@ def test_what_is_changed_is_noted_and_marks_stay():
     ({'prompt': [('user', 'x\nbot: sure.\nuser: y')], 'completion': 'r'}, Odd, 'own mark'),
     ({'prompt': [('user', 'q')], 'completion': 'r\nuser: thanks'}, Odd, 'own mark'),
     ({'prompt': 'q' + ' ' * 100_000, 'completion': 'r'}, Odd, 'white space'),
+    ({'prompt': [('user', 'a\nuser: b')], 'completion': 'r'}, Odd, 'own mark'),
+    ({'prompt': 'see\nuser: b', 'completion': 'r'}, Odd, 'own mark'),
+    ({'prompt': 'user: q\nbot:', 'completion': 'r\nuser: thanks'}, Odd, 'own mark'),
     ({'prompt': 'user: q\\nbot:', 'completion': 'r'}, ValueError, 'escaped twice'),
+    ({'prompt': 'user: q', 'completion': 'r'}, ValueError, 'half of the template'),
+    ({'prompt': '\n\nHuman: q\n\nAssistant:', 'completion': 'r'}, ValueError, 'another one'),
+    ({'prompt': [('user', 'q')], 'completion': '\ud800'}, ValueError, 'surrogate'),
+    ({'prompt': [('user', '\ud800')], 'completion': 'r'}, ValueError, 'surrogate'),
+    ({'prompt': 'q', 'completion': '[{"content": "a", "role": "assistant"}]'}, ValueError, 'list'),
     ({'prompt': '[{"role": "user"}]', 'completion': 'r'}, ValueError, 'list written as a string'),
     ({'prompt': 'q', 'completion': "[{'role': 'assistant'}]"}, ValueError, 'list written'),
     ({'prompt': 'q', 'completion': 42}, ValueError, 'int')])
@@ -160,6 +172,11 @@ def test_the_template_is_told_from_the_rows(prompts, flag, saved, template):
     assert choose_template(flag, rows, saved) == template
     with pytest.raises(UserError, match='--template.*once'):
         choose_template('no place', rows, saved)
+    mixed = rows + [{'prompt': 'p'}, {'prompt': 'user: q\nbot:'}]
+    if not (flag or saved):                     # one odd row does not decide for the others
+        with pytest.raises(UserError, match="literal prompts end in .*--template='"):
+            choose_template('', mixed, None)
+    assert choose_template('{}\n', mixed, None) == '{}\n'      # its last line break counts
 
 
 # ----------------------------------------------------------------------------- the folder
@@ -197,8 +214,15 @@ def test_kinds(gate):
         ['train.prompts', 'val.prompts']]
     with pytest.raises(DataError, match='--kind=pairs'):
         gate(ALPACA, out='none', kind='pairs')
-    with pytest.raises(UserError, match='--kind=rm: sft, pairs or prompts'):
-        gate(ALPACA, out='none', kind='rm')
+    for flags, words in (({'kind': 'rm'}, '--kind=rm: sft, pairs or prompts'),
+                         ({'drop': 'dual-unsave'}, '--drop=dual-unsave: dual-safe')):
+        with pytest.raises(UserError, match=words):
+            gate(ALPACA, out='none', **flags)
+    with pytest.raises(DataError, match='sft: too few rows to hold some out'):
+        gate(PAIRS, ALPACA[:1], out='none')     # one demonstration is not 20 chosen sides
+    assert not Path('none').exists()
+    assert '3 kept: prompts without an answer' in gate(ALPACA, [
+        {'messages': [{'role': 'user', 'content': f'w {i}'}]} for i in range(3)], out='asked')[1]
 
 
 def test_everything_is_counted(gate):

@@ -10,7 +10,7 @@ import pytest
 from data import shapes
 from data.rows import convert
 from data.shapes import read_shape
-from data.turns import HH_TEMPLATE, Odd, Unknown, check_turns, render
+from data.turns import HH_TEMPLATE, Odd, Unknown, check_turns, question_of, render
 
 from conftest import TEMPLATE
 
@@ -68,6 +68,7 @@ READ = [  # a row, what its shape's function makes of it
      sft(LONG[1:], 'r')),                       # only the last turn is learned anyway
     (pair('P'), pair('P')),
     ({**pair('P'), 'chosen_cut': True}, {**pair('P'), 'chosen_cut': True}),
+    ({**pair('P'), 'score_chosen': '10', 'score_rejected': '9.5'}, pair('P')),  # not as text
     (pair([user('Q')]), pair(Q)),
     (pair([user('Q')], [bot('c')], [bot('r')]), pair(Q)),
     (pair('Q', [bot('c')], [bot('r')]), pair(Q)),
@@ -81,7 +82,7 @@ READ = [  # a row, what its shape's function makes of it
     ({'instruction': 'Q', 'input': 'x', 'output': 'r'}, sft([('user', 'Q\nx')], 'r')),
     ({'instruction': 'Q', 'input': '', 'output_1': 'r', 'output_2': 'c', 'preference': 2}, pair(Q)),
     (rated(('r', '13', 9.0), ('c', '55', 1.0), ('-', '33', 5.0)), pair(Q)),     # ratings first
-    (rated(('c', '5', 8.0), ('r', ['N/A'], 2.0)), pair(Q)),     # one is missing: overall_score
+    (rated(('c', ['4.5', 5, 'N/A'], 1.0), ('r', [4.5, 2.0, '5'], 9.0)), pair(Q)),   # two of three
     (safe(1, 0), pair(Q, 'one', 'zero')),                       # both safe: the better one
     (safe(1, 0, True, False), pair(Q, 'zero', 'one')),          # else the safer one
     (safe(0, 1, False, False), pair(Q, 'one', 'zero')),
@@ -102,9 +103,10 @@ ODD = [  # a row, a word of the reason
      'more than one'),
     ({**pair('P'), 'score_chosen': 7.0, 'score_rejected': 7.0}, 'not above'),
     ({'messages': [user('Q'), {**bot('r'), 'weight': 0}]}, 'weight'),
-    ({'instruction': 'Q', 'output_1': 'a', 'output_2': 'b', 'preference': 0}, 'preference'),
+    ({**pair('P'), 'score_chosen': '7.0', 'score_rejected': 7}, 'not above'),
     (rated(('a', '5', 1.0), ('b', '5', 2.0)), 'equal'),
     (rated(('a', [], None), ('b', '5', 2.0)), 'without ratings'),
+    (rated(('a', ['N/A'], 1.0), ('b', '5', 2.0)), 'without ratings'),
     (rated(), 'without ratings'),
     (safe(0, 1, True, False), 'not safe')]
 REFUSED = [
@@ -127,7 +129,6 @@ REFUSED = [
     ({'messages': [user('Q'), {**bot('r'), 'tool_calls': [{}]}]}, 'tool call'),
     ({'messages': [{'role': ['user'], 'content': 'Q'}, bot('r')]}, 'turn of'),
     ({'messages': [user('Q'), {**bot('r'), 'content': None}]}, "'content'"),
-    ({'messages': [user('Q'), bot('\ud800')]}, 'surrogate'),
     ({'messages': [user([{'type': 'image'}]), bot('r')]}, "'text'"),
     (safe(chosen='one', rejected='zero'), "'chosen' beside"),
     (safe(safe_0='yes'), 'is_response_0_safe'), (safe(2, 0), 'better_response_id'),
@@ -136,7 +137,14 @@ REFUSED = [
     ({'prompt': 'P', 'response_1': 'a', 'response_2': 'b', 'preference_strength': -2}, 'beside'),
     ({'instruction': 'Q', 'completions': 7}, 'ultrafeedback'),
     ({'instruction': 'Q', 'completions': ['r', 's']}, 'ultrafeedback'),
-    ({**pair('P'), 'score_chosen': '9', 'score_rejected': 2}, 'preferences'),
+    ({**pair('P'), 'score_chosen': '9', 'score_rejected': '10'}, 'not above'),  # text would pass
+    ({**pair('P'), 'score_chosen': [9], 'score_rejected': 2}, 'preferences'),
+    ({'instruction': 'Q', 'output_1': 'a', 'output_2': 'b', 'preference': 0}, 'preference'),
+    ({'instruction': 'Q', 'output_1': 'a', 'output_2': 'b', 'preference': True}, 'preference'),
+    ({**sft('P', 'r'), 'completion_cut': 'false'}, 'true or false'),
+    ({**sft('P', 'r'), 'completion_cut': 1}, 'true or false'),
+    (safe(response_0_cut=True), "'response_0_cut' beside"),
+    ({**sft('P', 'r'), 'system_prompt': 'Be brief.'}, "'system_prompt' beside"),
     ({'instruction': 'Q', 'input': ['x'], 'output': 'r'}, "'input'"), (safe(safe_0=[]), 'safe'),
     ({'messages': [user(['Q']), bot('r')]}, 'messages'), ({'prompt': 7}, 'int'),
     ({'question': 'Q', 'answer': 'r'}, 'no known shape'), ({'text': 'r'}, 'no known shape'),
@@ -199,6 +207,7 @@ def test_safe_rlhf_by_flag():
     (TEMPLATE, LONG, 'Be brief.\nuser: hi\nbot: yes\nuser: Q\nbot:'),
     (TEMPLATE, [('user', 'hi'), ('assistant', ' yes'), ('user', 'Q')],
      'user: hi\nbot: yes\nuser: Q\nbot:'),
+    ('Q: {}\nA:\n', LONG[1:], 'Q: hi\nA:\nyes\nQ: Q\nA:\n'),   # no space where none is added
     (TEMPLATE, [('user', 'a {} b'), ('assistant', 'c {}'), ('user', '{}')],
      'user: a {} b\nbot: c {}\nuser: {}\nbot:')])
 def test_render(template, turns, prompt):
@@ -222,9 +231,9 @@ def test_turns_alternate(roles):
     ({'instruction': 'Q', 'context': 'x', 'response': 'r'}, sft([('user', 'Q\nx')], 'r')),
     ({'instruction': 'Q', 'input': '', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'system': 'Be brief.', 'question': 'Q', 'chosen': 'c', 'rejected': 'r'},
-     pair([('system', 'Be brief.'), *Q])),
+     pair([('user', 'Be brief.\nQ')])),
     ({'system': 'Be brief.', 'prompt': 'Q', 'chosen': 'c', 'rejected': 'r'},
-     pair([('system', 'Be brief.'), *Q])),
+     pair([('user', 'Be brief.\nQ')])),
     ({'query': 'Q', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'question': 'Q', 'response_j': 'c', 'response_k': 'r', 'qid': 3}, pair(Q)),
     ({'input': 'Q', 'output': 'r', 'reward': 0.1}, sft(Q, 'r')),
@@ -239,3 +248,15 @@ def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
     rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
     assert [read_shape(new)[0] for new in rows] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize('prompt, template, question', [
+    ('user: q\nbot:', TEMPLATE, 'q'), ('q', '{}', 'q'), ('Be brief.\nuser: q\nbot:', TEMPLATE, 'q'),
+    ('user: q\nbot: yes\nuser: and?\nbot:', TEMPLATE, 'q'), ('user: a\nb\nbot:', TEMPLATE, 'a\nb'),
+    ('Be.\n\nHuman: q\n\nAssistant: yes\n\nHuman: and?\n\nAssistant:', HH_TEMPLATE, 'q'),
+    ('user: who is the user: you?\nbot:', TEMPLATE, 'who is the user: you?'),
+    ('the superuser: q\nbot:', TEMPLATE, 'the superuser: q\nbot:'), ('user: q', 'user: {}', 'q')])
+def test_the_question_is_found_in_its_prompt(prompt, template, question):
+    """The split holds out questions. Catches a mark inside a question that is taken for its
+    beginning: then two rows of one question, long and short, stand on both sides."""
+    assert question_of(prompt, template) == question
