@@ -95,8 +95,8 @@ def gather(cfg, saved):
         return kept, template
     why = (bad + [key for key in counts if key[0] == 'dropped'] + [('', 'no rows')])[0]
     places = counts[why] or cfg.files
-    raise DataError(f'{places[0]}: {why[1]} ({len(places)} of {len(read)} rows)'
-                    + '; to drop such rows: --skip' * bool(kept))
+    raise DataError(f'{places[0]}: {len(places)} of {len(read)} rows'
+                    + ' (--skip drops them)' * bool(kept) + f': {why[1]}')
 
 
 def main(cfg):

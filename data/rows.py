@@ -6,7 +6,8 @@ It knows no data set and no shape: each prepare.py decides what is kept, cut or 
 import gzip, hashlib, json, os, zlib
 from pathlib import Path
 
-from data.text import DataError, unique_keys
+from data.text import DataError
+from data.turns import unique_keys
 
 
 WHAT = {  # what some files are instead, by their first bytes, and what to do
@@ -95,7 +96,7 @@ def read_objects(path):
             try:
                 yield where, parse_row(line)
             except ValueError as error:
-                yield where, error
+                yield where, ValueError(str(error).replace('FILE', str(path)))
 
 
 def convert(row, path):
@@ -109,7 +110,7 @@ def convert(row, path):
     asked = [key for key in ('system', 'prompt', 'question', 'query', 'instruction', 'input',
                              'context') if key in row]
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
-    answer = first('completion', 'output', 'response', 'answer', 'text')
+    answer = first('completion', 'output', 'response', 'answer', *['text'] * (len(row) == 1))
     if 'KEY' in sides.values() and answer != 'KEY':
         sides = {'completion': answer}
     prompt = ', '.join(f"r['{key}']" for key in asked) or "''"

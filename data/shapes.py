@@ -7,8 +7,7 @@ ValueError refuses what cannot be what its keys say; Odd drops and counts what s
 """
 import math, re
 
-from data.text import FOREIGN
-from data.turns import Odd, Unknown, from_transcripts, read_turns, string_of
+from data.turns import FOREIGN, Odd, Unknown, from_transcripts, read_turns, string_of
 
 
 def read_prompt(row):
@@ -138,18 +137,21 @@ def ultrafeedback(row):
     {"instruction": "Name a colour.", "completions": [
      {"response": "Blue.", "annotations": {"helpfulness": {"Rating": "5"}}},
      {"response": "Dog.", "annotations": {"helpfulness": {"Rating": "1"}}}]}
-    By the mean over the aspects that all of them have a rating of; overall_score has errors.
+    By the mean over the aspects that all of them have a rating of; overall_score, which has
+    errors, only where there is none.
     """
-    def rating(answer, aspect):
+    def number(value):                          # a rating may be "4.5", or "N/A"
         try:
-            return float(answer['annotations'][aspect]['Rating'])
-        except (LookupError, TypeError, ValueError):    # none, or "N/A"
+            return float(value)
+        except (TypeError, ValueError):
             return math.nan
     answers = row['completions']
-    table = [[rating(answer, aspect) for answer in answers]
-             for aspect in (answers[0]['annotations'] or {} if answers else {})]
-    scores = [sum(column) for column in zip(*[line for line in table if all(
-        map(math.isfinite, line))])]            # the sum has the order of the mean
+    rated = [answer.get('annotations') or {} for answer in answers]
+    table = [[number(each.get(aspect, {}).get('Rating')) for each in rated]
+             for aspect in (rated[0] if rated else ())]
+    overall = [[number(answer.get('overall_score')) for answer in answers]]
+    lines = [line for line in table if all(map(math.isfinite, line))] or overall
+    scores = [sum(column) for column in zip(*lines)]        # in the order of the means
     if not max(scores, default=0) > min(scores, default=0):
         raise Odd('answers without ratings that can be compared, or with equal ones')
     best, worst = (answers[scores.index(pick(scores))]['response'] for pick in (max, min))
@@ -191,7 +193,7 @@ SHAPES = {  # the keys that a row must have, and others that are read; the first
     prompts: ('prompt', ''),
 }
 ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
-IN_TURNS = 'role content from value weight response annotations'.split()
+IN_TURNS = 'role content from value weight response annotations overall_score'.split()
 # Keys that hold text or labels in some shape: beside those of another they contradict it
 CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split(), *(
     'question answer query context system_prompt response_1 response_2 function_call '

@@ -12,7 +12,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from data.turns import clean_template, split_rows, string_of
+from data.turns import FOREIGN, clean_template, split_rows, string_of, unique_keys
 from prefgpt import UserError, generate, x_and_y
 
 
@@ -113,17 +113,6 @@ def load_text(data, saved=None):
 # ----------------------------------------------------------------------------- rows
 
 RESPONSES = {'sft': ('completion',), 'pairs': ('chosen', 'rejected'), 'prompts': ()}
-# Keys that change what a row means, and that no training script reads
-FOREIGN = ('messages', 'conversations', 'response', 'rejected_response', 'label', 'kto_tag',
-           'is_safe', 'weight', 'system', 'history', 'tools', 'tool_calls', 'images')
-
-
-def unique_keys(pairs):
-    """Raises ValueError on a repeated key: json keeps its last value (an object_pairs_hook)."""
-    if len(dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f'the key {max(keys, key=keys.count)!r} appears twice')
-    return dict(pairs)
 
 
 def canonical(row, kind):

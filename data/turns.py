@@ -13,6 +13,9 @@ KNOWN = (HH_TEMPLATE, '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n',
 ROLES = {'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'system': 'system', 'developer': 'system'}
 ENDS = ('<|endoftext|>', '</s>', '<|im_end|>', '<|eot_id|>', '<|end_of_text|>', '<eos>')
+# Keys that change what a row means, and that no training script reads
+FOREIGN = ('messages', 'conversations', 'response', 'rejected_response', 'label', 'kto_tag',
+           'is_safe', 'weight', 'system', 'history', 'tools', 'tool_calls', 'images')
 SIDES = ('completion', 'chosen', 'rejected')
 
 
@@ -22,6 +25,14 @@ class Odd(ValueError):
 
 class Unknown(ValueError):
     """A row whose keys are no shape that is read; convert may have the command that helps."""
+
+
+def unique_keys(pairs):
+    """Raises ValueError on a repeated key: json keeps its last value (an object_pairs_hook)."""
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key {max(keys, key=keys.count)!r} appears twice')
+    return dict(pairs)
 
 
 def string_of(row, key):

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from data.download import download, sha256_of
-from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text, unique_keys
+from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text
+from data.turns import unique_keys
 from prefgpt import GPT, POLICIES, GPTConfig, UserError, load_checkpoint, run_cli, save_checkpoint
 
 

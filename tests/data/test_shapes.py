@@ -83,6 +83,7 @@ READ = [  # a row, what its shape's function makes of it
     ({'instruction': 'Q', 'input': '', 'output_1': 'r', 'output_2': 'c', 'preference': 2}, pair(Q)),
     (rated(('r', '13', 9.0), ('c', '55', 1.0), ('-', '33', 5.0)), pair(Q)),     # ratings first
     (rated(('c', ['4.5', 5, 'N/A'], 1.0), ('r', [4.5, 2.0, '5'], 9.0)), pair(Q)),   # two of three
+    (rated(('c', '5', 8.0), ('r', ['N/A'], 2.0)), pair(Q)),     # none of one: overall_score
     (safe(1, 0), pair(Q, 'one', 'zero')),                       # both safe: the better one
     (safe(1, 0, True, False), pair(Q, 'zero', 'one')),          # else the safer one
     (safe(0, 1, False, False), pair(Q, 'one', 'zero')),
@@ -106,7 +107,7 @@ ODD = [  # a row, a word of the reason
     ({**pair('P'), 'score_chosen': '7.0', 'score_rejected': 7}, 'not above'),
     (rated(('a', '5', 1.0), ('b', '5', 2.0)), 'equal'),
     (rated(('a', [], None), ('b', '5', 2.0)), 'without ratings'),
-    (rated(('a', ['N/A'], 1.0), ('b', '5', 2.0)), 'without ratings'),
+    (rated(('a', ['N/A'], 2.0), ('b', '5', 2.0)), 'without ratings'),
     (rated(), 'without ratings'),
     (safe(0, 1, True, False), 'not safe')]
 REFUSED = [
