@@ -49,12 +49,17 @@ def percentile(numbers, share):
 
 
 def paint(row, key):
-    """Returns prompt, response and EOS in colours: grey, green, inverse; or in plain marks."""
+    """
+    Returns prompt, response and EOS in colours: grey, green, inverse; or in plain marks. Of a long
+    text both ends are shown, since the mask begins and ends there.
+    """
+    def short(text):
+        return text if len(text) <= 500 else f'{text[:200]} [...] {text[-200:]}'
     marks = ['\033[90m{}\033[0m', '\033[32m{}\033[0m', '\033[7m{}\033[0m']
     if not sys.stdout.isatty():
         marks = ['prompt [{}]', ' response [{}]', ' {}']
     end = 'no EOS, because it is cut' if row.get(f'{key}_cut') else 'EOS'
-    return ''.join(mark.format(printable(part))
+    return ''.join(mark.format(printable(short(part)))
                    for mark, part in zip(marks, (row['prompt'], row[key], end)))
 
 

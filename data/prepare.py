@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.bpe import take_tokenizer, write_tokenizer
 from data.look import show
-from data.rows import convert, read_objects, stage_rows, write_all, write_text
+from data.rows import convert, read_objects, stage_rows, write_rows, write_text
 from data.shapes import read_shape
 from data.text import RESPONSES, DataError, load_tokenizer, tokenizer_text
 from data.turns import Odd, Unknown, choose_template, fit, split_rows
@@ -129,9 +129,9 @@ def main(cfg):
              for name, part in (('train', train), ('val', val))}
     if not parts['train']:
         raise DataError(f'--kind={cfg.kind}: these rows hold none')
-    for kind in parts['train'].keys() ^ parts['val'].keys():
-        raise DataError(f'{kind}: too few rows to hold some out; bring more, or raise --val, or '
-                        f'leave the others out with --kind')
+    if few := parts['train'].keys() ^ parts['val'].keys():
+        raise DataError(f'{", ".join(few)}: too few rows to hold some out; bring more, or raise '
+                        '--val, or leave them out with --kind')
     if chosen and 'sft' in parts['train']:
         print('no demonstrations: the chosen sides of the pairs are taken for them')
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,9 @@ def main(cfg):
     else:
         take_tokenizer(out, 'gpt2' if cfg.tokenizer == 'gpt2' else tokenizer)
     write_text(out / 'template.txt', template + '\n' * template.endswith('\n'))
-    write_all(out, {f'{part}.{kind}': rows for part in parts for kind, rows in parts[part].items()})
+    for part in parts:
+        for kind, listed in parts[part].items():
+            write_rows(out / f'{part}.{kind}.jsonl', listed)
     return show(out)
 
 
