@@ -23,8 +23,7 @@ class DataError(UserError):
 # ----------------------------------------------------------------------------- tokenizers
 
 # How GPT-2 cuts text into words before BPE (with tiktoken's possessive quantifiers)
-SPLIT_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$"
-                 r"|\s+(?!\S)|\s")
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def read_text(path):
@@ -90,8 +89,8 @@ def load_text(data, saved=None):
     if not folder.exists():
         raise DataError(f'{data}: no such file or folder; run its prepare.py first')
     if not folder.is_dir() and not saved:
-        raise DataError(f'{data} is a file, without a tokenizer: pass --init, or make a folder of '
-                        f'it: python -m data.prepare {data} --out=FOLDER')
+        raise DataError(f'{data} is a file, without a tokenizer: pass --init, or make a folder: '
+                        f'python -m data.prepare {data} --out=FOLDER')
     if not folder.is_dir():
         tokenizer = build_tokenizer(saved['tokenizer'])
         return tokenizer, checkpoint_text(tokenizer, saved['template'])
@@ -141,17 +140,16 @@ def canonical(row, kind):
 
 def load_rows(path, kind):
     """
-    Loads canonical rows, {prompt} and {completion} (kind 'sft', which also reads the chosen side of
-    pairs) or {chosen, rejected} ('pairs'). "chosen_cut": true says that its end is missing: no EOS
-    follows. Raises DataError('file.jsonl:143: ...') at the first line that is not such a row.
+    Loads canonical rows: {prompt} and {completion} ('sft'; also the chosen side of pairs) or
+    {chosen, rejected} ('pairs'). "chosen_cut": true says that its end is missing: no EOS follows.
+    Raises DataError('file.jsonl:143: ...') at the first line that is not such a row.
     """
     rows = []
     # Lines end only at '\n': str.splitlines would also break inside a string, at U+2028
     for number, line in enumerate(read_text(path).split('\n'), 1):
         try:
             if line.strip():
-                row = json.loads(line, object_pairs_hook=unique_keys)
-                rows.append(canonical(row, kind))
+                rows.append(canonical(json.loads(line, object_pairs_hook=unique_keys), kind))
         except (ValueError, RecursionError) as error:
             raise DataError(f'{path}:{number}: {error}; other shapes go through python -m '
                             f'data.prepare {path} --out=FOLDER first') from None

@@ -188,7 +188,8 @@ def choose_template(flag, rows, saved):
         right = sum(prompt.endswith((end, end.replace('\n', '\\n'))) for prompt in literal)
         if 0 < right < len(literal):
             raise UserError(f'{right} of {len(literal)} literal prompts end in {end!r}, the others '
-                            f'do not: say --template={template!r}, or {{}} to leave all as they are')
+                            f'do not: say --template={template!r}, or {{}} to leave them as they '
+                            'are')
         if right:
             return template
     return CHAT if len(literal) < len(rows) or not rows else '{}'
