@@ -27,18 +27,22 @@ def show(folder):
                 print(f'{path}: {len(both)} of its rows are also in train')
             before = rows
             if rows and split == 'train' and kind != 'prompts':
-                print(f'\n{path}, the first row as the model sees it:\n{paint(rows[0], keys[0])}')
+                print(f'\n{path}, the first row as the model sees it:')
+                print(*(paint(rows[0], key) for key in keys), sep='\n')
     if not counts:
         raise DataError(f'{folder}: no train.sft.jsonl, train.pairs.jsonl or train.prompts.jsonl')
-    print(f"\n{folder}: template {text['template']!r}, {tokenizer.n_vocab} tokens, "
+    print(f"\n{folder}: template {text['template']!r}, a vocabulary of {tokenizer.n_vocab}, "
           + ', '.join(f'{n} {name}' for name, n in counts.items()))
     for (kind, key), each in lengths.items():
         print(f'{kind:8}{key:11} tokens: ' + ', '.join(
             f'{share}% up to {percentile(each, share)}' for share in (50, 95, 100)))
-    if pairs := list(zip(*[lengths.get(('pairs', side), []) for side in RESPONSES['pairs']])):
-        longer = sum(0.5 if a == b else a > b for a, b in pairs) / len(pairs)
-        print(f'the longer answer is the chosen one in {longer:.3f} of all pairs: what a reward '
-              'model has to beat')
+    longer = [0.5 if a == b else a > b for a, b in zip(*[
+        lengths.get(('pairs', side), []) for side in RESPONSES['pairs']])]      # train, then val
+    for split, part in (('train', longer[:counts.get('train.pairs', 0)]),
+                        ('val', longer[counts.get('train.pairs', 0):])):
+        if part:
+            print(f'the longer answer is the chosen one in {sum(part) / len(part):.3f} of '
+                  f'{split}.pairs: a reward model has to beat that')
     print('\n'.join(commands(folder, counts, lengths, text['template'])))
     return counts
 
@@ -69,29 +73,36 @@ def commands(folder, counts, lengths, template):
                  default=64)
     prompt = max(percentile(each, 95) for (_, key), each in lengths.items() if key == 'prompt')
     block = next((size for size in (64, 128) if size >= prompt + answer), 256)      # for CPUs
-    tokens = sum(map(sum, lengths.values()))
-    shape = '--n_layer=4 --n_embd=128' if tokens < 3e5 else '--n_layer=6 --n_head=6 --n_embd=384'
+    rows = sum(map(len, lengths.values()))
+    mean = min(block, 2 * sum(map(sum, lengths.values())) / rows)
+    small = sum(map(sum, lengths.values())) < 3e5
+    shape = '--n_layer=4 --n_embd=128' if small else '--n_layer=6 --n_head=6 --n_embd=384'
     out, new = f'out/{folder.name}', f'--max_new_tokens={min(max(16, answer), block // 2)}'
 
-    def steps(kind, epochs, most):
-        n = min(most, max(20, epochs * counts[f'train.{kind}'] // 8))
-        return f'--batch_size=8 --steps={n} --warmup={n // 10} --eval_every={n}'
-    lines = ['\n# next: a few minutes each on 2 cores; better: more steps, or GPT-2 to begin with '
-             '(tools/README.md)']
+    def steps(kind, epochs):
+        """Returns flags for a number of epochs, or of minutes: so many tokens/s have 2 cores."""
+        most = 200 * (5000 if small else 1500) / (8 * mean * len(RESPONSES[kind]))
+        n = int(max(20, min(epochs * counts[f'train.{kind}'] / 8, most)))
+        return f'--batch_size=8 --steps={n} --warmup={n // 10} --eval_every={-(-n // 4)} {new}'
+    lines = ['\n# next, at most a few minutes each on 2 cores. DPO needs only SFT, PPO the reward '
+             'model too.\n# Better: more --steps while the loss on val falls, or GPT-2 to begin '
+             'with (tools/README.md).']
     last = ''
     if 'train.sft' in counts:
         last = f'{out}/sft'
         lines.append(f'python train_sft.py --data={folder} --out={out}/sft {shape} --lr=1e-3 '
-                     f'--block_size={block} --init_std=0.02 {steps("sft", 10, 200)} {new}')
+                     f'--block_size={block} --init_std=0.02 {steps("sft", 30)}')
     if 'train.pairs' in counts:
         last, data = f'{out}/dpo', f'--data={folder} --init={out}/sft'
-        lines += [f'python train_rm.py {data} --out={out}/rm --lr=3e-4 {steps("pairs", 3, 100)}',
+        lines += [f'python train_rm.py {data} --out={out}/rm --lr=3e-4 '
+                  + steps('pairs', 3).removesuffix(f' {new}'),
                   f'python train_ppo.py {data} --reward={out}/rm --out={out}/ppo --lr=1e-4 '
                   f'--value_lr=5e-4 --rollout_size=32 --batch_size=16 --steps=20 '
-                  f'--eval_every=20 {new}',
-                  f'python train_dpo.py {data} --out={out}/dpo --lr=3e-5 {steps("pairs", 3, 100)}']
+                  f'--eval_every=5 {new}',
+                  f'python train_dpo.py {data} --out={out}/dpo --lr=3e-5 {steps("pairs", 3)}',
+                  f'python -m tools.evaluate {out}/sft {out}/ppo {out}/dpo --judge={out}/rm']
     if last:
-        lines.append(f'python -m tools.sample {last} {new}' + ' --chat' * (template != '{}'))
+        lines.append(f'python -m tools.sample {last}' + ' --chat' * (template != '{}'))
     if template == '{}':
         lines.append("# to chat, prepare with a template: --template='user: {}\\nbot:'")
     return lines

@@ -21,6 +21,8 @@ from data.text import RESPONSES, DataError, load_tokenizer, tokenizer_text
 from data.turns import Odd, Unknown, choose_template, fit, split_rows
 from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
 
+DROPPED, UNREAD = 'rows dropped:', 'rows cannot be read:'
+
 
 @dataclass
 class Config:
@@ -49,33 +51,33 @@ def read_row(row, cfg, note):
         missing = {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output'} & {*nulls}
         raise Odd(f"null for {' and '.join(sorted(missing))}") if missing else error
     for key in unread:
-        note('not read', f'the key {key!r}')
+        note('rows', f'whose key {key!r} was not read')
     for key in nulls:
-        note('read as absent', f'null for {key!r}')
+        note('rows', f'with null for {key!r}, read as absent')
     return out
 
 
 def attempt(counts, where, raw, function, *arguments):
     """Returns a function's row, or None; counts what it notes and why it raises, with places."""
-    def note(done, what):
-        counts[done, what].append(where)
+    def note(of, done):
+        counts[of, done].append(where)
     try:
         return function(*arguments, note)
     except Odd as error:
-        note('dropped', str(error))
+        note(DROPPED, str(error))
     except ValueError as error:
         path = re.sub('(:|, row )[0-9]+$', '', where)
         advice = f': {convert(raw, path)}' if isinstance(error, Unknown) else ''
-        note('cannot be read', f'{error}{advice}')
+        note(UNREAD, f'{error}{advice}')
 
 
 def gather(cfg, saved):
     """Reads all files; returns canonical rows and the template. Prints what became of the rest."""
-    counts, read = defaultdict(list), []                # (what was done, reason) -> places
+    counts, read = defaultdict(list), []                # (of what, what was done) -> places
     for path in cfg.files:
         for number, (where, raw) in enumerate(read_objects(path)):
             if cfg.limit and number >= cfg.limit:
-                counts['not read', f'rows beyond --limit={cfg.limit}'].append(where)
+                counts['rows', f'beyond --limit={cfg.limit}, not read'].append(where)
             else:
                 read.append((where, raw, attempt(counts, where, raw, read_row, raw, cfg)))
     template = choose_template(cfg.template, [row for *_, row in read if row], saved)
@@ -83,17 +85,18 @@ def gather(cfg, saved):
     kept = [row for row in kept if row]
     seen = {(row['prompt'], row['chosen'], row['rejected']) for row in kept if 'chosen' in row}
     against = sum((prompt, rejected, chosen) in seen for prompt, chosen, rejected in seen)
-    counts['kept', 'rows that repeat another'] = [''] * (len(kept) - len({*map(str, kept)}))
-    counts['kept', 'pairs that another one contradicts'] = [''] * against
+    counts['rows', 'repeating another, kept'] = [''] * (len(kept) - len({*map(str, kept)}))
+    counts['pairs', 'contradicted by another, kept'] = [''] * against
     print(f'{len(read)} rows, {len(kept)} kept; template {template!r}')
-    for (done, what), places in counts.items():
-        where = f" ({', '.join(places[:3])})" if done in ('dropped', 'cannot be read') else ''
+    for (of, done), places in counts.items():
+        where = f" ({', '.join(places[:3])})" if of in (DROPPED, UNREAD) else ''
         if places:
-            print(f'{len(places)} {done}: {printable(what)}{where}')
-    bad = [key for key in counts if key[0] == 'cannot be read']
+            of = of if len(places) > 1 else re.sub(r's\b', '', of, count=1)
+            print(f'{len(places)} {of} {printable(done)}{where}')
+    bad = [key for key in counts if key[0] == UNREAD]
     if kept and (cfg.skip or not bad):
         return kept, template
-    why = (bad + [key for key in counts if key[0] == 'dropped'] + [('', 'no rows')])[0]
+    why = (bad + [key for key in counts if key[0] == DROPPED] + [('', 'no rows')])[0]
     places = counts[why] or cfg.files
     raise DataError(f'{places[0]}: {len(places)} of {len(read)} rows'
                     + ' (--skip drops them)' * bool(kept) + f': {why[1]}')
@@ -114,7 +117,8 @@ def main(cfg):
                         f'--val={cfg.val}: above 0 and below 1')
     out, saved, tokenizer = Path(cfg.out), None, cfg.tokenizer
     if any(out.glob('*.jsonl')):
-        raise UserError(f'{out} holds rows: name all files in one call, or another --out')
+        raise UserError(f'{out} holds rows: delete it, or name another --out; all files go into '
+                        'one call')
     if tokenizer == 'gpt2' or tokenizer.endswith('.tiktoken'):
         tokenizer = tokenizer_text(load_tokenizer(tokenizer))
     elif not tokenizer.isdigit():
@@ -133,7 +137,9 @@ def main(cfg):
         raise DataError(f'{", ".join(few)}: too few rows to hold some out; bring more, or raise '
                         '--val, or leave them out with --kind')
     if chosen and 'sft' in parts['train']:
-        print('no demonstrations: the chosen sides of the pairs are taken for them')
+        print('sft: no demonstrations, so the chosen sides of the pairs are taken for them')
+    if 'prompts' in parts['train']:
+        print('prompts: all different ones of the kept rows')
     out.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer.isdigit():
         write_tokenizer(out, 'bpe', (text for row in train for text in row.values()

@@ -106,24 +106,27 @@ def convert(row, path):
     """
     def first(*keys):
         return next((key for key in keys if key in row), 'KEY')
-    label = first('label', 'kto_tag', 'is_safe')
+    label = [key for key in ('label', 'kto_tag', 'is_safe') if key in row]
     asked = [key for key in ('system', 'prompt', 'question', 'query', 'instruction', 'input',
                              'context') if key in row]
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
     answer = first('completion', 'output', 'response', 'answer', *['text'] * (len(row) == 1))
     if 'KEY' in sides.values() and answer != 'KEY':
         sides = {'completion': answer}
+    asked = asked or ['KEY'] * (answer != 'text')
     prompt = ', '.join(f"r['{key}']" for key in asked) or "''"
     if len(asked) > 1:
         prompt = f"'\\n'.join(filter(None, [{prompt}]))"
     if asked not in ([], ['prompt']):           # a question, not the literal text
         prompt = f"[{{'role': 'user', 'content': {prompt}}}]"
     texts = ''.join(f", '{side}': r['{key}']" for side, key in sides.items())
-    which = f" if r['{label}'] in (True, 'desirable')" if label != 'KEY' else ''
-    out = [key for key in row if key not in [*asked, *sides.values(), label]]
+    which = f" if r['{label[0]}'] in (True, 'desirable')" if label else ''
+    used = [*asked, *sides.values(), *label]
+    out = [key for key in row if key not in used]
+    hint = 'for KEY put one of' if 'KEY' in used else 'left out'
     return (f"python -c \"import json; [print(json.dumps({{'prompt': {prompt}{texts}}})) for r in "
             f"map(json.loads, open('{path}')){which}]\" > NEW.jsonl"
-            + f"  # leaves out {', '.join(out)}" * bool(out))
+            + (f"  # {hint}: {', '.join(out)}" if out else ''))
 
 
 def shuffle(items, text=str):

@@ -254,9 +254,8 @@ def mark_ends(texts, ended):
 
 def show_samples(policy, examples, tokenizer, max_new_tokens):
     """Returns greedy answers to the prompts of examples, as text, each after its prompt."""
-    max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
-    room = policy.config.block_size - max_new_tokens
-    prompts = [example[0][-room:] for example in examples]
-    out = generate(policy, prompts, max_new_tokens, tokenizer.eot_token, temperature=0)
+    prompts = [example[0] for example in examples]
+    room = policy.config.block_size - max(map(len, prompts))    # an example holds a response too
+    out = generate(policy, prompts, min(max_new_tokens, room), tokenizer.eot_token, temperature=0)
     texts = mark_ends(*decode_responses(*out, tokenizer))
     return [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts)]

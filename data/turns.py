@@ -109,7 +109,7 @@ def clean_template(text, where):
 def without_end(text, note):
     """Returns an answer without another tool's EOS in words: ours is an id, which follows."""
     while mark := next((mark for mark in ENDS if text.rstrip().endswith(mark)), ''):
-        note('without it', f'answers that ended in {mark}')
+        note('answers', f'that ended in {mark}, which was cut off')
         text = text.rstrip().removesuffix(mark)
     return text
 
@@ -120,7 +120,7 @@ def put_into(prompt, template, note):
     if '\n' in end and prompt.endswith(end.replace('\n', '\\n')):
         raise ValueError("line breaks spelled '\\n': the text was escaped twice")
     if end.strip() and prompt.endswith(end + ' '):
-        note('moved to the answer', 'a space at the end of a prompt')
+        note('prompts', 'whose last space now begins the answer')
         prompt = prompt.rstrip(' ')
     if template == '{}' or prompt.endswith(end) and (end or prompt.startswith(start)):
         return prompt
@@ -130,7 +130,7 @@ def put_into(prompt, template, note):
     if start.strip() and prompt.startswith(start) or prompt.rstrip(' ').endswith(ends):
         raise ValueError(f'a literal prompt in half of the template {template!r}, or in another '
                          'one: see --template')
-    note('put into the template', 'literal prompts')
+    note('literal prompts', 'put into the template, as questions and turns are')
     return template.replace('{}', prompt)
 
 
@@ -159,9 +159,9 @@ def fit(row, template, note):
         out[key] = spaced(text, prompt)
         out |= {f'{key}_cut': True} if row.get(f'{key}_cut') else {}
         if template == '{}' and out[key] != text:
-            note('given a space in front', 'answers')
+            note('answers', 'given a space in front')
     if not sides:
-        note('kept', 'prompts without an answer')
+        note('prompts', 'without an answer')
     for text in (prompt, *texts):
         text.encode()                           # as in string_of
         if re.search(r'\s{100000}', text):

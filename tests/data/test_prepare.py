@@ -196,7 +196,7 @@ def test_files_become_a_folder(gate):
         f'user: ask {i}\nbot:' for i in range(20)}
     assert {'prompt': 'user: ask 3\nbot:', 'chosen': ' c 3', 'rejected': ' r 3'} in rows_of(
         folder, 'pairs')
-    assert '40 rows, 40 kept' in said and '20 put into the template: literal prompts' in said
+    assert '40 rows, 40 kept' in said and '20 literal prompts put into the template' in said
     with pytest.raises(UserError, match='out holds rows'):
         gate(PAIRS)
 
@@ -222,7 +222,7 @@ def test_kinds(gate):
     with pytest.raises(DataError, match='sft: too few rows to hold some out'):
         gate(PAIRS, ALPACA[:1], out='none')     # one demonstration is not 20 chosen sides
     assert not Path('none').exists()
-    assert '3 kept: prompts without an answer' in gate(ALPACA, [
+    assert '3 prompts without an answer' in gate(ALPACA, [
         {'messages': [{'role': 'user', 'content': f'w {i}'}]} for i in range(3)], out='asked')[1]
 
 
@@ -234,11 +234,12 @@ def test_everything_is_counted(gate):
             {'prompt': 'q 2', 'chosen': 'r 2', 'rejected': 'c 2'}, PAIRS[3], PAIRS[4]]
     _, said = gate(rows, limit=27)
     for words in ('27 rows, 22 kept',
-                  '4 dropped: an empty chosen text (0.jsonl:21, 0.jsonl:22, 0.jsonl:23)',
-                  '1 dropped: null for rejected (0.jsonl:25)', "20 not read: the key 'id'",
-                  "20 read as absent: null for 'label'", '1 kept: rows that repeat another',
-                  '2 kept: pairs that another one contradicts',
-                  '2 not read: rows beyond --limit=27'):
+                  '4 rows dropped: an empty chosen text (0.jsonl:21, 0.jsonl:22, 0.jsonl:23)',
+                  '1 row dropped: null for rejected (0.jsonl:25)',
+                  "20 rows whose key 'id' was not read",
+                  "20 rows with null for 'label'", '1 row repeating another, kept',
+                  '2 pairs contradicted by another, kept',
+                  '2 rows beyond --limit=27, not read'):
         assert words in said, (words, said)
 
 
@@ -246,10 +247,10 @@ def test_all_bad_rows_are_gathered_and_skip_drops_them(gate, capsys):
     """Two reasons in one call, not one row per call; nothing is written. --skip goes on."""
     rows = [*PAIRS, {'prompt': 'P', 'answer': 'r'}, {'prompt': 'P', 'answer': 's'},
             {**PAIRS[0], 'label': 0}]
-    with pytest.raises(DataError, match=r"0\.jsonl:21: 2 of 23 rows \(--skip drops them\): 'answer' "):
+    with pytest.raises(DataError, match=r"0\.jsonl:21: 2 of 23 rows \(--skip .*: 'answer' "):
         gate(rows)
     said = capsys.readouterr().out
-    assert '2 cannot be read' in said and "1 cannot be read: 'label' beside" in said
+    assert '2 rows cannot be read: ' in said and "1 row cannot be read: 'label' beside" in said
     assert not Path('out').exists()
     assert '23 rows, 20 kept' in gate(rows, skip=True)[1]
     with pytest.raises(DataError, match=r'0\.jsonl:1: 20 of 20 rows: an empty'):
@@ -309,11 +310,11 @@ def test_the_commands_that_are_printed_work(gate):
     _, said = gate(ALPACA, [{**row, 'prompt': f'ask {i}'} for i, row in enumerate(PAIRS)])
     commands = [line for line in said.splitlines() if line.startswith('python ')]
     assert [line.split()[1] for line in commands] == [
-        'train_sft.py', 'train_rm.py', 'train_ppo.py', 'train_dpo.py', '-m']
+        'train_sft.py', 'train_rm.py', 'train_ppo.py', 'train_dpo.py', '-m', '-m']
     assert commands[-1].endswith('--chat')
     for line in commands:
         _, *words = line.replace('-m ', '').split()
-        few = [] if '--chat' in line else ['--steps=1', '--eval_every=1']
+        few = ['--steps=1', '--eval_every=1'] if 'train_' in line else []
         few += ['--rollout_size=4', '--batch_size=4'] if 'ppo.py' in line else []
         module = importlib.import_module(words[0].removesuffix('.py'))
         if '--chat' not in line:
