@@ -4,45 +4,40 @@ Shows a data folder as the scripts read it: lengths, two rows by mask, the comma
     python -m data.prepare data/toy --look
 """
 import sys
-from collections import defaultdict
 
-from data.text import RESPONSES, DataError, load_rows, load_text
+from data.text import RESPONSES, DataError, load_split, load_text
 from prefgpt import printable
 
 
 def show(folder):
     """Prints a folder's counts, lengths, first rows and commands; returns the counts."""
     tokenizer, text = load_text(folder)
-    counts, lengths = {}, defaultdict(list)
-    for kind, keys in RESPONSES.items():
-        for split in ('train', 'val'):
-            path = folder / f'{split}.{kind}.jsonl'
-            rows = load_rows(path, kind) if path.exists() else []
-            for key in ('prompt', *keys) if rows else ():
-                lengths[kind, key] += [len(tokenizer.encode_ordinary(row[key])) + (key != 'prompt')
-                                       for row in rows]         # an answer has its EOS
-            if rows:
-                counts[f'{split}.{kind}'] = len(rows)
-            if split == 'val' and (both := {*map(str, before)} & {*map(str, rows)}):
-                print(f'{path}: {len(both)} of its rows are also in train')
-            before = rows
-            if rows and split == 'train' and kind != 'prompts':
-                print(f'\n{path}, the first row as the model sees it:')
-                print(*(paint(rows[0], key) for key in keys), sep='\n')
+    counts, lengths = {}, {}                    # lengths: (kind, split, key) -> tokens
+    for kind in [kind for kind in RESPONSES if (folder / f'train.{kind}.jsonl').exists()]:
+        splits = dict(zip(('train', 'val'), load_split(folder, kind, text['template'])))
+        if both := {*map(str, splits['train'])} & {*map(str, splits['val'])}:
+            print(f'{folder}: {len(both)} rows of val.{kind} are also in train.{kind}')
+        for split, rows in splits.items():
+            counts[f'{split}.{kind}'] = len(rows)
+            for key in ('prompt', *RESPONSES[kind]):            # an answer has its EOS
+                lengths[kind, split, key] = [len(tokenizer.encode_ordinary(row[key]))
+                                             + (key != 'prompt') for row in rows]
+        if kind != 'prompts':
+            print(f'\n{folder}/train.{kind}.jsonl, the first row as the model sees it:')
+            print(*(paint(splits['train'][0], key) for key in RESPONSES[kind]), sep='\n')
     if not counts:
         raise DataError(f'{folder}: no train.sft.jsonl, train.pairs.jsonl or train.prompts.jsonl')
     print(f"\n{folder}: template {text['template']!r}, a vocabulary of {tokenizer.n_vocab}, "
           + ', '.join(f'{n} {name}' for name, n in counts.items()))
-    for (kind, key), each in lengths.items():
-        print(f'{kind:8}{key:11} tokens: ' + ', '.join(
-            f'{share}% up to {percentile(each, share)}' for share in (50, 95, 100)))
-    longer = [0.5 if a == b else a > b for a, b in zip(*[
-        lengths.get(('pairs', side), []) for side in RESPONSES['pairs']])]      # train, then val
-    for split, part in (('train', longer[:counts.get('train.pairs', 0)]),
-                        ('val', longer[counts.get('train.pairs', 0):])):
-        if part:
-            print(f'the longer answer is the chosen one in {sum(part) / len(part):.3f} of '
-                  f'{split}.pairs: a reward model has to beat that')
+    for (kind, split, key), each in lengths.items():
+        if split == 'train':
+            print(f'train.{kind:8}{key:11} tokens: ' + ', '.join(
+                f'{share}% up to {percentile(each, share)}' for share in (50, 95, 100)))
+    for split in ('train', 'val') if 'train.pairs' in counts else ():
+        sides = zip(*(lengths['pairs', split, side] for side in RESPONSES['pairs']))
+        longer = [0.5 if chosen == rejected else chosen > rejected for chosen, rejected in sides]
+        print(f'the longer answer is the chosen one in {sum(longer) / len(longer):.3f} of '
+              f'{split}.pairs: a reward model has to beat that')
     print('\n'.join(commands(folder, counts, lengths, text['template'])))
     return counts
 
@@ -69,13 +64,14 @@ def paint(row, key):
 
 def commands(folder, counts, lengths, template):
     """Returns the commands to run next, with sizes that suit the data."""
-    answer = max([percentile(each, 95) for (_, key), each in lengths.items() if key != 'prompt'],
-                 default=64)
-    prompt = max(percentile(each, 95) for (_, key), each in lengths.items() if key == 'prompt')
+    both = {'prompt': [0], 'answer': [0]}
+    for (kind, _, key), each in lengths.items():
+        both['prompt' if key == 'prompt' else 'answer'] += each
+    prompt, answer = (percentile(each, 95) for each in both.values())
     block = next((size for size in (64, 128) if size >= prompt + answer), 256)      # for CPUs
-    rows = sum(map(len, lengths.values()))
-    mean = min(block, 2 * sum(map(sum, lengths.values())) / rows)
-    small = sum(map(sum, lengths.values())) < 3e5
+    tokens = sum(map(sum, both.values()))
+    mean = min(block, tokens / max(1, len(both['prompt'])))                         # of a row
+    small = tokens < 3e5
     shape = '--n_layer=4 --n_embd=128' if small else '--n_layer=6 --n_head=6 --n_embd=384'
     out, new = f'out/{folder.name}', f'--max_new_tokens={min(max(16, answer), block // 2)}'
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from data.bpe import take_tokenizer, write_tokenizer
 from data.look import show
 from data.rows import convert, read_objects, stage_rows, write_rows, write_text
-from data.shapes import read_shape
+from data.shapes import meaningful, read_shape
 from data.text import RESPONSES, DataError, load_tokenizer, tokenizer_text
 from data.turns import Odd, Unknown, choose_template, fit, split_rows
 from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
@@ -48,7 +48,8 @@ def read_row(row, cfg, note):
         out, unread = read_shape({key: value for key, value in row.items() if value is not None},
                                  cfg.kind, cfg.safe_rlhf, cfg.drop)
     except ValueError as error:
-        missing = {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output'} & {*nulls}
+        missing = {*nulls} & {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output',
+                             'instruction', 'messages'}
         raise Odd(f"null for {' and '.join(sorted(missing))}") if missing else error
     for key in unread:
         note('rows', f'whose key {key!r} was not read')
@@ -66,8 +67,7 @@ def attempt(counts, where, raw, function, *arguments):
     except Odd as error:
         note(DROPPED, str(error))
     except ValueError as error:
-        path = re.sub('(:|, row )[0-9]+$', '', where)
-        advice = f': {convert(raw, path)}' if isinstance(error, Unknown) else ''
+        advice = convert(raw, where, meaningful) if isinstance(error, Unknown) else ''
         note(UNREAD, f'{error}{advice}')
 
 
@@ -96,10 +96,11 @@ def gather(cfg, saved):
     bad = [key for key in counts if key[0] == UNREAD]
     if kept and (cfg.skip or not bad):
         return kept, template
-    why = (bad + [key for key in counts if key[0] == DROPPED] + [('', 'no rows')])[0]
-    places = counts[why] or cfg.files
-    raise DataError(f'{places[0]}: {len(places)} of {len(read)} rows'
-                    + ' (--skip drops them)' * bool(kept) + f': {why[1]}')
+    if not read:
+        raise DataError(f'{cfg.files[0]}: no rows')
+    first = (bad or [key for key in counts if key[0] == DROPPED])[0]
+    raise DataError(f'{counts[first][0]}: {len(counts[first])} of {len(read)} rows'
+                    + ' (--skip drops them)' * bool(kept) + f': {first[1]}')
 
 
 def main(cfg):
@@ -111,17 +112,17 @@ def main(cfg):
                         'with --look one folder')
     drop, rules = {*filter(None, cfg.drop.split(','))}, ('rule', 'better', 'safer')
     if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1 or (
-            drop - {'dual-safe', 'dual-unsafe'}):
+            drop - {'dual-safe', 'dual-unsafe'} or cfg.limit < 0):
         raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
                         f'rule, better or safer; --drop={cfg.drop}: dual-safe, dual-unsafe; '
-                        f'--val={cfg.val}: above 0 and below 1')
+                        f'--val={cfg.val}: above 0 and below 1; --limit={cfg.limit}: not negative')
     out, saved, tokenizer = Path(cfg.out), None, cfg.tokenizer
     if any(out.glob('*.jsonl')):
         raise UserError(f'{out} holds rows: delete it, or name another --out; all files go into '
                         'one call')
     if tokenizer == 'gpt2' or tokenizer.endswith('.tiktoken'):
         tokenizer = tokenizer_text(load_tokenizer(tokenizer))
-    elif not tokenizer.isdigit():
+    elif not tokenizer.isdecimal():
         saved = load_checkpoint(tokenizer, (*POLICIES, 'rm'))
         tokenizer = saved['tokenizer']
     elif int(tokenizer) < 257:
@@ -141,7 +142,7 @@ def main(cfg):
     if 'prompts' in parts['train']:
         print('prompts: all different ones of the kept rows')
     out.mkdir(parents=True, exist_ok=True)
-    if cfg.tokenizer.isdigit():
+    if cfg.tokenizer.isdecimal():
         write_tokenizer(out, 'bpe', (text for row in train for text in row.values()
                                      if isinstance(text, str)), int(cfg.tokenizer))
     else:

@@ -3,7 +3,7 @@ Reads files of rows, puts rows in a fixed order, writes files whole, and formats
 
 It knows no data set and no shape: each prepare.py decides what is kept, cut or dropped.
 """
-import gzip, hashlib, json, os, zlib
+import gzip, hashlib, json, os, re, zlib
 from pathlib import Path
 
 from data.text import DataError
@@ -16,6 +16,10 @@ WHAT = {  # what some files are instead, by their first bytes, and what to do
     b'\xff\xfe': 'UTF-16: iconv -f UTF-16 -t UTF-8 {} > NEW',
     b'\xfe\xff': 'UTF-16: iconv -f UTF-16 -t UTF-8 {} > NEW',
     b'version https://git-lfs': 'a Git LFS pointer, not the file: git lfs pull',
+    b'PK\x03\x04': 'a zip archive: unzip {}',
+    b'\x28\xb5\x2f\xfd': 'compressed by zstd: zstd -d {} -o NEW',
+    b'ARROW1': 'Arrow: python -c "import datasets; datasets.Dataset.from_file(\'{}\').to_json('
+               '\'NEW.jsonl\')"',
     b'<': 'HTML, perhaps an error page, not the file: download {} again',
 }
 
@@ -73,7 +77,7 @@ def parse_row(line):
 def read_objects(path):
     """Yields (where, row or ValueError) of JSON Lines or of an array; DataError: neither."""
     text = read_file(path)
-    whole = None
+    whole = None                                # the file's JSON, if it is one array or object
     if text.lstrip().startswith('[') or text.lstrip().startswith('{\n') or text.count('\n') < 2:
         try:
             whole = parse(text)
@@ -84,8 +88,8 @@ def read_objects(path):
         pieces = ((f'{path}, row {number}', json.dumps(row)) for number, row in enumerate(whole, 1))
     else:
         for key, value in (whole or {}).items():
-            if isinstance(value, list) and all(isinstance(row, dict) and 'role' not in row
-                                               and 'from' not in row for row in value):
+            if isinstance(value, list) and 'instruction' not in whole and all(
+                    isinstance(row, dict) and not row.keys() & {'role', 'from'} for row in value):
                 raise DataError(f'{path}: the rows are under {key!r}: python -c "import json; '
                                 f"print(json.dumps(json.load(open('{path}'))['{key}']))\" "
                                 '> NEW.json')
@@ -99,34 +103,35 @@ def read_objects(path):
                 yield where, ValueError(str(error).replace('FILE', str(path)))
 
 
-def convert(row, path):
+def convert(row, where, meaningful):
     """
-    Returns a command that makes rows that are read, and says what it leaves out. KEY stands where
-    one has to choose; a label keeps the rows that it calls good.
+    Returns ': ' and a command that makes rows that are read of rows with such keys, or '' if it
+    would leave out one that is meaningful(key). Labels keep the rows that they call good.
     """
     def first(*keys):
-        return next((key for key in keys if key in row), 'KEY')
-    label = [key for key in ('label', 'kto_tag', 'is_safe') if key in row]
+        return next((key for key in keys if key in row), '')
+    label = first('label', 'kto_tag', 'is_safe')
     asked = [key for key in ('system', 'prompt', 'question', 'query', 'instruction', 'input',
                              'context') if key in row]
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
-    answer = first('completion', 'output', 'response', 'answer', *['text'] * (len(row) == 1))
-    if 'KEY' in sides.values() and answer != 'KEY':
-        sides = {'completion': answer}
-    asked = asked or ['KEY'] * (answer != 'text')
+    if not all(sides.values()):
+        sides = {'completion': first('completion', 'output', 'response', 'answer', 'text')}
+    used = [*asked, *sides.values(), label]
+    path = re.sub('(:|, row )[0-9]+$', '', where)
+    if '' in sides.values() or not asked and len(row) > 1 or path.endswith('.gz') or any(
+            meaningful(key) for key in row if key not in used):
+        return ''
     prompt = ', '.join(f"r['{key}']" for key in asked) or "''"
     if len(asked) > 1:
         prompt = f"'\\n'.join(filter(None, [{prompt}]))"
     if asked not in ([], ['prompt']):           # a question, not the literal text
         prompt = f"[{{'role': 'user', 'content': {prompt}}}]"
     texts = ''.join(f", '{side}': r['{key}']" for side, key in sides.items())
-    which = f" if r['{label[0]}'] in (True, 'desirable')" if label else ''
-    used = [*asked, *sides.values(), *label]
-    out = [key for key in row if key not in used]
-    hint = 'for KEY put one of' if 'KEY' in used else 'left out'
-    return (f"python -c \"import json; [print(json.dumps({{'prompt': {prompt}{texts}}})) for r in "
-            f"map(json.loads, open('{path}')){which}]\" > NEW.jsonl"
-            + (f"  # {hint}: {', '.join(out)}" if out else ''))
+    which = f" if r['{label}'] in (True, 'desirable')" if label else ''
+    rows = f"open('{path}')"
+    rows = f'json.load({rows})' if ', row ' in where else f'map(json.loads, {rows})'
+    return (f": python -c \"import json; [print(json.dumps({{'prompt': {prompt}{texts}}})) for r "
+            f'in {rows}{which}]" > NEW.jsonl')
 
 
 def shuffle(items, text=str):

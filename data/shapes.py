@@ -45,7 +45,10 @@ def messages(row):
     {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Light."}]}
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Light."}]}
     """
-    return split_turns(read_turns(row, 'messages'))
+    turns = read_turns(row, 'messages')
+    if 'prompt' in row and ('user', row['prompt']) not in turns[:2]:    # UltraChat's repeats it
+        raise ValueError("'prompt' is not the first question of 'messages'")
+    return split_turns(turns)
 
 
 def split_turns(turns):
@@ -63,7 +66,9 @@ def preferences(row):
      "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]}
     """
     for high, low in (('score_chosen', 'score_rejected'), ('chosen_score', 'rejected_score')):
-        if high in row and low in row and not (above := float(row[high]) - float(row[low])) > 0:
+        if (high in row) != (low in row):
+            raise ValueError(f'{high!r} or {low!r} alone: bring both or none')
+        if high in row and not (above := float(row[high]) - float(row[low])) > 0:
             raise (Odd if above == 0 else ValueError)(f'{high!r} is not above {low!r}')
     if isinstance(row['chosen'], str) and isinstance(row['rejected'], str):
         if 'prompt' not in row and 'messages' not in row:
@@ -77,14 +82,16 @@ def preferences(row):
         shared += 1                             # the last turn is an answer, even in equal chats
     if [role for role, _ in chosen[shared:] + rejected[shared:]] != ['assistant', 'assistant']:
         raise Odd("'chosen' and 'rejected' differ in more than one last answer")
-    prompt = given = chosen[:shared]
+    prompt = chosen[:shared]
     if 'prompt' in row:
         given = read_prompt(row)
         given = [*prompt[:-1], ('user', given)] if isinstance(given, str) else given
-    if prompt not in ([], given) or 'messages' in row and read_turns(row, 'messages') not in (
-            chosen, given):
-        raise ValueError("'prompt', 'messages' and 'chosen' do not hold the same turns")
-    return {'prompt': given, 'chosen': chosen[-1][1], 'rejected': rejected[-1][1]}
+        if prompt and prompt != given:
+            raise ValueError("'prompt' and 'chosen' do not hold the same turns")
+        prompt = given
+    if 'messages' in row and read_turns(row, 'messages') not in (chosen, prompt):
+        raise ValueError("'messages' and 'chosen' do not hold the same turns")
+    return {'prompt': prompt, 'chosen': chosen[-1][1], 'rejected': rejected[-1][1]}
 
 
 def transcripts(row):
@@ -94,10 +101,8 @@ def transcripts(row):
      "rejected": "\n\nHuman: Why?\n\nAssistant: No."}
     """
     if '\n\nAssistant:' not in row['chosen'] + row['rejected']:
-        raise ValueError("without a 'prompt', where 'chosen' and 'rejected' begin is a guess")
+        raise ValueError("without a 'prompt', where the answers begin is a guess: add one")
     prompt, chosen, rejected = from_transcripts(row['chosen'], row['rejected'])
-    if '\n\nHuman:' in chosen + rejected:
-        raise Odd("a reply that goes on as '\\n\\nHuman:'")
     before, *parts = re.split(r'\n\n(Human|Assistant): ?', prompt)
     turns = [({'Human': 'user'}.get(name, 'assistant'), text)
              for name, text in zip(parts[:-2:2], parts[1:-2:2])]        # the last one is to come
@@ -107,7 +112,7 @@ def transcripts(row):
 
 def question(row):
     """Returns an instruction and its input, if any, as the turns of a prompt."""
-    extra = string_of(row, 'input') if row.get('input') else ''
+    extra = string_of(row, 'input') if row.get('input', '') != '' else ''
     return [('user', string_of(row, 'instruction') + (f'\n{extra}' if extra else ''))]
 
 
@@ -143,7 +148,7 @@ def ultrafeedback(row):
     def number(value):                          # a rating may be "4.5", or "N/A"
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return math.nan
     answers = row['completions']
     rated = [answer.get('annotations') or {} for answer in answers]
@@ -165,7 +170,7 @@ def safe_rlhf(row, by='rule', drop=''):
      "safer_response_id": 0, "is_response_0_safe": true, "is_response_1_safe": false}
     """
     safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
-    if by == 'rule' and not all(flag in (True, False) for flag in safe):
+    if (by == 'rule' or drop) and not all(flag in (True, False) for flag in safe):
         raise ValueError('is_response_0_safe, _1_safe: not true or false; see --safe_rlhf=better')
     kind = {(1, 1): 'dual-safe', (0, 0): 'dual-unsafe'}.get(tuple(safe), '')
     if kind and kind in drop.split(','):
@@ -189,20 +194,30 @@ SHAPES = {  # the keys that a row must have, and others that are read; the first
     preferences: ('chosen rejected', 'prompt messages chosen_cut rejected_cut score_chosen '
                   'score_rejected chosen_score rejected_score'),
     demonstrations: ('prompt completion', 'completion_cut'),
-    messages: ('messages', ''),
+    messages: ('messages', 'prompt'),
     prompts: ('prompt', ''),
 }
 ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
 IN_TURNS = 'role content from value weight response annotations overall_score'.split()
 # Keys that hold text or labels in some shape: beside those of another they contradict it
 CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split(), *(
-    'question answer query context system_prompt response_1 response_2 function_call '
-    'helpfulness reward score rating chosen_rating rejected_rating').split()}
+    'question answer query context system_prompt response_1 response_2 function_call functions '
+    'helpfulness correctness is_correct reward score rating chosen_rating rejected_rating margin '
+    'chosen_avg_rating rejected_avg_rating preferred rejected_messages chat_history image video '
+    'videos audio audios truncated finish_reason').split()}
+
+
+def meaningful(key):
+    """Tells whether a key may change what a row means, so that it must be read or refused."""
+    return key.replace('-', '_') in CONTENT or key.endswith('_cut')
 
 
 def rename(row):
     """Returns a row with its aliases replaced, and new key -> old key."""
-    names = {key if ALIASES.get(key, key) in row else ALIASES[key]: key for key in row}
+    names = {}
+    for key in row:
+        new = ALIASES.get(key, key)
+        names[key if new in row else new] = key
     return {key: row[name] for key, name in names.items()}, names
 
 
@@ -217,7 +232,7 @@ def read_shape(row, kind='', by='rule', drop=''):
                       'or prompt, chosen, rejected; or messages; or instruction, output')
     unread = [key for key in row if key not in f'{needs} {more}'.split()]
     for key in unread:
-        if key in CONTENT or key.endswith('_cut') or shape is prompts and kind != 'prompts':
+        if shape is prompts and kind != 'prompts' or meaningful(key):
             raise Unknown(f'{names[key]!r} beside {needs.replace(" ", ", ")} is not read, and may '
                           'change what a row means; leave it out if it does not')
     unread += sorted({f'{key}[].{name}' for key in row if isinstance(row[key], list)
@@ -225,7 +240,7 @@ def read_shape(row, kind='', by='rule', drop=''):
                       for name in turn if name not in IN_TURNS})
     try:
         out = shape(row, by, drop) if shape is safe_rlhf else shape(row)
-    except (TypeError, AttributeError, LookupError) as error:   # a number for a list, and so on
+    except (TypeError, AttributeError, LookupError, OverflowError) as error:   # 7 for a list, ...
         raise ValueError(f'values of other types than in {shape.__name__} ({error})') from None
     cuts = {key: row[key] for key in row if key.endswith('_cut')}
     if not all(isinstance(cut, bool) for cut in cuts.values()):

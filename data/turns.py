@@ -2,7 +2,7 @@
 Turns and templates: how a chat, or a question, becomes a canonical row, whose prompt is the literal
 text that a model sees; and how the question is found in it again, for the split.
 """
-import re, zlib
+import hashlib, re
 from collections import Counter
 
 from prefgpt import UserError
@@ -12,7 +12,13 @@ HH_TEMPLATE = '\n\nHuman: {}\n\nAssistant:'
 KNOWN = (HH_TEMPLATE, '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n', CHAT)
 ROLES = {'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'system': 'system', 'developer': 'system'}
-ENDS = ('<|endoftext|>', '</s>', '<|im_end|>', '<|eot_id|>', '<|end_of_text|>', '<eos>')
+ENDS = ('<|endoftext|>', '</s>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|end_of_text|>',
+        '<|end|>', '<end_of_turn>', '<|eos|>', '<eos>', '[EOS]')
+# What other templates put before an answer, and what makes an answer a chat of several turns
+OTHER = re.compile(r'(?i)(\[/inst\]|\b(assistant|bot|response|answer|model)\s*:|<\|\w+\|>|'
+                   r'<(\|im_start\||start_of_turn)>(assistant|model))\s*$')
+SEVERAL = ('\n\nHuman:', '\n\nAssistant:', '### Human:', '### Assistant:', '[/INST]',
+           '<|im_start|>', '<|start_header_id|>', '<start_of_turn>')
 # Keys that change what a row means, and that no training script reads
 FOREIGN = ('messages', 'conversations', 'response', 'rejected_response', 'label', 'kto_tag',
            'is_safe', 'weight', 'system', 'history', 'tools', 'tool_calls', 'images')
@@ -35,21 +41,30 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
+def check_text(text):
+    """Returns a text; raises ValueError if UTF-8 or the tokenizer cannot take it."""
+    text.encode()                               # a lone surrogate fails here, at a known line
+    if len(text) >= 100_000 and re.search(r'\s{100000}', text):
+        raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
+    return text
+
+
 def string_of(row, key):
-    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
+    """Returns row[key]; raises ValueError if it is missing, or no string that can be encoded."""
     if not isinstance(row.get(key), str):
         raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string' if key in row else
                          f'missing {key!r} (keys: {", ".join(row)})')
-    row[key].encode()                           # a lone surrogate fails here, at a known line
-    return row[key]
+    return check_text(row[key])
 
 
 def read_turns(row, key):
     """Returns a list of turns, {role, content} or ShareGPT's {from, value}, as (role, text)."""
     if not isinstance(row[key], list) or not all(isinstance(turn, dict) for turn in row[key]):
-        raise ValueError(f'{key!r} is {type(row[key]).__name__}, neither text nor a list of turns')
+        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a list of turns {{role, '
+                         'content}' + ', nor text' * (key != 'messages'))
     turns = []
     for turn in row[key]:
+        turn = {name: value for name, value in turn.items() if value is not None}
         role, text = turn.get('role', turn.get('from')), turn.get('content', turn.get('value'))
         if not isinstance(role, str) or role not in ROLES or turn.get('tool_calls'):
             raise ValueError(f'{key!r} has a turn of {role!r} or a tool call; only user, assistant '
@@ -59,8 +74,8 @@ def read_turns(row, key):
         if not isinstance(text, str):
             raise ValueError(f"{key!r} has a turn whose 'content' is {type(text).__name__}")
         turns.append((ROLES[role], text))
-    if turns and row[key][-1].get('weight') == 0:
-        raise Odd('the last turn has weight 0')
+    if turns and not all(row[key][-1].get(name, True) for name in ('weight', 'train', 'training')):
+        raise Odd('the last turn is marked as one that is not to be learned')
     return turns
 
 
@@ -99,7 +114,7 @@ def spaced(text, before=''):
 
 def clean_template(text, where):
     """Returns a template, `\\n` as a line break; raises UserError if it cannot work."""
-    text = text.replace('\r\n', '\n').replace('\\n', '\n')
+    text = text.replace('\r\n', '\n').replace('\r', '\n').replace('\\n', '\n')
     if text.count('{}') != 1 or text.endswith((' ', '\t')):
         raise UserError(f'{where}: {text!r} must hold {{}} once, the place of the question, and '
                         'not end in a space: each answer brings its own')
@@ -108,28 +123,51 @@ def clean_template(text, where):
 
 def without_end(text, note):
     """Returns an answer without another tool's EOS in words: ours is an id, which follows."""
-    while mark := next((mark for mark in ENDS if text.rstrip().endswith(mark)), ''):
+    ends = [mark for mark in ENDS if mark != '</s>' or '<s>' not in text]       # HTML may end so
+    while mark := next((mark for mark in ends if text.rstrip().endswith(mark)), ''):
         note('answers', f'that ended in {mark}, which was cut off')
         text = text.rstrip().removesuffix(mark)
     return text
 
 
+def check_marks(texts, template):
+    """Raises Odd if a text holds the template's own marks: it would read as another turn."""
+    start, end = template.split('{}')
+    for mark in ('\n' + start.lstrip('\n'), end):
+        if mark.strip() and any(mark in '\n' + text for text in texts):
+            raise Odd(f"text with the template's own mark {mark!r}")
+
+
+def find_question(prompt, template):
+    """Returns the first question of a prompt, or None if the prompt is not in the template."""
+    start, end = template.split('{}')
+    if not prompt.endswith(end):
+        return None
+    start, end = re.escape(start.lstrip()), re.escape(end)
+    asked = f'(.*?){end}(?:.*{end})?' if end else '(.*)'
+    found = re.fullmatch(rf'(?s)(?:.*?\s)??{start}{asked}', prompt)     # a system's turn before it
+    return found[1].strip() if found else None
+
+
 def put_into(prompt, template, note):
-    """Returns a literal prompt in the template, unless it is already. Refuses half a template."""
+    """Returns a literal prompt in the template, as it is if it is in it already."""
     start, end = template.split('{}')
     if '\n' in end and prompt.endswith(end.replace('\n', '\\n')):
         raise ValueError("line breaks spelled '\\n': the text was escaped twice")
-    if end.strip() and prompt.endswith(end + ' '):
+    if prompt.endswith(end + ' '):
         note('prompts', 'whose last space now begins the answer')
         prompt = prompt.rstrip(' ')
-    if template == '{}' or prompt.endswith(end) and (end or prompt.startswith(start)):
-        return prompt
-    if not prompt.strip():
+    question = find_question(prompt, template)
+    if template != '{}' and not (prompt.strip() if question is None else question):
         raise Odd('an empty prompt')
-    ends = tuple(known.split('{}')[1] for known in KNOWN)
-    if start.strip() and prompt.startswith(start) or prompt.rstrip(' ').endswith(ends):
+    if question is not None:
+        return prompt
+    half = (start.strip() and prompt.lstrip().startswith(start.strip())
+            or end.strip() and prompt.rstrip().endswith(end.strip()))
+    if half or OTHER.search(prompt):
         raise ValueError(f'a literal prompt in half of the template {template!r}, or in another '
                          'one: see --template')
+    check_marks([prompt], template)
     note('literal prompts', 'put into the template, as questions and turns are')
     return template.replace('{}', prompt)
 
@@ -137,23 +175,28 @@ def put_into(prompt, template, note):
 def fit(row, template, note):
     """Returns a row in canonical form; raises Odd or ValueError. note counts what it changed."""
     sides = [key for key in SIDES if key in row]
-    texts = [without_end(string_of(row, key), note) for key in sides]
+    answers = [without_end(string_of(row, key), note) for key in sides]
+    check_marks(answers, template)
     if isinstance(row['prompt'], list):
-        turns = [(role, without_end(text, note) if role == 'assistant' else text)
-                 for role, text in row['prompt']]
+        turns = [(role, check_text(without_end(text, note))) for role, text in row['prompt']]
         check_turns(turns)
         if template == '{}' and len(turns) > 1:
             raise ValueError("turns need a template: --template='user: {}\\nbot:'")
-        inside, prompt = [text for _, text in turns], render(turns, template)
+        check_marks([text for _, text in turns], template)
+        prompt, asked = render(turns, template), turns[-1][1].strip()
     else:
-        inside, prompt = [string_of(row, 'prompt')], put_into(row['prompt'], template, note)
-    asked = inside[-1].strip()
-    for mark in ('\n' + template.lstrip('\n')).split('{}'):
-        said = texts + inside * (len(prompt) > len(inside[-1]))     # unless it came in the template
-        if mark.strip() and any(mark in text for text in said):
-            raise Odd(f"text with the template's own mark {mark!r}")
+        prompt = put_into(string_of(row, 'prompt'), template, note)
+        asked = question_of(prompt, template)
+    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value|text|type)['\"]\s*:", text)
+           for text in (asked, *answers)):
+        raise ValueError('a list written as a string: json.loads it first')
+    # A short greeting may well begin its answer
+    if len(asked) > 15 and answers and all(text.strip().startswith(asked) for text in answers):
+        raise Odd('answers that begin with their prompt: cut it off them')
+    if any(mark in '\n\n' + text.lstrip() for mark in SEVERAL for text in answers):
+        raise Odd('an answer of several turns, in the marks of a chat')
     out = {'prompt': prompt}
-    for key, text in zip(sides, texts):
+    for key, text in zip(sides, answers):
         if not text.strip():
             raise Odd(f'an empty {key} text')
         out[key] = spaced(text, prompt)
@@ -162,56 +205,55 @@ def fit(row, template, note):
             note('answers', 'given a space in front')
     if not sides:
         note('prompts', 'without an answer')
-    for text in (prompt, *texts):
-        text.encode()                           # as in string_of
-        if re.search(r'\s{100000}', text):
-            raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
-    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value|text|type)['\"]\s*:", text)
-           for text in (asked, *texts)):
-        raise ValueError('a list written as a string: json.loads it first')
-    if asked and texts and all(text.strip().startswith(asked) for text in texts):
-        raise Odd('answers that begin with their prompt: cut it off them')
-    if 'chosen' in out and out['chosen'].split() == out['rejected'].split():
-        raise Odd('equal answers, or equal but for white space')
+    if 'chosen' in out:
+        if out['chosen'].split() == out['rejected'].split():
+            raise Odd('equal answers, or equal but for white space')
+        edges = {out[key].replace(out[key].strip(), 'x', 1) for key in sides}
+        if len(edges) > 1:
+            note('pairs', 'whose white space at the ends tells the sides apart')
     return out
 
 
 def choose_template(flag, rows, saved):
     """Returns the template: the flag's, the run's, or the one that these rows seem to have."""
-    if flag:
-        return clean_template(flag, '--template')
+    template = clean_template(flag, '--template') if flag else ''
     if saved and saved['stage'] != 'base':
+        if template not in ('', saved['template']):
+            raise UserError(f"--template={template!r}: the run's is {saved['template']!r}")
         return saved['template']
-    literal = [row['prompt'].rstrip(' ') for row in rows if isinstance(row['prompt'], str)]
-    for template in KNOWN:
-        end = template.split('{}')[1]
-        right = sum(prompt.endswith((end, end.replace('\n', '\\n'))) for prompt in literal)
+    literal = [row['prompt'].rstrip(' ').replace('\\n', '\n') for row in rows
+               if isinstance(row['prompt'], str)]
+    for known in KNOWN if not template else ():
+        right = sum(find_question(prompt, known) is not None for prompt in literal)
         if 0 < right < len(literal):
-            raise UserError(f'{right} of {len(literal)} literal prompts end in {end!r}, the others '
-                            f'do not: say --template={template!r}, or {{}} to leave them as they '
-                            'are')
+            raise UserError(f'{right} of {len(literal)} literal prompts are in the template '
+                            f'{known!r}, the others are not: say --template={known!r}, or {{}} to '
+                            'leave them as they are')
         if right:
-            return template
-    return CHAT if len(literal) < len(rows) or not rows else '{}'
+            return known
+    return template or (CHAT if len(literal) < len(rows) or not rows else '{}')
 
 
 def question_of(prompt, template):
-    """Returns a prompt's first question, without its template and the system's turn before it."""
-    start, end = (re.escape(part) for part in template.strip('\n').split('{}'))
-    asked = f'(.*?)(?:{end}|$)' if end else '(.*)'
-    found = re.search(rf'(?s)(?:^|\n){start}{asked}', prompt)
-    return (found[1] if found else prompt).strip()
+    """Returns a prompt's first question, the same in any wrapping; or all of it, if not in one."""
+    question = find_question(prompt, template)
+    return prompt.strip() if question is None else question
 
 
 def split_rows(rows, template, share=0.1):
-    """Returns (train, val): a hash of the questions holds out a share, with all their rows."""
+    """
+    Returns (train, val). A question is held out, with all its rows, if its hash is below a share of
+    all hashes; so it is in every call, whatever rows come with it. At least one is.
+    """
     asked = Counter(question_of(row['prompt'], template) for row in rows)
     if len(asked) < 2:
         raise UserError('only one prompt, so none can be held out: bring rows with others')
+    place = {text: int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 for text in asked}
     # A question that most rows ask stays: training would have next to nothing
     order = sorted((text for text in asked if len(rows) < 3 or asked[text] <= len(rows) / 2),
-                   key=lambda text: (zlib.crc32(text.encode()), text))
-    held_out = set(order[:max(1, int(len(asked) * share))])
+                   key=lambda text: (place[text], text))
+    count = sum(place[text] < share for text in order)
+    held_out = set(order[:max(1, min(count, len(asked) - 1))])
     sides = [], []
     for row in rows:
         sides[question_of(row['prompt'], template) in held_out].append(row)

@@ -108,6 +108,12 @@ def fitted(row, template=CHAT):
     ('{}', {'prompt': 'q', 'completion': 'r'}, 'q', ' r'),
     ('{}', {'prompt': 'q\n', 'completion': 'r'}, 'q\n', 'r'),
     ('{}', {'prompt': '', 'completion': 'r'}, '', ' r'),
+    ('{}', {'prompt': 'q ', 'completion': 'r'}, 'q', ' r'),
+    ('{}', {'prompt': 'q ', 'completion': ' r'}, 'q', ' r'),
+    (CHAT, {'prompt': 'hello', 'completion': 'hello you'}, 'user: hello\nbot:', ' hello you'),
+    (CHAT, {'prompt': [('user', 'q<|im_end|>')], 'completion': 'r<end_of_turn>'},
+     'user: q\nbot:', ' r'),
+    (CHAT, {'prompt': 'q', 'completion': '<s>r</s>'}, 'user: q\nbot:', ' <s>r</s>'),
     ('{}', {'prompt': [('user', 'q')], 'completion': 'r<|endoftext|>'}, 'q', ' r'),
     ('{}', {'prompt': 'user: q\nbot:', 'completion': ' r'}, 'user: q\nbot:', ' r'),
     (CHAT, {'prompt': 'q', 'completion': 'r</s></s>\n<|endoftext|>'}, 'user: q\nbot:', ' r'),
@@ -128,6 +134,8 @@ def test_what_is_changed_is_noted_and_marks_stay():
     assert list(row) == ['prompt', 'chosen', 'rejected', 'rejected_cut']        # in every process
     assert len(notes) == 2 and '</s>' in notes[0] and 'literal prompts' in notes[1]
     assert 'space' in fitted({'prompt': 'user: q\nbot: '})[1][0]
+    uneven = {'prompt': 'q', 'chosen': 'c\n', 'rejected': 'r'}
+    assert 'tells the sides apart' in fitted(uneven)[1][-1]
 
 
 @pytest.mark.parametrize('row, error, words', [
@@ -136,7 +144,22 @@ def test_what_is_changed_is_noted_and_marks_stay():
     ({'prompt': 'q', 'chosen': 'c', 'rejected': ''}, Odd, 'empty'),
     ({'prompt': 'q', 'chosen': 'c', 'rejected': ' c '}, Odd, 'equal'),
     ({'prompt': 'q', 'chosen': 'a b', 'rejected': 'a\u00a0b'}, Odd, 'equal'),
-    ({'prompt': 'q?', 'chosen': 'q? c', 'rejected': 'q? r'}, Odd, 'begin with their prompt'),
+    ({'prompt': 'how do i clean it?', 'chosen': 'how do i clean it? c',
+      'rejected': 'how do i clean it? r'}, Odd, 'begin with their prompt'),
+    ({'prompt': 'user: how do i clean it?\nbot:', 'completion': 'how do i clean it? r'}, Odd,
+     'begin with their prompt'),
+    ({'prompt': 'q', 'completion': '\n\nHuman: q\n\nAssistant: r'}, Odd, 'several turns'),
+    ({'prompt': 'q', 'completion': 'r\n\nHuman: thanks'}, Odd, 'several turns'),
+    ({'prompt': 'q', 'completion': '[INST] q [/INST] r'}, Odd, 'several turns'),
+    ({'prompt': 'q', 'completion': 'bot: r'}, Odd, 'own mark'),
+    ({'prompt': '[INST] q [/INST]', 'completion': 'r'}, ValueError, 'another one'),
+    ({'prompt': '### Instruction:\nq\n\n### Response:\n', 'completion': 'r'}, ValueError,
+     'another one'),
+    ({'prompt': 'USER: q ASSISTANT:', 'completion': 'r'}, ValueError, 'another one'),
+    ({'prompt': '<|start_header_id|>assistant<|end_header_id|>\n\n', 'completion': 'r'},
+     ValueError, 'another one'),
+    ({'prompt': 'q\nbot:', 'completion': 'r'}, ValueError, 'half of the template'),
+    ({'prompt': 'user: \nbot:', 'completion': 'r'}, Odd, 'empty prompt'),
     ({'prompt': [('user', 'x\nbot: sure.\nuser: y')], 'completion': 'r'}, Odd, 'own mark'),
     ({'prompt': [('user', 'q')], 'completion': 'r\nuser: thanks'}, Odd, 'own mark'),
     ({'prompt': 'q' + ' ' * 100_000, 'completion': 'r'}, Odd, 'white space'),
@@ -175,9 +198,11 @@ def test_the_template_is_told_from_the_rows(prompts, flag, saved, template):
         choose_template('no place', rows, saved)
     mixed = rows + [{'prompt': 'p'}, {'prompt': 'user: q\nbot:'}]
     if not (flag or saved):                     # one odd row does not decide for the others
-        with pytest.raises(UserError, match="literal prompts end in .*--template='"):
+        with pytest.raises(UserError, match="literal prompts are in the template .*--template='"):
             choose_template('', mixed, None)
     assert choose_template('{}\n', mixed, None) == '{}\n'      # its last line break counts
+    with pytest.raises(UserError, match="the run's is 'user"):
+        choose_template('Q: {}', rows, {'stage': 'sft', 'template': CHAT})
 
 
 # ----------------------------------------------------------------------------- the folder
@@ -191,7 +216,7 @@ def test_files_become_a_folder(gate):
     assert text['template'] == CHAT and 256 < tokenizer.n_vocab <= 260
     held_out = {kind: {row['prompt'] for row in load_rows(folder / f'val.{kind}.jsonl', kind)}
                 for kind in ('sft', 'pairs', 'prompts')}
-    assert held_out['sft'] == held_out['pairs'] == held_out['prompts'] and len(held_out['sft']) == 2
+    assert held_out['sft'] == held_out['pairs'] == held_out['prompts'] and len(held_out['sft']) == 1
     assert {row['prompt'] for row in rows_of(folder, 'sft')} == {
         f'user: ask {i}\nbot:' for i in range(20)}
     assert {'prompt': 'user: ask 3\nbot:', 'chosen': ' c 3', 'rejected': ' r 3'} in rows_of(
@@ -298,10 +323,10 @@ def test_look_shows_rows_by_mask(gate, monkeypatch, capsys):
     Path('folder/val.sft.jsonl').write_bytes(Path('folder/train.sft.jsonl').read_bytes())
     capsys.readouterr()
     counts = main(Config(files=('folder',), look=True))
-    assert counts['train.pairs'] == counts['train.sft'] == 18
+    assert counts['train.pairs'] == counts['train.sft'] == 17
     shown = capsys.readouterr().out
-    assert '18 of its rows are also in train' in shown
-    assert 'pairs   chosen      tokens: 50% up to' in shown and 'prompt [q ' in shown
+    assert '17 rows of val.sft are also in train.sft' in shown
+    assert 'train.pairs   chosen      tokens: 50% up to' in shown and 'prompt [q ' in shown
 
 
 def test_the_commands_that_are_printed_work(gate):

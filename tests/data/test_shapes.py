@@ -9,7 +9,7 @@ import pytest
 
 from data import shapes
 from data.rows import convert
-from data.shapes import read_shape
+from data.shapes import meaningful, read_shape
 from data.turns import HH_TEMPLATE, Odd, Unknown, check_turns, question_of, render
 
 from conftest import TEMPLATE
@@ -59,6 +59,9 @@ READ = [  # a row, what its shape's function makes of it
     ({**sft('P', 'r'), 'completion_cut': True}, {**sft('P', 'r'), 'completion_cut': True}),
     ({'messages': [*LONG_ROW, bot('r')]}, sft(LONG, 'r')),
     ({'messages': [user('Q')]}, {'prompt': Q}),
+    ({'prompt': 'Q', 'messages': [SYSTEM, user('Q'), bot('r')]},        # UltraChat 200k
+     sft([('system', 'Be brief.'), *Q], 'r')),
+    ({'messages': [{**user('Q'), 'from': None, 'tool_calls': None}, bot('r')]}, sft(Q, 'r')),
     ({'messages': [{'role': 'human', 'content': 'Q'}, {'role': 'gpt', 'content': 'r'}]},
      sft(Q, 'r')),
     ({'conversations': [{'from': 'human', 'value': 'Q'}, {'from': 'gpt', 'value': 'r'}]},
@@ -99,11 +102,11 @@ def test_a_shape_is_read(row, expected):
 ODD = [  # a row, a word of the reason
     ({'chosen': HH + ' c', 'rejected': HH.replace('hi', 'ho') + ' r'}, 'transcripts'),
     ({'chosen': HH + ' c', 'rejected': 'no marker'}, 'transcripts'),
-    ({'chosen': HH + ' c\n\nHuman: thanks', 'rejected': HH + ' r'}, 'goes on'),
     ({'chosen': [user('Q'), bot('c'), user('and?'), bot('d')], 'rejected': [user('Q'), bot('r')]},
      'more than one'),
     ({**pair('P'), 'score_chosen': 7.0, 'score_rejected': 7.0}, 'not above'),
-    ({'messages': [user('Q'), {**bot('r'), 'weight': 0}]}, 'weight'),
+    ({'messages': [user('Q'), {**bot('r'), 'weight': 0}]}, 'not to be learned'),
+    ({'messages': [user('Q'), {**bot('r'), 'train': False}]}, 'not to be learned'),
     ({**pair('P'), 'score_chosen': '7.0', 'score_rejected': 7}, 'not above'),
     (rated(('a', '5', 1.0), ('b', '5', 2.0)), 'equal'),
     (rated(('a', [], None), ('b', '5', 2.0)), 'without ratings'),
@@ -135,6 +138,12 @@ REFUSED = [
     (safe(safe_0='yes'), 'is_response_0_safe'), (safe(2, 0), 'better_response_id'),
     (safe('0', 0), 'better_response_id'), (safe(0, None, False, False), 'safer_response_id'),
     ({'prompt': 'P', 'answer': 'r'}, "'answer' beside prompt"),
+    ({**pair('P'), 'score_chosen': 9}, 'alone'), ({**pair('P'), 'chosen-rating': 1}, 'beside'),
+    ({**sft('P', 'r'), 'image': 'x.png'}, "'image' beside"),
+    ({**pair('P'), 'score_chosen': 10 ** 400, 'score_rejected': 1}, 'preferences'),
+    ({'instruction': 'Q', 'input': 5, 'output': 'r'}, "'input' is int"),
+    ({'prompt': 'other', 'messages': [user('Q'), bot('r')]}, 'first question'),
+    ({'instruction': 'Q', 'input': 0, 'output': 'r'}, "'input' is int"),
     ({'prompt': 'P', 'response_1': 'a', 'response_2': 'b', 'preference_strength': -2}, 'beside'),
     ({'instruction': 'Q', 'completions': 7}, 'ultrafeedback'),
     ({'instruction': 'Q', 'completions': ['r', 's']}, 'ultrafeedback'),
@@ -194,8 +203,9 @@ def test_safe_rlhf_by_flag():
     assert read_shape(safe(1, 0, True, False), by='better')[0] == pair(Q, 'one', 'zero')
     one_axis = {'prompt': 'Q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 1}
     assert read_shape(one_axis, by='better')[0] == pair(Q, 'b', 'a')
-    with pytest.raises(ValueError, match='--safe_rlhf=better'):
-        read_shape(one_axis)
+    for flags in ({}, {'by': 'better', 'drop': 'dual-safe'}):
+        with pytest.raises(ValueError, match='--safe_rlhf=better'):
+            read_shape(one_axis, **flags)
     for row, kind in ((safe(), 'dual-safe'), (safe(0, 0, False, False), 'dual-unsafe')):
         with pytest.raises(Odd, match=kind):
             read_shape(row, drop='dual-safe,dual-unsafe')
@@ -237,18 +247,29 @@ def test_turns_alternate(roles):
      pair([('user', 'Be brief.\nQ')])),
     ({'query': 'Q', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'question': 'Q', 'response_j': 'c', 'response_k': 'r', 'qid': 3}, pair(Q)),
-    ({'input': 'Q', 'output': 'r', 'reward': 0.1}, sft(Q, 'r')),
     ({'text': 'r'}, sft('', 'r')),
     ({**sft('P', 'r'), 'label': True}, sft('P', 'r')), ({**sft('P', 'r'), 'label': False}, None)])
 def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     """Runs the command of the error message in a shell; its rows are read as they were meant."""
     with pytest.raises(Unknown):
         read_shape(row)
-    (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
-    command = convert(row, 'rows.jsonl').replace('python -c', f'{sys.executable} -S -c', 1)
-    subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
-    rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
-    assert [read_shape(new)[0] for new in rows] == ([expected] if expected else [])
+    for where, text in (('rows.jsonl:1', json.dumps(row) + '\n'),
+                        ('rows, row 1', f'[{json.dumps(row)}]')):
+        (tmp_path / where.split(',')[0].split(':')[0]).write_text(text)
+        command = convert(row, where, meaningful).removeprefix(': ')
+        command = command.replace('python -c', f'{sys.executable} -S -c', 1)
+        subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
+        rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
+        assert [read_shape(new)[0] for new in rows] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize('row', [
+    {'input': 'Q', 'output': 'r', 'reward': -3}, {**sft('P', 'r'), 'helpfulness': 0},
+    {**sft('P', 'r'), 'history': [['a', 'b']]}, {**pair('P'), 'chosen-rating': 1},
+    {'question': 'Q', 'good': 'c', 'bad': 'r'}, {'message_id': 1, 'text': 'r', 'role': 'prompter'}])
+def test_no_line_converts_what_it_would_change(row):
+    """Catches an error message that tells people to drop the reward that calls an answer bad."""
+    assert convert(row, 'rows.jsonl:1', meaningful) == ''
 
 
 @pytest.mark.parametrize('prompt, template, question', [
@@ -256,7 +277,9 @@ def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     ('user: q\nbot: yes\nuser: and?\nbot:', TEMPLATE, 'q'), ('user: a\nb\nbot:', TEMPLATE, 'a\nb'),
     ('Be.\n\nHuman: q\n\nAssistant: yes\n\nHuman: and?\n\nAssistant:', HH_TEMPLATE, 'q'),
     ('user: who is the user: you?\nbot:', TEMPLATE, 'who is the user: you?'),
-    ('the superuser: q\nbot:', TEMPLATE, 'the superuser: q\nbot:'), ('user: q', 'user: {}', 'q')])
+    ('the superuser: q\nbot:', TEMPLATE, 'the superuser: q\nbot:'), ('user: q', 'user: {}', 'q'),
+    ('Be. USER: q ASSISTANT:', 'USER: {} ASSISTANT:', 'q'), ('a\nb', '{}\nbot:', 'a\nb'),
+    ('q\nbot:', '{}\nbot:', 'q'), ('user: a {} b\nbot:', TEMPLATE, 'a {} b')])
 def test_the_question_is_found_in_its_prompt(prompt, template, question):
     """The split holds out questions. Catches a mark inside a question that is taken for its
     beginning: then two rows of one question, long and short, stand on both sides."""
