@@ -16,7 +16,7 @@ from pathlib import Path
 from data.bpe import take_tokenizer, write_tokenizer
 from data.look import show
 from data.rows import convert, read_objects, stage_rows, write_rows, write_text
-from data.shapes import meaningful, read_shape
+from data.shapes import CONTENT, read_shape
 from data.text import RESPONSES, DataError, load_tokenizer, tokenizer_text
 from data.turns import Odd, Unknown, choose_template, fit, split_rows
 from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
@@ -67,7 +67,7 @@ def attempt(counts, where, raw, function, *arguments):
     except Odd as error:
         note(DROPPED, str(error))
     except ValueError as error:
-        advice = convert(raw, where, meaningful) if isinstance(error, Unknown) else ''
+        advice = convert(raw, where, CONTENT) if isinstance(error, Unknown) else ''
         note(UNREAD, f'{error}{advice}')
 
 
@@ -139,8 +139,6 @@ def main(cfg):
                         '--val, or leave them out with --kind')
     if chosen and 'sft' in parts['train']:
         print('sft: no demonstrations, so the chosen sides of the pairs are taken for them')
-    if 'prompts' in parts['train']:
-        print('prompts: all different ones of the kept rows')
     out.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer.isdecimal():
         write_tokenizer(out, 'bpe', (text for row in train for text in row.values()

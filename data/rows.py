@@ -103,10 +103,10 @@ def read_objects(path):
                 yield where, ValueError(str(error).replace('FILE', str(path)))
 
 
-def convert(row, where, meaningful):
+def convert(row, where, content):
     """
     Returns ': ' and a command that makes rows that are read of rows with such keys, or '' if it
-    would leave out one that is meaningful(key). Labels keep the rows that they call good.
+    would leave out one with a meaning, of `content`. Labels keep the rows that they call good.
     """
     def first(*keys):
         return next((key for key in keys if key in row), '')
@@ -119,7 +119,7 @@ def convert(row, where, meaningful):
     used = [*asked, *sides.values(), label]
     path = re.sub('(:|, row )[0-9]+$', '', where)
     if '' in sides.values() or not asked and len(row) > 1 or path.endswith('.gz') or any(
-            meaningful(key) for key in row if key not in used):
+            key.replace('-', '_') in content for key in row if key not in used):
         return ''
     prompt = ', '.join(f"r['{key}']" for key in asked) or "''"
     if len(asked) > 1:

@@ -207,11 +207,6 @@ CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split
     'videos audio audios truncated finish_reason').split()}
 
 
-def meaningful(key):
-    """Tells whether a key may change what a row means, so that it must be read or refused."""
-    return key.replace('-', '_') in CONTENT or key.endswith('_cut')
-
-
 def rename(row):
     """Returns a row with its aliases replaced, and new key -> old key."""
     names = {}
@@ -232,7 +227,8 @@ def read_shape(row, kind='', by='rule', drop=''):
                       'or prompt, chosen, rejected; or messages; or instruction, output')
     unread = [key for key in row if key not in f'{needs} {more}'.split()]
     for key in unread:
-        if shape is prompts and kind != 'prompts' or meaningful(key):
+        if (key.replace('-', '_') in CONTENT or key.endswith('_cut')
+                or shape is prompts and kind != 'prompts'):
             raise Unknown(f'{names[key]!r} beside {needs.replace(" ", ", ")} is not read, and may '
                           'change what a row means; leave it out if it does not')
     unread += sorted({f'{key}[].{name}' for key in row if isinstance(row[key], list)

@@ -9,7 +9,7 @@ import pytest
 
 from data import shapes
 from data.rows import convert
-from data.shapes import meaningful, read_shape
+from data.shapes import CONTENT, read_shape
 from data.turns import HH_TEMPLATE, Odd, Unknown, check_turns, question_of, render
 
 from conftest import TEMPLATE
@@ -256,7 +256,7 @@ def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     for where, text in (('rows.jsonl:1', json.dumps(row) + '\n'),
                         ('rows, row 1', f'[{json.dumps(row)}]')):
         (tmp_path / where.split(',')[0].split(':')[0]).write_text(text)
-        command = convert(row, where, meaningful).removeprefix(': ')
+        command = convert(row, where, CONTENT).removeprefix(': ')
         command = command.replace('python -c', f'{sys.executable} -S -c', 1)
         subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
         rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
@@ -269,7 +269,7 @@ def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     {'question': 'Q', 'good': 'c', 'bad': 'r'}, {'message_id': 1, 'text': 'r', 'role': 'prompter'}])
 def test_no_line_converts_what_it_would_change(row):
     """Catches an error message that tells people to drop the reward that calls an answer bad."""
-    assert convert(row, 'rows.jsonl:1', meaningful) == ''
+    assert convert(row, 'rows.jsonl:1', CONTENT) == ''
 
 
 @pytest.mark.parametrize('prompt, template, question', [
