@@ -31,8 +31,7 @@ def read_text(path):
     try:
         return Path(path).read_bytes().decode('utf-8-sig')
     except OSError as error:
-        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run, '
-                        'and is the path right?') from None
+        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run?') from None
     except UnicodeDecodeError as error:
         line, byte = error.object[:error.start].count(b'\n') + 1, error.object[error.start]
         raise DataError(f'{path}:{line}: byte 0x{byte:02x} is not UTF-8') from None
