@@ -172,6 +172,18 @@ def put_into(prompt, template, note):
     return template.replace('{}', prompt)
 
 
+def refuse_other_forms(asked, answers):
+    """Raises ValueError or Odd if a question or an answer holds what is not its text alone."""
+    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value|text|type)['\"]\s*:", text)
+           for text in (asked, *answers)):
+        raise ValueError('a list written as a string: json.loads it first')
+    # A short greeting may well begin its answer
+    if len(asked) > 15 and answers and all(text.strip().startswith(asked) for text in answers):
+        raise Odd('answers that begin with their prompt: cut it off them')
+    if any(mark in '\n\n' + text.lstrip() for mark in SEVERAL for text in answers):
+        raise Odd('an answer of several turns, in the marks of a chat')
+
+
 def fit(row, template, note):
     """Returns a row in canonical form; raises Odd or ValueError. note counts what it changed."""
     sides = [key for key in SIDES if key in row]
@@ -187,14 +199,7 @@ def fit(row, template, note):
     else:
         prompt = put_into(string_of(row, 'prompt'), template, note)
         asked = question_of(prompt, template)
-    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value|text|type)['\"]\s*:", text)
-           for text in (asked, *answers)):
-        raise ValueError('a list written as a string: json.loads it first')
-    # A short greeting may well begin its answer
-    if len(asked) > 15 and answers and all(text.strip().startswith(asked) for text in answers):
-        raise Odd('answers that begin with their prompt: cut it off them')
-    if any(mark in '\n\n' + text.lstrip() for mark in SEVERAL for text in answers):
-        raise Odd('an answer of several turns, in the marks of a chat')
+    refuse_other_forms(asked, answers)
     out = {'prompt': prompt}
     for key, text in zip(sides, answers):
         if not text.strip():
