@@ -36,8 +36,10 @@ def show(folder):
     for split in ('train', 'val') if 'train.pairs' in counts else ():
         sides = zip(*(lengths['pairs', split, side] for side in RESPONSES['pairs']))
         longer = [0.5 if chosen == rejected else chosen > rejected for chosen, rejected in sides]
-        print(f'the longer answer is the chosen one in {sum(longer) / len(longer):.3f} of '
-              f'{split}.pairs: a reward model has to beat that')
+        share, n = sum(longer) / len(longer), len(longer)
+        print(f'the longer answer is the chosen one in {share:.3f} ± '
+              f'{(share * (1 - share) / n) ** 0.5:.3f} of the {n} {split}.pairs: a reward model '
+              'has to beat that accuracy')
     print('\n'.join(commands(folder, counts, lengths, text['template'])))
     return counts
 
@@ -68,12 +70,13 @@ def commands(folder, counts, lengths, template):
     for (kind, _, key), each in lengths.items():
         both['prompt' if key == 'prompt' else 'answer'] += each
     prompt, answer = (percentile(each, 95) for each in both.values())
+    longest = max(both['answer'])
     block = next((size for size in (64, 128) if size >= prompt + answer), 256)      # for CPUs
     tokens = sum(map(sum, both.values()))
     mean = min(block, tokens / max(1, len(both['prompt'])))                         # of a row
     small = tokens < 3e5
     shape = '--n_layer=4 --n_embd=128' if small else '--n_layer=6 --n_head=6 --n_embd=384'
-    out, new = f'out/{folder.name}', f'--max_new_tokens={min(max(16, answer), block // 2)}'
+    out, new = f'out/{folder.name}', f'--max_new_tokens={min(max(16, longest), block // 2)}'
 
     def steps(kind, epochs):
         """Returns flags for a number of epochs, or of minutes: so many tokens/s have 2 cores."""
@@ -81,8 +84,8 @@ def commands(folder, counts, lengths, template):
         n = int(max(20, min(epochs * counts[f'train.{kind}'] / 8, most)))
         return f'--batch_size=8 --steps={n} --warmup={n // 10} --eval_every={-(-n // 4)} {new}'
     lines = ['\n# next, at most a few minutes each on 2 cores. DPO needs only SFT, PPO the reward '
-             'model too.\n# Better: more --steps while the loss on val falls, or GPT-2 to begin '
-             'with (tools/README.md).']
+             'model too.\n# Better: more --steps in another --out, while the loss on val falls, or '
+             'GPT-2 to begin with (tools/README.md).']
     last = ''
     if 'train.sft' in counts:
         last = f'{out}/sft'
@@ -96,9 +99,11 @@ def commands(folder, counts, lengths, template):
                   f'--value_lr=5e-4 --rollout_size=32 --batch_size=16 --steps=20 '
                   f'--eval_every=5 {new}',
                   f'python train_dpo.py {data} --out={out}/dpo --lr=3e-5 {steps("pairs", 3)}',
+                  '# compare the runs that you have made',
+                  f'python -m tools.sample {out}/sft {out}/ppo {out}/dpo',
                   f'python -m tools.evaluate {out}/sft {out}/ppo {out}/dpo --judge={out}/rm']
-    if last:
-        lines.append(f'python -m tools.sample {last}' + ' --chat' * (template != '{}'))
     if template == '{}':
         lines.append("# to chat, prepare with a template: --template='user: {}\\nbot:'")
+    elif last:
+        lines.append(f'python -m tools.sample {last} --chat')
     return lines

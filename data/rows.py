@@ -105,7 +105,7 @@ def read_objects(path):
 
 def convert(row, where, content):
     """
-    Returns ': ' and a command that makes rows that are read of rows with such keys, or '' if it
+    Returns a command that makes rows that are read of rows with such keys, or '' if it
     would leave out one with a meaning, of `content`. Labels keep the rows that they call good.
     """
     def first(*keys):
@@ -130,8 +130,8 @@ def convert(row, where, content):
     which = f" if r['{label}'] in (True, 'desirable')" if label else ''
     rows = f"open('{path}')"
     rows = f'json.load({rows})' if ', row ' in where else f'map(json.loads, {rows})'
-    return (f": python -c \"import json; [print(json.dumps({{'prompt': {prompt}{texts}}})) for r "
-            f'in {rows}{which}]" > NEW.jsonl')
+    return (f"; to convert it: python -c \"import json; [print(json.dumps({{'prompt': {prompt}"
+            f'{texts}}})) for r in {rows}{which}]" > NEW.jsonl')
 
 
 def shuffle(items, text=str):

@@ -118,10 +118,12 @@ def question(row):
 
 def alpaca(row):
     """
-    Reads Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
+    Reads Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), and pairs as LLaMA-Factory has.
     {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+    {"instruction": "Name a colour.", "input": "", "chosen": "Blue.", "rejected": "Dog."}
     """
-    return {'prompt': question(row), 'completion': row['output']}
+    sides = {key: row[key] for key in ('chosen', 'rejected') if key in row}
+    return {'prompt': question(row)} | (sides or {'completion': row['output']})
 
 
 def alpaca_farm(row):
@@ -154,8 +156,8 @@ def ultrafeedback(row):
     rated = [answer.get('annotations') or {} for answer in answers]
     table = [[number(each.get(aspect, {}).get('Rating')) for each in rated]
              for aspect in (rated[0] if rated else ())]
-    overall = [[number(answer.get('overall_score')) for answer in answers]]
-    lines = [line for line in table if all(map(math.isfinite, line))] or overall
+    lines = [line for line in table if all(map(math.isfinite, line))] or [
+        [number(answer.get('overall_score')) for answer in answers]]
     scores = [sum(column) for column in zip(*lines)]        # in the order of the means
     if not max(scores, default=0) > min(scores, default=0):
         raise Odd('answers without ratings that can be compared, or with equal ones')
@@ -185,22 +187,21 @@ def safe_rlhf(row, by='rule', drop=''):
             'rejected': row[f'response_{1 - better}']}
 
 
-SHAPES = {  # the keys that a row must have, and others that are read; the first shape that fits
-    safe_rlhf: ('prompt response_0 response_1', 'better_response_id safer_response_id '
+SHAPES = (  # who reads it, the keys it must have, others that are read; the first that fits
+    (safe_rlhf, 'prompt response_0 response_1', 'better_response_id safer_response_id '
                 'is_response_0_safe is_response_1_safe'),
-    ultrafeedback: ('instruction completions', ''),
-    alpaca_farm: ('instruction output_1 output_2 preference', 'input'),
-    alpaca: ('instruction output', 'input'),
-    preferences: ('chosen rejected', 'prompt messages chosen_cut rejected_cut score_chosen '
+    (ultrafeedback, 'instruction completions', ''),
+    (alpaca_farm, 'instruction output_1 output_2 preference', 'input'),
+    (alpaca, 'instruction output', 'input'), (alpaca, 'instruction chosen rejected', 'input'),
+    (preferences, 'chosen rejected', 'prompt messages chosen_cut rejected_cut score_chosen '
                   'score_rejected chosen_score rejected_score'),
-    demonstrations: ('prompt completion', 'completion_cut'),
-    messages: ('messages', 'prompt'),
-    prompts: ('prompt', ''),
-}
+    (demonstrations, 'prompt completion', 'completion_cut'),
+    (messages, 'messages', 'prompt'),
+    (prompts, 'prompt', ''))
 ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
 IN_TURNS = 'role content from value weight response annotations overall_score'.split()
 # Keys that hold text or labels in some shape: beside those of another they contradict it
-CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split(), *(
+CONTENT = {*FOREIGN, *' '.join(f'{needs} {more}' for _, needs, more in SHAPES).split(), *(
     'question answer query context system_prompt response_1 response_2 function_call functions '
     'helpfulness correctness is_correct reward score rating chosen_rating rejected_rating margin '
     'chosen_avg_rating rejected_avg_rating preferred rejected_messages chat_history image video '
@@ -219,16 +220,14 @@ def rename(row):
 def read_shape(row, kind='', by='rule', drop=''):
     """Returns a row as its shape's function reads it, and the names of the keys it does not."""
     row, names = rename(row)
-    for shape, (needs, more) in SHAPES.items():
-        if row.keys() >= {*needs.split()}:
-            break
-    else:
+    shape, needs, more = next((each for each in SHAPES if row.keys() >= {*each[1].split()}),
+                              (prompts, '', ''))
+    unread = [key for key in row if key not in f'{needs} {more}'.split()]
+    if not needs or shape is prompts and unread and kind != 'prompts':
         raise Unknown(f'{", ".join(names.values())}: no known shape; wanted: prompt, completion; '
                       'or prompt, chosen, rejected; or messages; or instruction, output')
-    unread = [key for key in row if key not in f'{needs} {more}'.split()]
     for key in unread:
-        if (key.replace('-', '_') in CONTENT or key.endswith('_cut')
-                or shape is prompts and kind != 'prompts'):
+        if key.replace('-', '_') in CONTENT or key.endswith('_cut'):
             raise Unknown(f'{names[key]!r} beside {needs.replace(" ", ", ")} is not read, and may '
                           'change what a row means; leave it out if it does not')
     unread += sorted({f'{key}[].{name}' for key in row if isinstance(row[key], list)

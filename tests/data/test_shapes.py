@@ -83,6 +83,7 @@ READ = [  # a row, what its shape's function makes of it
     ({'chosen': HH + ' c', 'rejected': HH + ' r'}, pair(LONG[1:], ' c', ' r')),
     ({'instruction': 'Q', 'input': '', 'output': 'r'}, sft(Q, 'r')),
     ({'instruction': 'Q', 'input': 'x', 'output': 'r'}, sft([('user', 'Q\nx')], 'r')),
+    ({'instruction': 'Q', 'input': 'x', 'chosen': 'c', 'rejected': 'r'}, pair([('user', 'Q\nx')])),
     ({'instruction': 'Q', 'input': '', 'output_1': 'r', 'output_2': 'c', 'preference': 2}, pair(Q)),
     (rated(('r', '13', 9.0), ('c', '55', 1.0), ('-', '33', 5.0)), pair(Q)),     # ratings first
     (rated(('c', ['4.5', 5, 'N/A'], 1.0), ('r', [4.5, 2.0, '5'], 9.0)), pair(Q)),   # two of three
@@ -121,7 +122,7 @@ REFUSED = [
     ({'prompt': 'P', 'response': 'r', 'helpfulness': 0}, "'helpfulness' beside"),
     ({**pair('P'), 'response': 'r'}, "'response' beside"),
     ({**pair('P'), 'system': 'Be brief.'}, "'system' beside"),
-    ({**pair('P'), 'instruction': 'Q'}, "'instruction' beside"),
+    ({**pair('P'), 'instruction': 'Q'}, "'prompt' beside"),
     ({**pair('P'), 'messages': [user('Q')]}, "both 'prompt' and 'messages'"),
     ({**pair('P'), 'score_chosen': 2, 'score_rejected': 9}, 'not above'),
     ({**pair('P'), 'chosen': 42}, 'int'), ({**pair('P'), 'rejected': ['r']}, 'list|str'),
@@ -137,14 +138,14 @@ REFUSED = [
     (safe(chosen='one', rejected='zero'), "'chosen' beside"),
     (safe(safe_0='yes'), 'is_response_0_safe'), (safe(2, 0), 'better_response_id'),
     (safe('0', 0), 'better_response_id'), (safe(0, None, False, False), 'safer_response_id'),
-    ({'prompt': 'P', 'answer': 'r'}, "'answer' beside prompt"),
+    ({'prompt': 'P', 'answer': 'r'}, 'prompt, answer: no known shape; wanted: prompt, compl'),
     ({**pair('P'), 'score_chosen': 9}, 'alone'), ({**pair('P'), 'chosen-rating': 1}, 'beside'),
     ({**sft('P', 'r'), 'image': 'x.png'}, "'image' beside"),
     ({**pair('P'), 'score_chosen': 10 ** 400, 'score_rejected': 1}, 'preferences'),
     ({'instruction': 'Q', 'input': 5, 'output': 'r'}, "'input' is int"),
     ({'prompt': 'other', 'messages': [user('Q'), bot('r')]}, 'first question'),
     ({'instruction': 'Q', 'input': 0, 'output': 'r'}, "'input' is int"),
-    ({'prompt': 'P', 'response_1': 'a', 'response_2': 'b', 'preference_strength': -2}, 'beside'),
+    ({'prompt': 'P', 'response_1': 'a', 'response_2': 'b', 'preference_strength': -2}, 'shape'),
     ({'instruction': 'Q', 'completions': 7}, 'ultrafeedback'),
     ({'instruction': 'Q', 'completions': ['r', 's']}, 'ultrafeedback'),
     ({**pair('P'), 'score_chosen': '9', 'score_rejected': '10'}, 'not above'),  # text would pass
@@ -175,7 +176,7 @@ def test_odd_rows_are_told_from_what_cannot_be_read(odd):
 
 def test_the_examples_in_docstrings_are_read():
     """Each shape's function shows rows that it reads, and that no other one takes."""
-    for shape in (*shapes.SHAPES, shapes.transcripts):
+    for shape in {*(shape for shape, *_ in shapes.SHAPES), shapes.transcripts}:
         text, rows = inspect.getdoc(shape), []
         text = text[text.index('\n{'):].strip()
         while text.startswith('{'):
@@ -240,7 +241,6 @@ def test_turns_alternate(roles):
 @pytest.mark.parametrize('row, expected', [
     ({'question': 'Q', 'answer': 'r'}, sft(Q, 'r')),
     ({'instruction': 'Q', 'context': 'x', 'response': 'r'}, sft([('user', 'Q\nx')], 'r')),
-    ({'instruction': 'Q', 'input': '', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'system': 'Be brief.', 'question': 'Q', 'chosen': 'c', 'rejected': 'r'},
      pair([('user', 'Be brief.\nQ')])),
     ({'system': 'Be brief.', 'prompt': 'Q', 'chosen': 'c', 'rejected': 'r'},
@@ -256,7 +256,7 @@ def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     for where, text in (('rows.jsonl:1', json.dumps(row) + '\n'),
                         ('rows, row 1', f'[{json.dumps(row)}]')):
         (tmp_path / where.split(',')[0].split(':')[0]).write_text(text)
-        command = convert(row, where, CONTENT).removeprefix(': ')
+        command = convert(row, where, CONTENT).removeprefix('; to convert it: ')
         command = command.replace('python -c', f'{sys.executable} -S -c', 1)
         subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
         rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
