@@ -79,7 +79,7 @@ def commands(folder, counts, lengths, template):
     out, new = f'out/{folder.name}', f'--max_new_tokens={min(max(16, longest), block // 2)}'
 
     def steps(kind, epochs):
-        """Returns flags for a number of epochs, or of minutes: so many tokens/s have 2 cores."""
+        """Returns flags for so many epochs, or for 200 seconds at 5000 or 1500 tokens/s."""
         most = 200 * (5000 if small else 1500) / (8 * mean * len(RESPONSES[kind]))
         n = int(max(20, min(epochs * counts[f'train.{kind}'] / 8, most)))
         return f'--batch_size=8 --steps={n} --warmup={n // 10} --eval_every={-(-n // 4)} {new}'

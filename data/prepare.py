@@ -1,5 +1,5 @@
 """
-The gate: turns rows that people bring into a folder of canonical rows, which the scripts read.
+Turns rows that people bring into a folder of canonical rows, which the scripts read: the gate.
 
 It tells each row's shape (shapes.py), puts turns into the template, holds out a tenth of the
 questions, takes or trains a tokenizer, and counts what was kept, dropped and not read. It reads
@@ -8,20 +8,19 @@ JSON Lines, JSON arrays and gzip of either. Left out: parquet, CSV, any shape no
     python -m data.prepare alpaca.json pairs.jsonl --out=data/mine
     python -m data.prepare data/mine --look
 """
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.bpe import take_tokenizer, write_tokenizer
+from data.bpe import find_tokenizer, take_tokenizer, write_tokenizer
 from data.look import show
 from data.rows import convert, read_objects, stage_rows, write_rows, write_text
 from data.shapes import CONTENT, read_shape
-from data.text import RESPONSES, DataError, load_tokenizer, tokenizer_text
+from data.text import RESPONSES, DataError
 from data.turns import Odd, Unknown, choose_template, fit, split_rows
-from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
+from prefgpt import UserError, printable, run_cli
 
-DROPPED, UNREAD = 'rows dropped:', 'rows cannot be read:'
+DROPPED, UNREAD = 'dropped: ', 'cannot be read: '
 
 
 @dataclass
@@ -49,26 +48,28 @@ def read_row(row, cfg, note):
                                  cfg.kind, cfg.safe_rlhf, cfg.drop)
     except ValueError as error:
         missing = {*nulls} & {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output',
-                             'instruction', 'messages'}
+                              'instruction', 'messages'}         # the null is what is wrong
         raise Odd(f"null for {' and '.join(sorted(missing))}") if missing else error
     for key in unread:
-        note('rows', f'whose key {key!r} was not read')
+        note('row', f'whose key {key!r} was not read')
     for key in nulls:
-        note('rows', f'with null for {key!r}, read as absent')
+        note('row', f'with null for {key!r}, read as absent')
     return out
 
 
 def attempt(counts, where, raw, function, *arguments):
     """Returns a function's row, or None; counts what it notes and why it raises, with places."""
-    def note(of, done):
-        counts[of, done].append(where)
+    notes = []
     try:
-        return function(*arguments, note)
+        row = function(*arguments, lambda *what: notes.append(what))
     except Odd as error:
-        note(DROPPED, str(error))
+        row, notes = None, [('row', f'{DROPPED}{error}')]
     except ValueError as error:
         advice = convert(raw, where, CONTENT) if isinstance(error, Unknown) else ''
-        note(UNREAD, f'{error}{advice}')
+        row, notes = None, [('row', f'{UNREAD}{error}{advice}')]
+    for what in notes:
+        counts[what].append(where)
+    return row
 
 
 def gather(cfg, saved):
@@ -77,30 +78,39 @@ def gather(cfg, saved):
     for path in cfg.files:
         for number, (where, raw) in enumerate(read_objects(path)):
             if cfg.limit and number >= cfg.limit:
-                counts['rows', f'beyond --limit={cfg.limit}, not read'].append(where)
+                counts['row', f'beyond --limit={cfg.limit}, not read'].append(where)
             else:
                 read.append((where, raw, attempt(counts, where, raw, read_row, raw, cfg)))
     template = choose_template(cfg.template, [row for *_, row in read if row], saved)
     kept = [attempt(counts, where, raw, fit, row, template) for where, raw, row in read if row]
     kept = [row for row in kept if row]
     seen = {(row['prompt'], row['chosen'], row['rejected']) for row in kept if 'chosen' in row}
-    against = sum((prompt, rejected, chosen) in seen for prompt, chosen, rejected in seen)
-    counts['rows', 'repeating another, kept'] = [''] * (len(kept) - len({*map(str, kept)}))
-    counts['pairs', 'contradicted by another, kept'] = [''] * against
+    contradicted = sum((prompt, rejected, chosen) in seen for prompt, chosen, rejected in seen)
+    counts['row', 'repeating another, kept'] = [''] * (len(kept) - len({*map(str, kept)}))
+    counts['pair', 'contradicted by another, kept'] = [''] * contradicted
     print(f'{len(read)} rows, {len(kept)} kept; template {template!r}')
     for (of, done), places in counts.items():
-        where = f" ({', '.join(places[:3])})" if of in (DROPPED, UNREAD) else ''
+        where = f" ({', '.join(places[:3])})" if done.startswith((DROPPED, UNREAD)) else ''
         if places:
-            of = of if len(places) > 1 else re.sub(r's\b', '', of, count=1)
-            print(f'{len(places)} {of} {printable(done)}{where}')
-    bad = [key for key in counts if key[0] == UNREAD]
+            print(f"{len(places)} {of}{'s' * (len(places) > 1)} {printable(done)}{where}")
+    bad = [key for key in counts if key[1].startswith(UNREAD)]
     if kept and (cfg.skip or not bad):
         return kept, template
     if not read:
         raise DataError(f'{cfg.files[0]}: no rows')
-    first = (bad or [key for key in counts if key[0] == DROPPED])[0]
+    first = (bad or [key for key in counts if key[1].startswith(DROPPED)])[0]
     raise DataError(f'{counts[first][0]}: {len(counts[first])} of {len(read)} rows'
-                    + ' (--skip drops them)' * bool(kept) + f': {first[1]}')
+                    + (' (--skip drops them) ' if kept else ' ') + first[1])
+
+
+def check_flags(cfg):
+    """Raises UserError if a flag cannot work."""
+    drop, rules = {*filter(None, cfg.drop.split(','))}, ('rule', 'better', 'safer')
+    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1 or (
+            drop - {'dual-safe', 'dual-unsafe'} or cfg.limit < 0):
+        raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
+                        f'rule, better or safer; --drop={cfg.drop}: dual-safe, dual-unsafe; '
+                        f'--val={cfg.val}: above 0 and below 1; --limit={cfg.limit}: not negative')
 
 
 def main(cfg):
@@ -110,28 +120,16 @@ def main(cfg):
     if cfg.look or not cfg.files or not cfg.out:
         raise UserError('name the files to read, and with --out=FOLDER the folder to write; or '
                         'with --look one folder')
-    drop, rules = {*filter(None, cfg.drop.split(','))}, ('rule', 'better', 'safer')
-    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1 or (
-            drop - {'dual-safe', 'dual-unsafe'} or cfg.limit < 0):
-        raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
-                        f'rule, better or safer; --drop={cfg.drop}: dual-safe, dual-unsafe; '
-                        f'--val={cfg.val}: above 0 and below 1; --limit={cfg.limit}: not negative')
-    out, saved, tokenizer = Path(cfg.out), None, cfg.tokenizer
+    check_flags(cfg)
+    out = Path(cfg.out)
     if any(out.glob('*.jsonl')):
         raise UserError(f'{out} holds rows: delete it, or name another --out; all files go into '
                         'one call')
-    if tokenizer == 'gpt2' or tokenizer.endswith('.tiktoken'):
-        tokenizer = tokenizer_text(load_tokenizer(tokenizer))
-    elif not tokenizer.isdecimal():
-        saved = load_checkpoint(tokenizer, (*POLICIES, 'rm'))
-        tokenizer = saved['tokenizer']
-    elif int(tokenizer) < 257:
-        raise UserError(f'--tokenizer={tokenizer}: 256 bytes and EOS need at least 257')
+    text, saved = find_tokenizer(cfg.tokenizer)
     rows, template = gather(cfg, saved)
     train, val = split_rows(rows, template, cfg.val)
     chosen = not any('completion' in row for row in rows)
-    parts = {name: stage_rows(part, cfg.kind, chosen)
-             for name, part in (('train', train), ('val', val))}
+    parts = {'train': stage_rows(train, cfg.kind, chosen), 'val': stage_rows(val, cfg.kind, chosen)}
     if not parts['train']:
         raise DataError(f'--kind={cfg.kind}: these rows hold none')
     if few := parts['train'].keys() ^ parts['val'].keys():
@@ -140,12 +138,13 @@ def main(cfg):
     if chosen and 'sft' in parts['train']:
         print('sft: no demonstrations, so the chosen sides of the pairs are taken for them')
     out.mkdir(parents=True, exist_ok=True)
-    if cfg.tokenizer.isdecimal():
+    if text:
+        take_tokenizer(out, 'gpt2' if cfg.tokenizer == 'gpt2' else text)
+    else:
+        print('training a BPE: minutes, if the text is long or Chinese; --tokenizer=gpt2 has one')
         write_tokenizer(out, 'bpe', (text for row in train for text in row.values()
                                      if isinstance(text, str)), int(cfg.tokenizer))
-    else:
-        take_tokenizer(out, 'gpt2' if cfg.tokenizer == 'gpt2' else tokenizer)
-    write_text(out / 'template.txt', template + '\n' * template.endswith('\n'))
+    write_text(out / 'template.txt', template + '\n' * template.endswith('\n'))  # one is cut off
     for part in parts:
         for kind, listed in parts[part].items():
             write_rows(out / f'{part}.{kind}.jsonl', listed)

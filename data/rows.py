@@ -78,7 +78,7 @@ def read_objects(path):
     """Yields (where, row or ValueError) of JSON Lines or of an array; DataError: neither."""
     text = read_file(path)
     whole = None                                # the file's JSON, if it is one array or object
-    if text.lstrip().startswith('[') or text.lstrip().startswith('{\n') or text.count('\n') < 2:
+    if text.lstrip().startswith(('[', '{\n')) or text.count('\n') < 2:      # else JSON Lines
         try:
             whole = parse(text)
         except (ValueError, RecursionError) as error:
@@ -105,8 +105,8 @@ def read_objects(path):
 
 def convert(row, where, content):
     """
-    Returns a command that makes rows that are read of rows with such keys, or '' if it
-    would leave out one with a meaning, of `content`. Labels keep the rows that they call good.
+    Returns a command that turns rows with such keys into rows that are read. Returns '' if it would
+    leave out a key of `content`, which has a meaning. A label keeps the rows that it calls good.
     """
     def first(*keys):
         return next((key for key in keys if key in row), '')
@@ -115,16 +115,17 @@ def convert(row, where, content):
                              'context') if key in row]
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
     if not all(sides.values()):
-        sides = {'completion': first('completion', 'output', 'response', 'answer', 'text')}
+        sides = {'completion': first('completion', 'output', 'response', 'answer')}
     used = [*asked, *sides.values(), label]
     path = re.sub('(:|, row )[0-9]+$', '', where)
-    if '' in sides.values() or not asked and len(row) > 1 or path.endswith('.gz') or any(
-            key.replace('-', '_') in content for key in row if key not in used):
+    lost = [key for key in row if key not in used and key.replace('-', '_') in content]
+    odd_label = label and row[label] not in (True, False, 'desirable', 'undesirable')
+    if '' in sides.values() or not asked or lost or odd_label or path.endswith('.gz'):
         return ''
-    prompt = ', '.join(f"r['{key}']" for key in asked) or "''"
+    prompt = ', '.join(f"r['{key}']" for key in asked)
     if len(asked) > 1:
         prompt = f"'\\n'.join(filter(None, [{prompt}]))"
-    if asked not in ([], ['prompt']):           # a question, not the literal text
+    if asked != ['prompt']:                     # a question, not the literal text
         prompt = f"[{{'role': 'user', 'content': {prompt}}}]"
     texts = ''.join(f", '{side}': r['{key}']" for side, key in sides.items())
     which = f" if r['{label}'] in (True, 'desirable')" if label else ''
@@ -166,11 +167,13 @@ def write_all(out, rows):
 
 
 def stage_rows(rows, kind='', chosen=True):
-    """Returns rows by kind. chosen: the chosen sides of pairs are the demonstrations."""
+    """Returns rows by kind. If `chosen`, the chosen sides of pairs are the demonstrations."""
     pairs = [row for row in rows if 'chosen' in row]
-    sft = [{key.replace('chosen', 'completion'): value for key, value in row.items()
-            if 'rejected' not in key} for row in pairs]
-    sft = sft if chosen else [row for row in rows if 'completion' in row]
+    if chosen:
+        sft = [{key.replace('chosen', 'completion'): value for key, value in row.items()
+                if 'rejected' not in key} for row in pairs]
+    else:
+        sft = [row for row in rows if 'completion' in row]
     asked = [{'prompt': prompt} for prompt in dict.fromkeys(row['prompt'] for row in rows)]
     return {name: listed for name, listed in (('sft', sft), ('pairs', pairs), ('prompts', asked))
             if listed and kind in ('', name)}

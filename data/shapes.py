@@ -3,11 +3,12 @@ Reads the shapes of rows that people bring, one small function per shape.
 
 Each function takes a row without its nulls and returns {prompt} and {completion} or {chosen,
 rejected}. A prompt is literal text, or turns (role, text), which prepare.py puts into the template.
-ValueError refuses what cannot be what its keys say; Odd drops and counts what says nothing.
+A row that contradicts its keys raises ValueError, which stops the gate; one that teaches nothing
+raises Odd, and is dropped and counted.
 """
 import math, re
 
-from data.turns import FOREIGN, Odd, Unknown, from_transcripts, read_turns, string_of
+from data.turns import FOREIGN, ROLES, Odd, Unknown, from_transcripts, read_turns, string_of
 
 
 def read_prompt(row):
@@ -69,7 +70,8 @@ def preferences(row):
         if (high in row) != (low in row):
             raise ValueError(f'{high!r} or {low!r} alone: bring both or none')
         if high in row and not (above := float(row[high]) - float(row[low])) > 0:
-            raise (Odd if above == 0 else ValueError)(f'{high!r} is not above {low!r}')
+            error = Odd if above == 0 else ValueError
+            raise error(f'{high!r} is not above {low!r}')
     if isinstance(row['chosen'], str) and isinstance(row['rejected'], str):
         if 'prompt' not in row and 'messages' not in row:
             return transcripts(row)
@@ -103,9 +105,9 @@ def transcripts(row):
     if '\n\nAssistant:' not in row['chosen'] + row['rejected']:
         raise ValueError("without a 'prompt', where the answers begin is a guess: add one")
     prompt, chosen, rejected = from_transcripts(row['chosen'], row['rejected'])
-    before, *parts = re.split(r'\n\n(Human|Assistant): ?', prompt)
-    turns = [({'Human': 'user'}.get(name, 'assistant'), text)
-             for name, text in zip(parts[:-2:2], parts[1:-2:2])]        # the last one is to come
+    before, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ?', prompt)
+    # parts: name, text, name, text, ..., and 'Assistant', whose text is to come
+    turns = [(ROLES[name.lower()], text) for name, text in zip(parts[:-2:2], parts[1:-2:2])]
     return {'prompt': [('system', before)] * bool(before) + turns, 'chosen': chosen,
             'rejected': rejected}
 
@@ -144,8 +146,8 @@ def ultrafeedback(row):
     {"instruction": "Name a colour.", "completions": [
      {"response": "Blue.", "annotations": {"helpfulness": {"Rating": "5"}}},
      {"response": "Dog.", "annotations": {"helpfulness": {"Rating": "1"}}}]}
-    By the mean over the aspects that all of them have a rating of; overall_score, which has
-    errors, only where there is none.
+    The mean is over the aspects for which all answers have a rating. Where there is no such aspect,
+    overall_score decides; it has errors.
     """
     def number(value):                          # a rating may be "4.5", or "N/A"
         try:
@@ -154,11 +156,11 @@ def ultrafeedback(row):
             return math.nan
     answers = row['completions']
     rated = [answer.get('annotations') or {} for answer in answers]
-    table = [[number(each.get(aspect, {}).get('Rating')) for each in rated]
+    table = [[number((each.get(aspect) or {}).get('Rating')) for each in rated]
              for aspect in (rated[0] if rated else ())]
     lines = [line for line in table if all(map(math.isfinite, line))] or [
         [number(answer.get('overall_score')) for answer in answers]]
-    scores = [sum(column) for column in zip(*lines)]        # in the order of the means
+    scores = [sum(column) for column in zip(*lines)]        # all are of as many lines
     if not max(scores, default=0) > min(scores, default=0):
         raise Odd('answers without ratings that can be compared, or with equal ones')
     best, worst = (answers[scores.index(pick(scores))]['response'] for pick in (max, min))
@@ -174,7 +176,7 @@ def safe_rlhf(row, by='rule', drop=''):
     safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
     if (by == 'rule' or drop) and not all(flag in (True, False) for flag in safe):
         raise ValueError('is_response_0_safe, _1_safe: not true or false; see --safe_rlhf=better')
-    kind = {(1, 1): 'dual-safe', (0, 0): 'dual-unsafe'}.get(tuple(safe), '')
+    kind = {(1, 1): 'dual-safe', (0, 0): 'dual-unsafe'}.get(tuple(safe), '')    # True equals 1
     if kind and kind in drop.split(','):
         raise Odd(f'{kind}, as --drop says')
     if {*safe} == {True, False} and row.get('safer_response_id') == safe.index(False):
@@ -200,7 +202,7 @@ SHAPES = (  # who reads it, the keys it must have, others that are read; the fir
     (prompts, 'prompt', ''))
 ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
 IN_TURNS = 'role content from value weight response annotations overall_score'.split()
-# Keys that hold text or labels in some shape: beside those of another they contradict it
+# Keys with text or labels: beside a shape that does not read them, they may change its meaning
 CONTENT = {*FOREIGN, *' '.join(f'{needs} {more}' for _, needs, more in SHAPES).split(), *(
     'question answer query context system_prompt response_1 response_2 function_call functions '
     'helpfulness correctness is_correct reward score rating chosen_rating rejected_rating margin '
@@ -209,7 +211,7 @@ CONTENT = {*FOREIGN, *' '.join(f'{needs} {more}' for _, needs, more in SHAPES).s
 
 
 def rename(row):
-    """Returns a row with its aliases replaced, and new key -> old key."""
+    """Returns a row with its aliases replaced, unless it has both keys, and new key -> old key."""
     names = {}
     for key in row:
         new = ALIASES.get(key, key)

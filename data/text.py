@@ -159,7 +159,7 @@ def load_rows(path, kind):
 
 def load_split(data, kind, template, rows=''):
     """
-    Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side) or of
+    Loads training and held-out rows of a data folder (with rows='pairs', SFT reads chosen) or of
     one file. Says how many prompts end as the template does; raises DataError if none does.
     """
     if Path(data).is_dir():

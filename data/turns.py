@@ -1,6 +1,6 @@
 """
-Turns and templates: how a chat, or a question, becomes a canonical row, whose prompt is the literal
-text that a model sees; and how the question is found in it again, for the split.
+Turns a chat, or a question, into a canonical row by a template, and finds the question in it again
+for the split. A row's prompt is the literal text that a model sees.
 """
 import hashlib, re
 from collections import Counter
@@ -13,12 +13,19 @@ KNOWN = (HH_TEMPLATE, '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n',
 ROLES = {'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'system': 'system', 'developer': 'system'}
 ENDS = ('<|endoftext|>', '</s>', '<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|end_of_text|>',
-        '<|end|>', '<end_of_turn>', '<|eos|>', '<eos>', '[EOS]')
-# What other templates put before an answer, and what makes an answer a chat of several turns
-OTHER = re.compile(r'(?i)(\[/inst\]|\b(assistant|bot|response|answer|model)\s*:|<\|\w+\|>|'
+        '<|end|>', '<end_of_turn>', '<|eos|>', '<eos>', '[EOS]', '<|eot|>', '<|return|>',
+        '<|END_OF_TURN_TOKEN|>', '<|end_of_turn|>', '<｜end▁of▁sentence｜>')
+# What other templates put before an answer
+OTHER = re.compile(r'((?im:^[#* ]*(assistant|bot|response|answer|model))\s*:|'
+                   r'\b(ASSISTANT|BOT|RESPONSE|ANSWER|MODEL)\s*:|\[/INST\]|<\|\w+\|>|'
                    r'<(\|im_start\||start_of_turn)>(assistant|model))\s*$')
+# What an answer holds that is a chat of several turns
 SEVERAL = ('\n\nHuman:', '\n\nAssistant:', '### Human:', '### Assistant:', '[/INST]',
-           '<|im_start|>', '<|start_header_id|>', '<start_of_turn>')
+           '<|im_start|>', '<|start_header_id|>', '<start_of_turn>', '<|user|>', '<|assistant|>',
+           ' ASSISTANT: ')
+# A chat written as a string: its first turn names a known role, or a part of type text
+LISTED = re.compile(r'''(?s)\s*\[\s*\{[^{}]*?["'](role|from|type)["']\s*:\s*'''
+                    r'''["'](user|human|assistant|gpt|system|developer|text)["']''')
 # Keys that change what a row means, and that no training script reads
 FOREIGN = ('messages', 'conversations', 'response', 'rejected_response', 'label', 'kto_tag',
            'is_safe', 'weight', 'system', 'history', 'tools', 'tool_calls', 'images')
@@ -26,11 +33,11 @@ SIDES = ('completion', 'chosen', 'rejected')
 
 
 class Odd(ValueError):
-    """A row that says nothing, as real data holds some: empty, equal, without a preference."""
+    """Drops a row that says nothing, as real data has some: empty, equal, without preference."""
 
 
 class Unknown(ValueError):
-    """A row whose keys are no shape that is read; convert may have the command that helps."""
+    """Refuses a row whose keys are no known shape; convert may have a command that helps."""
 
 
 def unique_keys(pairs):
@@ -44,7 +51,7 @@ def unique_keys(pairs):
 def check_text(text):
     """Returns a text; raises ValueError if UTF-8 or the tokenizer cannot take it."""
     text.encode()                               # a lone surrogate fails here, at a known line
-    if len(text) >= 100_000 and re.search(r'\s{100000}', text):
+    if len(text) >= 100_000 and re.search(r'(?<!\s)\s{100000}', text):
         raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
     return text
 
@@ -74,7 +81,8 @@ def read_turns(row, key):
         if not isinstance(text, str):
             raise ValueError(f"{key!r} has a turn whose 'content' is {type(text).__name__}")
         turns.append((ROLES[role], text))
-    if turns and not all(row[key][-1].get(name, True) for name in ('weight', 'train', 'training')):
+    marks = [row[key][-1].get(name) for name in ('weight', 'train', 'training')] if turns else []
+    if 0 in marks and turns[-1][0] == 'assistant':          # a null says nothing, False equals 0
         raise Odd('the last turn is marked as one that is not to be learned')
     return turns
 
@@ -91,24 +99,27 @@ def from_transcripts(chosen, rejected):
 def check_turns(turns):
     """Raises Odd unless turns are a system's, or none, and then user, assistant, ..., user."""
     roles = [role for role, _ in turns]
-    if (roles[roles[:1] == ['system']:] + ['assistant']) != ['user', 'assistant'] * (
-            (len(roles) + 1) // 2):
+    roles = roles[1:] if roles[:1] == ['system'] else roles
+    if roles + ['assistant'] != ['user', 'assistant'] * (len(roles) // 2 + 1):
         raise Odd('turns that are not (system), user, assistant, ..., user, assistant')
     if not all(text.strip() for _, text in turns):
         raise Odd('an empty turn')
 
 
 def render(turns, template):
-    """Returns turns that end with the user's as one prompt. A turn begins on a new line."""
+    """
+    Returns turns that end with the user's as one prompt. Each begins on a new line, which the
+    template brings or `end` adds.
+    """
     end = '' if template.startswith('\n') else '\n'
     form = {'user': template, 'assistant': '{}' + end, 'system': '{}' + end}
-    # An answer of before begins as the one to come will: after the template's end
+    # Earlier answers begin with a space just as the last one will
     return ''.join(form[role].replace('{}', spaced(text, template) if role == 'assistant' else text)
                    for role, text in turns)
 
 
 def spaced(text, before=''):
-    """Returns an answer that begins with a space, unless it or what is before brings one."""
+    """Returns an answer with a space in front, unless white space begins it or ends `before`."""
     return text if text[:1].isspace() or before[-1:].isspace() else ' ' + text
 
 
@@ -123,9 +134,9 @@ def clean_template(text, where):
 
 def without_end(text, note):
     """Returns an answer without another tool's EOS in words: ours is an id, which follows."""
-    ends = [mark for mark in ENDS if mark != '</s>' or '<s>' not in text]       # HTML may end so
+    ends = [mark for mark in ENDS if mark != '</s>' or '<s>' not in text]   # <s>...</s> is HTML
     while mark := next((mark for mark in ends if text.rstrip().endswith(mark)), ''):
-        note('answers', f'that ended in {mark}, which was cut off')
+        note('text', f'that ended in {mark}, which was cut off')
         text = text.rstrip().removesuffix(mark)
     return text
 
@@ -133,7 +144,7 @@ def without_end(text, note):
 def check_marks(texts, template):
     """Raises Odd if a text holds the template's own marks: it would read as another turn."""
     start, end = template.split('{}')
-    for mark in ('\n' + start.lstrip('\n'), end):
+    for mark in ('\n' + start.lstrip('\n'), end):      # "user: " is a mark where a line begins
         if mark.strip() and any(mark in '\n' + text for text in texts):
             raise Odd(f"text with the template's own mark {mark!r}")
 
@@ -144,8 +155,10 @@ def find_question(prompt, template):
     if not prompt.endswith(end):
         return None
     start, end = re.escape(start.lstrip()), re.escape(end)
+    # The question ends at the first end; later turns may follow
     asked = f'(.*?){end}(?:.*{end})?' if end else '(.*)'
-    found = re.fullmatch(rf'(?s)(?:.*?\s)??{start}{asked}', prompt)     # a system's turn before it
+    # A system's turn may be before it: on a line of its own, or, as in Vicuna's, on the same
+    found = re.fullmatch(rf'(?s)(?:|.*?\n|.*?\s){start}{asked}', prompt)
     return found[1].strip() if found else None
 
 
@@ -154,34 +167,36 @@ def put_into(prompt, template, note):
     start, end = template.split('{}')
     if '\n' in end and prompt.endswith(end.replace('\n', '\\n')):
         raise ValueError("line breaks spelled '\\n': the text was escaped twice")
-    if prompt.endswith(end + ' '):
-        note('prompts', 'whose last space now begins the answer')
-        prompt = prompt.rstrip(' ')
+    if re.search(r'\S $', prompt) and prompt.endswith(end + ' '):  # an indentation stays whole
+        note('prompt', 'whose last space now begins the answer')
+        prompt = prompt[:-1]
     question = find_question(prompt, template)
     if template != '{}' and not (prompt.strip() if question is None else question):
         raise Odd('an empty prompt')
     if question is not None:
+        if start.strip() and prompt.startswith(start.lstrip()) and not prompt.startswith(start):
+            note('prompt', 'given the white space that the template begins with')
+            prompt = start[:-len(start.lstrip())] + prompt
         return prompt
-    half = (start.strip() and prompt.lstrip().startswith(start.strip())
-            or end.strip() and prompt.rstrip().endswith(end.strip()))
-    if half or OTHER.search(prompt):
+    begins = start.strip() and prompt.lstrip().startswith(start.strip())
+    ends = end.strip() and prompt.rstrip().endswith(end.rstrip())
+    if begins or ends or OTHER.search(prompt):
         raise ValueError(f'a literal prompt in half of the template {template!r}, or in another '
                          'one: see --template')
     check_marks([prompt], template)
-    note('literal prompts', 'put into the template, as questions and turns are')
+    note('literal prompt', 'put into the template, as questions and turns are')
     return template.replace('{}', prompt)
 
 
 def refuse_other_forms(asked, answers):
     """Raises ValueError or Odd if a question or an answer holds what is not its text alone."""
-    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value|text|type)['\"]\s*:", text)
-           for text in (asked, *answers)):
+    if any(LISTED.match(text) for text in (asked, *answers)):
         raise ValueError('a list written as a string: json.loads it first')
     # A short greeting may well begin its answer
     if len(asked) > 15 and answers and all(text.strip().startswith(asked) for text in answers):
         raise Odd('answers that begin with their prompt: cut it off them')
     if any(mark in '\n\n' + text.lstrip() for mark in SEVERAL for text in answers):
-        raise Odd('an answer of several turns, in the marks of a chat')
+        raise Odd('an answer with the marks of a chat')
 
 
 def fit(row, template, note):
@@ -192,7 +207,7 @@ def fit(row, template, note):
     if isinstance(row['prompt'], list):
         turns = [(role, check_text(without_end(text, note))) for role, text in row['prompt']]
         check_turns(turns)
-        if template == '{}' and len(turns) > 1:
+        if template.endswith('{}') and len(turns) > 1:
             raise ValueError("turns need a template: --template='user: {}\\nbot:'")
         check_marks([text for _, text in turns], template)
         prompt, asked = render(turns, template), turns[-1][1].strip()
@@ -207,15 +222,15 @@ def fit(row, template, note):
         out[key] = spaced(text, prompt)
         out |= {f'{key}_cut': True} if row.get(f'{key}_cut') else {}
         if template == '{}' and out[key] != text:
-            note('answers', 'given a space in front')
+            note('answer', 'given a space in front')
     if not sides:
-        note('prompts', 'without an answer')
+        note('prompt', 'without an answer')
     if 'chosen' in out:
         if out['chosen'].split() == out['rejected'].split():
             raise Odd('equal answers, or equal but for white space')
         edges = {out[key].replace(out[key].strip(), 'x', 1) for key in sides}
-        if len(edges) > 1:
-            note('pairs', 'whose white space at the ends tells the sides apart')
+        if len(edges) > 1:                      # other white space around the two answers
+            note('pair', 'whose white space at the ends tells the sides apart')
     return out
 
 
@@ -230,7 +245,7 @@ def choose_template(flag, rows, saved):
                if isinstance(row['prompt'], str)]
     for known in KNOWN if not template else ():
         right = sum(find_question(prompt, known) is not None for prompt in literal)
-        if 0 < right < len(literal):
+        if 0 < right < len(literal):            # one odd row must not decide for the others
             raise UserError(f'{right} of {len(literal)} literal prompts are in the template '
                             f'{known!r}, the others are not: say --template={known!r}, or {{}} to '
                             'leave them as they are')
@@ -248,18 +263,20 @@ def question_of(prompt, template):
 def split_rows(rows, template, share=0.1):
     """
     Returns (train, val). A question is held out, with all its rows, if its hash is below a share of
-    all hashes; so it is in every call, whatever rows come with it. At least one is.
+    all hashes: so it is on the same side in every call. But at least one question is held out, and
+    none that a quarter of the rows ask, or training would have next to nothing.
     """
-    asked = Counter(question_of(row['prompt'], template) for row in rows)
+    texts = [' '.join(question_of(row['prompt'], template).split()) for row in rows]
+    asked = Counter(texts)
     if len(asked) < 2:
         raise UserError('only one prompt, so none can be held out: bring rows with others')
     place = {text: int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 for text in asked}
-    # A question that most rows ask stays: training would have next to nothing
-    order = sorted((text for text in asked if len(rows) < 3 or asked[text] <= len(rows) / 2),
+    few = max(len(rows) / 4, min(asked.values()))
+    order = sorted((text for text in asked if asked[text] <= few),
                    key=lambda text: (place[text], text))
     count = sum(place[text] < share for text in order)
     held_out = set(order[:max(1, min(count, len(asked) - 1))])
     sides = [], []
-    for row in rows:
-        sides[question_of(row['prompt'], template) in held_out].append(row)
+    for row, text in zip(rows, texts):
+        sides[text in held_out].append(row)
     return sides

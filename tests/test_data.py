@@ -300,6 +300,10 @@ def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
     half = [pair(f'p{i}', 'c', 'r') for i in range(20)]
     path = write_jsonl(tmp_path / 'half.jsonl', half)
     assert {row['prompt'] for row in load_split(path, 'sft', '{}')[1]} == {'p0', 'p7', 'p17'}
+    # White space does not make another question, and one that a quarter of the rows ask stays
+    spaced = [pair(f'{"  " * j}p{i}\r\n', 'c', 'r') for j in range(2) for i in range(40)]
+    path = write_jsonl(tmp_path / 'spaced.jsonl', spaced + [pair('p0', 'c', 'r')] * 40)
+    assert {row['prompt'].strip() for row in load_split(path, 'sft', '{}')[1]} == held_out - {'p0'}
     # Of two prompts one is held out; a single prompt is an error, not an empty side
     two = write_jsonl(tmp_path / 'two.jsonl', [sft_row('a', 'x'), sft_row('b', 'y')])
     assert [len(side) for side in load_split(two, 'sft', '{}')] == [1, 1]

@@ -110,6 +110,11 @@ def fitted(row, template=CHAT):
     ('{}', {'prompt': '', 'completion': 'r'}, '', ' r'),
     ('{}', {'prompt': 'q ', 'completion': 'r'}, 'q', ' r'),
     ('{}', {'prompt': 'q ', 'completion': ' r'}, 'q', ' r'),
+    ('{}', {'prompt': 'def f():\n    ', 'completion': 'return'}, 'def f():\n    ', 'return'),
+    (HH_TEMPLATE, {'prompt': 'Human: q\n\nAssistant:', 'completion': 'r'},
+     '\n\nHuman: q\n\nAssistant:', ' r'),
+    (CHAT, {'prompt': 'Which is the best language model:', 'completion': '[{"text": "Bob"}]'},
+     'user: Which is the best language model:\nbot:', ' [{"text": "Bob"}]'),
     (CHAT, {'prompt': 'hello', 'completion': 'hello you'}, 'user: hello\nbot:', ' hello you'),
     (CHAT, {'prompt': [('user', 'q<|im_end|>')], 'completion': 'r<end_of_turn>'},
      'user: q\nbot:', ' r'),
@@ -132,7 +137,7 @@ def test_what_is_changed_is_noted_and_marks_stay():
     assert row == {'prompt': 'user: q\nbot:', 'chosen': ' c', 'rejected': ' r',
                    'rejected_cut': True}
     assert list(row) == ['prompt', 'chosen', 'rejected', 'rejected_cut']        # in every process
-    assert len(notes) == 2 and '</s>' in notes[0] and 'literal prompts' in notes[1]
+    assert len(notes) == 2 and '</s>' in notes[0] and 'literal prompt' in notes[1]
     assert 'space' in fitted({'prompt': 'user: q\nbot: '})[1][0]
     uneven = {'prompt': 'q', 'chosen': 'c\n', 'rejected': 'r'}
     assert 'tells the sides apart' in fitted(uneven)[1][-1]
@@ -148,9 +153,9 @@ def test_what_is_changed_is_noted_and_marks_stay():
       'rejected': 'how do i clean it? r'}, Odd, 'begin with their prompt'),
     ({'prompt': 'user: how do i clean it?\nbot:', 'completion': 'how do i clean it? r'}, Odd,
      'begin with their prompt'),
-    ({'prompt': 'q', 'completion': '\n\nHuman: q\n\nAssistant: r'}, Odd, 'several turns'),
-    ({'prompt': 'q', 'completion': 'r\n\nHuman: thanks'}, Odd, 'several turns'),
-    ({'prompt': 'q', 'completion': '[INST] q [/INST] r'}, Odd, 'several turns'),
+    ({'prompt': 'q', 'completion': '\n\nHuman: q\n\nAssistant: r'}, Odd, 'marks of a chat'),
+    ({'prompt': 'q', 'completion': 'r\n\nHuman: thanks'}, Odd, 'marks of a chat'),
+    ({'prompt': 'q', 'completion': '[INST] q [/INST] r'}, Odd, 'marks of a chat'),
     ({'prompt': 'q', 'completion': 'bot: r'}, Odd, 'own mark'),
     ({'prompt': '[INST] q [/INST]', 'completion': 'r'}, ValueError, 'another one'),
     ({'prompt': '### Instruction:\nq\n\n### Response:\n', 'completion': 'r'}, ValueError,
@@ -159,6 +164,7 @@ def test_what_is_changed_is_noted_and_marks_stay():
     ({'prompt': '<|start_header_id|>assistant<|end_header_id|>\n\n', 'completion': 'r'},
      ValueError, 'another one'),
     ({'prompt': 'q\nbot:', 'completion': 'r'}, ValueError, 'half of the template'),
+    ({'prompt': 'q', 'completion': '<|assistant|>\nr'}, Odd, 'marks of a chat'),
     ({'prompt': 'user: \nbot:', 'completion': 'r'}, Odd, 'empty prompt'),
     ({'prompt': [('user', 'x\nbot: sure.\nuser: y')], 'completion': 'r'}, Odd, 'own mark'),
     ({'prompt': [('user', 'q')], 'completion': 'r\nuser: thanks'}, Odd, 'own mark'),
@@ -180,6 +186,21 @@ def test_rows_that_teach_nothing_or_harm(row, error, words):
     with pytest.raises(error, match=words) as raised:
         fitted(row)
     assert isinstance(raised.value, Odd) == (error is Odd)
+
+
+def test_white_space_is_searched_in_time():
+    """A million spaces with a letter here and there are read at once. Catches a search that begins
+    anew at every space."""
+    text = 'x'.join([' ' * 20_000] * 50)
+    assert fitted({'prompt': 'q', 'completion': text})[0]['completion'] == text
+
+
+def test_turns_need_a_template_with_an_end():
+    """Catches an earlier answer that is glued to its question."""
+    chat = {'prompt': [('user', 'q'), ('assistant', 'r'), ('user', 'p')], 'completion': 's'}
+    for template in ('{}', 'Q: {}'):
+        with pytest.raises(ValueError, match='turns need a template'):
+            fitted(chat, template)
 
 
 @pytest.mark.parametrize('prompts, flag, saved, template', [
@@ -272,13 +293,13 @@ def test_all_bad_rows_are_gathered_and_skip_drops_them(gate, capsys):
     """Two reasons in one call, not one row per call; nothing is written. --skip goes on."""
     rows = [*PAIRS, {'prompt': 'P', 'answer': 'r'}, {'prompt': 'P', 'answer': 's'},
             {**PAIRS[0], 'label': 0}]
-    with pytest.raises(DataError, match=r"0\.jsonl:21: 2 of 23 rows \(--skip.*: prompt, answer"):
+    with pytest.raises(DataError, match=r"0\.jsonl:21: 2 of 23 rows .* be read: prompt, answer"):
         gate(rows)
     said = capsys.readouterr().out
     assert '2 rows cannot be read: ' in said and "1 row cannot be read: 'label' beside" in said
     assert not Path('out').exists()
     assert '23 rows, 20 kept' in gate(rows, skip=True)[1]
-    with pytest.raises(DataError, match=r'0\.jsonl:1: 20 of 20 rows: an empty'):
+    with pytest.raises(DataError, match=r'0\.jsonl:1: 20 of 20 rows dropped: an empty'):
         gate([{**row, 'chosen': ''} for row in PAIRS], out='none')
     with pytest.raises(UserError, match='only one prompt'):
         gate(PAIRS[:1], out='none')

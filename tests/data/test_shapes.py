@@ -67,6 +67,7 @@ READ = [  # a row, what its shape's function makes of it
     ({'conversations': [{'from': 'human', 'value': 'Q'}, {'from': 'gpt', 'value': 'r'}]},
      sft(Q, 'r')),
     ({'messages': [user([{'type': 'text', 'text': 'Q'}]), bot('r')]}, sft(Q, 'r')),
+    ({'messages': [user('Q'), {**bot('r'), 'weight': None}]}, sft(Q, 'r')),
     ({'messages': [user('hi'), {**bot('yes'), 'weight': 0}, user('Q'), bot('r')]},
      sft(LONG[1:], 'r')),                       # only the last turn is learned anyway
     (pair('P'), pair('P')),
@@ -81,6 +82,7 @@ READ = [  # a row, what its shape's function makes of it
     ({**pair('Q', [user('Q'), bot('c')], [user('Q'), bot('r')]),        # UltraFeedback-binarized
       'score_chosen': 8.5, 'score_rejected': 4.0, 'messages': [user('Q'), bot('c')]}, pair(Q)),
     ({'chosen': HH + ' c', 'rejected': HH + ' r'}, pair(LONG[1:], ' c', ' r')),
+    ({'chosen': HH[2:] + ' c', 'rejected': HH[2:] + ' r'}, pair(LONG[1:], ' c', ' r')),
     ({'instruction': 'Q', 'input': '', 'output': 'r'}, sft(Q, 'r')),
     ({'instruction': 'Q', 'input': 'x', 'output': 'r'}, sft([('user', 'Q\nx')], 'r')),
     ({'instruction': 'Q', 'input': 'x', 'chosen': 'c', 'rejected': 'r'}, pair([('user', 'Q\nx')])),
@@ -247,7 +249,6 @@ def test_turns_alternate(roles):
      pair([('user', 'Be brief.\nQ')])),
     ({'query': 'Q', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'question': 'Q', 'response_j': 'c', 'response_k': 'r', 'qid': 3}, pair(Q)),
-    ({'text': 'r'}, sft('', 'r')),
     ({**sft('P', 'r'), 'label': True}, sft('P', 'r')), ({**sft('P', 'r'), 'label': False}, None)])
 def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     """Runs the command of the error message in a shell; its rows are read as they were meant."""
@@ -266,7 +267,8 @@ def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
 @pytest.mark.parametrize('row', [
     {'input': 'Q', 'output': 'r', 'reward': -3}, {**sft('P', 'r'), 'helpfulness': 0},
     {**sft('P', 'r'), 'history': [['a', 'b']]}, {**pair('P'), 'chosen-rating': 1},
-    {'question': 'Q', 'good': 'c', 'bad': 'r'}, {'message_id': 1, 'text': 'r', 'role': 'prompter'}])
+    {'question': 'Q', 'good': 'c', 'bad': 'r'}, {'text': 'r'}, {**sft('P', 'r'), 'label': 'good'},
+    {'message_id': 1, 'text': 'r', 'role': 'prompter'}])
 def test_no_line_converts_what_it_would_change(row):
     """Catches an error message that tells people to drop the reward that calls an answer bad."""
     assert convert(row, 'rows.jsonl:1', CONTENT) == ''
@@ -278,6 +280,7 @@ def test_no_line_converts_what_it_would_change(row):
     ('Be.\n\nHuman: q\n\nAssistant: yes\n\nHuman: and?\n\nAssistant:', HH_TEMPLATE, 'q'),
     ('user: who is the user: you?\nbot:', TEMPLATE, 'who is the user: you?'),
     ('the superuser: q\nbot:', TEMPLATE, 'the superuser: q\nbot:'), ('user: q', 'user: {}', 'q'),
+    ('Greet the user: now.\nuser: q\nbot:', TEMPLATE, 'q'),
     ('Be. USER: q ASSISTANT:', 'USER: {} ASSISTANT:', 'q'), ('a\nb', '{}\nbot:', 'a\nb'),
     ('q\nbot:', '{}\nbot:', 'q'), ('user: a {} b\nbot:', TEMPLATE, 'a {} b')])
 def test_the_question_is_found_in_its_prompt(prompt, template, question):

@@ -1,5 +1,5 @@
 """
-TRL's trainers, started from our exports on our files: their losses are ours.
+Compares TRL's trainers, started from our exports on our files, with our scripts' losses.
 
 Skipped without TRL, or with an older one (test_outside.py has the losses of TRL 0.17):
 
@@ -7,7 +7,8 @@ Skipped without TRL, or with an older one (test_outside.py has the losses of TRL
 
 A batch is the whole file, because the trainers draw their batches differently. It is read six rows
 at a time, and these are of different lengths, so a mask that begins or ends in the wrong place, or
-a mean of means, changes the loss. OURS and THEIRS are the table of tools/README.md.
+a mean of means, changes the loss. OURS and THEIRS hold the settings of the table in
+tools/README.md.
 """
 import os, shutil
 
@@ -42,7 +43,7 @@ def trl():
 
 @pytest.fixture(scope='module')
 def toy(trl, tmp_path_factory):
-    """The first rows of data/toy, with its BPE, whose merges must not cross the prompt's end."""
+    """Writes the first rows of data/toy; its BPE's merges must not cross the prompt's end."""
     folder = tmp_path_factory.mktemp('data') / 'toy'
     prepare.main(prepare.Config(out=str(folder)))
     for path in folder.glob('*.jsonl'):
@@ -56,13 +57,13 @@ def run(toy, tmp_path):
 
 
 def export(run):
-    """The Hugging Face folder of a run folder, beside it."""
+    """Exports a run folder to a Hugging Face folder beside it."""
     tools.hf.main(tools.hf.Config(('export', str(run)), f'{run}-hf'))
     return f'{run}-hf'
 
 
 def log_of_trl(trl, stage, model, toy, tmp_path, ref=None, **options):
-    """What TRL's trainer logs, a dict per step; it reads a copy of our files, as the page says."""
+    """Trains with TRL on a copy of our files, as the page says; returns its log."""
     from datasets import load_dataset
     (name, kind), rows = STAGES_OF_TRL[stage], tmp_path / 'rows'
     rows.mkdir()
