@@ -40,7 +40,7 @@ def show(folder):
         print(f'the longer answer is the chosen one in {share:.3f} ± '
               f'{(share * (1 - share) / n) ** 0.5:.3f} of the {n} {split}.pairs: a reward model '
               'has to beat that accuracy')
-    print('\n'.join(commands(folder, counts, lengths, text['template'])))
+    print('\n'.join(commands(folder, counts, lengths, text['template'], tokenizer.n_vocab)))
     return counts
 
 
@@ -64,7 +64,7 @@ def paint(row, key):
                    for mark, part in zip(marks, (row['prompt'], row[key], end)))
 
 
-def commands(folder, counts, lengths, template):
+def commands(folder, counts, lengths, template, vocab_size):
     """Returns the commands to run next, with sizes that suit the data."""
     both = {'prompt': [0], 'answer': [0]}
     for (kind, _, key), each in lengths.items():
@@ -79,8 +79,9 @@ def commands(folder, counts, lengths, template):
     out, new = f'out/{folder.name}', f'--max_new_tokens={min(max(16, longest), block // 2)}'
 
     def steps(kind, epochs):
-        """Returns flags for so many epochs, or for 200 seconds at 5000 or 1500 tokens/s."""
-        most = 200 * (5000 if small else 1500) / (8 * mean * len(RESPONSES[kind]))
+        """Returns flags for so many epochs, or for about 200 seconds on 2 cores."""
+        speed = 5000 if small else 1.8e10 / (10.6e6 + 384 * vocab_size)     # tokens per second
+        most = 200 * speed / (8 * mean * len(RESPONSES[kind]))
         n = int(max(20, min(epochs * counts[f'train.{kind}'] / 8, most)))
         return f'--batch_size=8 --steps={n} --warmup={n // 10} --eval_every={-(-n // 4)} {new}'
     lines = ['\n# next, at most a few minutes each on 2 cores. DPO needs only SFT, PPO the reward '
@@ -96,8 +97,8 @@ def commands(folder, counts, lengths, template):
         lines += [f'python train_rm.py {data} --out={out}/rm --lr=3e-4 '
                   + steps('pairs', 3).removesuffix(f' {new}'),
                   f'python train_ppo.py {data} --reward={out}/rm --out={out}/ppo --lr=1e-4 '
-                  f'--value_lr=5e-4 --rollout_size=32 --batch_size=16 --steps=20 '
-                  f'--eval_every=5 {new}',
+                  f'--value_lr=5e-4 --rollout_size=32 --batch_size=16 '
+                  f'--steps={20 if small else 8} --eval_every=4 {new}',
                   f'python train_dpo.py {data} --out={out}/dpo --lr=3e-5 {steps("pairs", 3)}',
                   '# compare the runs that you have made',
                   f'python -m tools.sample {out}/sft {out}/ppo {out}/dpo',
