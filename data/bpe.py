@@ -8,6 +8,8 @@ import base64, re, unicodedata
 from collections import Counter
 
 from data.rows import write_text
+from data.text import load_tokenizer, tokenizer_text
+from prefgpt import POLICIES, UserError, load_checkpoint
 
 # data.text.SPLIT_PATTERN for the standard library's re, which has no \p{L} and \p{N}: word_pieces
 # first spells every letter, number and space beyond ASCII as an ASCII one
@@ -88,6 +90,21 @@ def write_tiktoken(path, ranks):
     """Writes one "base64 rank" line per token, in the order of the dict."""
     write_text(path, ''.join(f'{base64.b64encode(token).decode()} {rank}\n'
                              for token, rank in ranks.items()))
+
+
+def find_tokenizer(where):
+    """
+    Returns the text of a tokenizer, 'gpt2', a NAME.tiktoken or a run's, and the run's checkpoint or
+    None. Of a number, the size of a BPE yet to be trained, the text is ''.
+    """
+    if where == 'gpt2' or where.endswith('.tiktoken'):
+        return tokenizer_text(load_tokenizer(where)), None
+    if not where.isdecimal():
+        saved = load_checkpoint(where, (*POLICIES, 'rm'))
+        return saved['tokenizer'], saved
+    if int(where) < 257:
+        raise UserError(f'--tokenizer={where}: 256 bytes and EOS need at least 257')
+    return '', None
 
 
 def write_tokenizer(out, name, texts, vocab_size):

@@ -1,5 +1,5 @@
 """
-The gate: turns rows that people bring into a folder of canonical rows, which the scripts read.
+Turns rows that people bring into a folder of canonical rows, which the scripts read: the gate.
 
 It tells each row's shape (shapes.py), puts turns into the template, holds out a tenth of the
 questions, takes or trains a tokenizer, and counts what was kept, dropped and not read. It reads
@@ -8,21 +8,19 @@ JSON Lines, JSON arrays and gzip of either. Left out: parquet, CSV, any shape no
     python -m data.prepare alpaca.json pairs.jsonl --out=data/mine
     python -m data.prepare data/mine --look
 """
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.bpe import take_tokenizer, write_tokenizer
+from data.bpe import find_tokenizer, take_tokenizer, write_tokenizer
 from data.look import show
-from data.rows import convert, read_objects, stage_rows, write_all, write_text
-from data.shapes import read_shape
-from data.text import RESPONSES, DataError, load_tokenizer, string_of, tokenizer_text
-from data.turns import (Odd, Unknown, check_turns, choose_template, put_into, render, spaced,
-                        split_rows, without_end)
-from prefgpt import POLICIES, UserError, load_checkpoint, printable, run_cli
+from data.rows import convert, read_objects, stage_rows, write_rows, write_text
+from data.shapes import CONTENT, read_shape
+from data.text import RESPONSES, DataError
+from data.turns import Odd, Unknown, choose_template, fit, split_rows
+from prefgpt import UserError, printable, run_cli
 
-SIDES = ('completion', 'chosen', 'rejected')
+DROPPED, UNREAD = 'dropped: ', 'cannot be read: '
 
 
 @dataclass
@@ -49,90 +47,70 @@ def read_row(row, cfg, note):
         out, unread = read_shape({key: value for key, value in row.items() if value is not None},
                                  cfg.kind, cfg.safe_rlhf, cfg.drop)
     except ValueError as error:
-        missing = {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output'} & {*nulls}
+        missing = {*nulls} & {'prompt', 'completion', 'response', 'chosen', 'rejected', 'output',
+                              'instruction', 'messages'}         # the null is what is wrong
         raise Odd(f"null for {' and '.join(sorted(missing))}") if missing else error
     for key in unread:
-        note('not read', f'the key {key!r}')
+        note('row', f'whose key {key!r} was not read')
     for key in nulls:
-        note('read as absent', f'null for {key!r}')
-    return out
-
-
-def fit(row, template, note):
-    """Returns a row in canonical form; raises Odd or ValueError. note counts what it changed."""
-    start, end = template.split('{}')
-    prompt, texts = row['prompt'], [string_of(row, key) for key in SIDES if key in row]
-    if isinstance(prompt, list):
-        check_turns(prompt)
-        if template == '{}' and len(prompt) > 1:
-            raise ValueError("turns need a template: --template='user: {}\\nbot:'")
-        for mark in (end, '\n' + start):
-            if mark.strip() and any(mark in text for text in [t for _, t in prompt] + texts):
-                raise Odd(f"text with the template's own mark {mark!r}")
-        asked, prompt = prompt[-1][1], render(prompt, template)
-    else:
-        asked = string_of(row, 'prompt')
-        prompt = put_into(asked, template, note)
-    out = {'prompt': prompt}
-    if any(re.search(r'\s{100000}', text) for text in [prompt, *texts]):
-        raise Odd('100,000 characters of white space in a row, which crash the tokenizer')
-    for key, text in zip([key for key in SIDES if key in row], texts):
-        text = without_end(text, note)
-        if not text.strip():
-            raise Odd(f'an empty {key} text')
-        out[key] = spaced(text, prompt)
-        out |= {f'{key}_cut': True} if row.get(f'{key}_cut') else {}
-    if any(re.match(r"\s*\[\s*\{\s*['\"](role|from)['\"]", text) for text in [asked] + texts):
-        raise ValueError('a list written as a string: json.loads it first')
-    if asked.strip() and texts and all(text.strip().startswith(asked.strip()) for text in texts):
-        raise Odd('answers that begin with their prompt: cut it off them')
-    if 'chosen' in out and out['chosen'].split() == out['rejected'].split():
-        raise Odd('equal answers, or equal but for white space')
+        note('row', f'with null for {key!r}, read as absent')
     return out
 
 
 def attempt(counts, where, raw, function, *arguments):
     """Returns a function's row, or None; counts what it notes and why it raises, with places."""
-    def note(done, what):
-        counts[done, what].append(where)
+    notes = []
     try:
-        return function(*arguments, note)
+        row = function(*arguments, lambda *what: notes.append(what))
     except Odd as error:
-        note('dropped', str(error))
+        row, notes = None, [('row', f'{DROPPED}{error}')]
     except ValueError as error:
-        path = re.sub('(:|, row )[0-9]+$', '', where)
-        advice = f': {convert(raw, path)}' if isinstance(error, Unknown) else ''
-        note('cannot be read', f'{error}{advice}')
+        advice = convert(raw, where, CONTENT) if isinstance(error, Unknown) else ''
+        row, notes = None, [('row', f'{UNREAD}{error}{advice}')]
+    for what in notes:
+        counts[what].append(where)
+    return row
 
 
 def gather(cfg, saved):
     """Reads all files; returns canonical rows and the template. Prints what became of the rest."""
-    counts, read = defaultdict(list), []                # (what was done, reason) -> places
+    counts, read = defaultdict(list), []                # (of what, what was done) -> places
     for path in cfg.files:
         for number, (where, raw) in enumerate(read_objects(path)):
             if cfg.limit and number >= cfg.limit:
-                counts['not read', f'rows beyond --limit={cfg.limit}'].append(where)
+                counts['row', f'beyond --limit={cfg.limit}, not read'].append(where)
             else:
                 read.append((where, raw, attempt(counts, where, raw, read_row, raw, cfg)))
     template = choose_template(cfg.template, [row for *_, row in read if row], saved)
     kept = [attempt(counts, where, raw, fit, row, template) for where, raw, row in read if row]
     kept = [row for row in kept if row]
     seen = {(row['prompt'], row['chosen'], row['rejected']) for row in kept if 'chosen' in row}
-    against = sum((prompt, rejected, chosen) in seen for prompt, chosen, rejected in seen)
-    counts['kept', 'rows that repeat another'] = [''] * (len(kept) - len({*map(str, kept)}))
-    counts['kept', 'pairs that another one contradicts'] = [''] * against
+    contradicted = sum((prompt, rejected, chosen) in seen for prompt, chosen, rejected in seen)
+    counts['row', 'repeating another, kept'] = [''] * (len(kept) - len({*map(str, kept)}))
+    counts['pair', 'contradicted by another, kept'] = [''] * contradicted
     print(f'{len(read)} rows, {len(kept)} kept; template {template!r}')
-    for (done, what), places in counts.items():
-        where = f" ({', '.join(places[:3])})" if done in ('dropped', 'cannot be read') else ''
+    for (of, done), places in counts.items():
+        where = f" ({', '.join(places[:3])})" if done.startswith((DROPPED, UNREAD)) else ''
         if places:
-            print(f'{len(places)} {done}: {printable(what)}{where}')
-    bad = [key for key in counts if key[0] == 'cannot be read']
+            print(f"{len(places)} {of}{'s' * (len(places) > 1)} {printable(done)}{where}")
+    bad = [key for key in counts if key[1].startswith(UNREAD)]
     if kept and (cfg.skip or not bad):
         return kept, template
-    why = (bad + [key for key in counts if key[0] == 'dropped'] + [('', 'no rows')])[0]
-    places = counts[why] or cfg.files
-    raise DataError(f'{places[0]}: {why[1]} ({len(places)} of {len(read)} rows)'
-                    + '; to drop such rows: --skip' * bool(kept))
+    if not read:
+        raise DataError(f'{cfg.files[0]}: no rows')
+    first = (bad or [key for key in counts if key[1].startswith(DROPPED)])[0]
+    raise DataError(f'{counts[first][0]}: {len(counts[first])} of {len(read)} rows'
+                    + (' (--skip drops them) ' if kept else ' ') + first[1])
+
+
+def check_flags(cfg):
+    """Raises UserError if a flag cannot work."""
+    drop, rules = {*filter(None, cfg.drop.split(','))}, ('rule', 'better', 'safer')
+    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1 or (
+            drop - {'dual-safe', 'dual-unsafe'} or cfg.limit < 0):
+        raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
+                        f'rule, better or safer; --drop={cfg.drop}: dual-safe, dual-unsafe; '
+                        f'--val={cfg.val}: above 0 and below 1; --limit={cfg.limit}: not negative')
 
 
 def main(cfg):
@@ -142,33 +120,34 @@ def main(cfg):
     if cfg.look or not cfg.files or not cfg.out:
         raise UserError('name the files to read, and with --out=FOLDER the folder to write; or '
                         'with --look one folder')
-    rules = ('rule', 'better', 'safer')
-    if cfg.kind not in ('', *RESPONSES) or cfg.safe_rlhf not in rules or not 0 < cfg.val < 1:
-        raise UserError(f'--kind={cfg.kind}: sft, pairs or prompts; --safe_rlhf={cfg.safe_rlhf}: '
-                        f'rule, better or safer; --val={cfg.val}: above 0 and below 1')
-    out, saved, tokenizer = Path(cfg.out), None, cfg.tokenizer
+    check_flags(cfg)
+    out = Path(cfg.out)
     if any(out.glob('*.jsonl')):
-        raise UserError(f'{out} holds rows: name all files in one call, or another --out')
-    if tokenizer == 'gpt2' or tokenizer.endswith('.tiktoken'):
-        tokenizer = tokenizer_text(load_tokenizer(tokenizer))
-    elif not tokenizer.isdigit():
-        saved = load_checkpoint(tokenizer, (*POLICIES, 'rm'))
-        tokenizer = saved['tokenizer']
-    elif int(tokenizer) < 257:
-        raise UserError(f'--tokenizer={tokenizer}: 256 bytes and EOS need at least 257')
+        raise UserError(f'{out} holds rows: delete it, or name another --out; all files go into '
+                        'one call')
+    text, saved = find_tokenizer(cfg.tokenizer)
     rows, template = gather(cfg, saved)
     train, val = split_rows(rows, template, cfg.val)
-    parts = {'train': stage_rows(train, cfg.kind), 'val': stage_rows(val, cfg.kind)}
+    chosen = not any('completion' in row for row in rows)
+    parts = {'train': stage_rows(train, cfg.kind, chosen), 'val': stage_rows(val, cfg.kind, chosen)}
     if not parts['train']:
         raise DataError(f'--kind={cfg.kind}: these rows hold none')
+    if few := parts['train'].keys() ^ parts['val'].keys():
+        raise DataError(f'{", ".join(few)}: too few rows to hold some out; bring more, or raise '
+                        '--val, or leave them out with --kind')
+    if chosen and 'sft' in parts['train']:
+        print('sft: no demonstrations, so the chosen sides of the pairs are taken for them')
     out.mkdir(parents=True, exist_ok=True)
-    if cfg.tokenizer.isdigit():
+    if text:
+        take_tokenizer(out, 'gpt2' if cfg.tokenizer == 'gpt2' else text)
+    else:
+        print('training a BPE: minutes, if the text is long or Chinese; --tokenizer=gpt2 has one')
         write_tokenizer(out, 'bpe', (text for row in train for text in row.values()
                                      if isinstance(text, str)), int(cfg.tokenizer))
-    else:
-        take_tokenizer(out, 'gpt2' if cfg.tokenizer == 'gpt2' else tokenizer)
-    write_text(out / 'template.txt', template + '\n' * template.endswith('\n'))
-    write_all(out, {f'{part}.{kind}': rows for part in parts for kind, rows in parts[part].items()})
+    write_text(out / 'template.txt', template + '\n' * template.endswith('\n'))  # one is cut off
+    for part in parts:
+        for kind, listed in parts[part].items():
+            write_rows(out / f'{part}.{kind}.jsonl', listed)
     return show(out)
 
 

@@ -3,10 +3,11 @@ Reads files of rows, puts rows in a fixed order, writes files whole, and formats
 
 It knows no data set and no shape: each prepare.py decides what is kept, cut or dropped.
 """
-import gzip, hashlib, json, os, zlib
+import gzip, hashlib, json, os, re, zlib
 from pathlib import Path
 
-from data.text import DataError, unique_keys
+from data.text import DataError
+from data.turns import unique_keys
 
 
 WHAT = {  # what some files are instead, by their first bytes, and what to do
@@ -15,6 +16,10 @@ WHAT = {  # what some files are instead, by their first bytes, and what to do
     b'\xff\xfe': 'UTF-16: iconv -f UTF-16 -t UTF-8 {} > NEW',
     b'\xfe\xff': 'UTF-16: iconv -f UTF-16 -t UTF-8 {} > NEW',
     b'version https://git-lfs': 'a Git LFS pointer, not the file: git lfs pull',
+    b'PK\x03\x04': 'a zip archive: unzip {}',
+    b'\x28\xb5\x2f\xfd': 'compressed by zstd: zstd -d {} -o NEW',
+    b'ARROW1': 'Arrow: python -c "import datasets; datasets.Dataset.from_file(\'{}\').to_json('
+               '\'NEW.jsonl\')"',
     b'<': 'HTML, perhaps an error page, not the file: download {} again',
 }
 
@@ -72,8 +77,8 @@ def parse_row(line):
 def read_objects(path):
     """Yields (where, row or ValueError) of JSON Lines or of an array; DataError: neither."""
     text = read_file(path)
-    whole = None
-    if text.lstrip().startswith('[') or text.lstrip().startswith('{\n') or text.count('\n') < 2:
+    whole = None                                # the file's JSON, if it is one array or object
+    if text.lstrip().startswith(('[', '{\n')) or text.count('\n') < 2:      # else JSON Lines
         try:
             whole = parse(text)
         except (ValueError, RecursionError) as error:
@@ -83,8 +88,8 @@ def read_objects(path):
         pieces = ((f'{path}, row {number}', json.dumps(row)) for number, row in enumerate(whole, 1))
     else:
         for key, value in (whole or {}).items():
-            if isinstance(value, list) and all(isinstance(row, dict) and 'role' not in row
-                                               and 'from' not in row for row in value):
+            if isinstance(value, list) and 'instruction' not in whole and all(
+                    isinstance(row, dict) and not row.keys() & {'role', 'from'} for row in value):
                 raise DataError(f'{path}: the rows are under {key!r}: python -c "import json; '
                                 f"print(json.dumps(json.load(open('{path}'))['{key}']))\" "
                                 '> NEW.json')
@@ -95,31 +100,39 @@ def read_objects(path):
             try:
                 yield where, parse_row(line)
             except ValueError as error:
-                yield where, error
+                yield where, ValueError(str(error).replace('FILE', str(path)))
 
 
-def convert(row, path):
-    """Returns a command that turns rows with such keys into a shape that is read."""
+def convert(row, where, content):
+    """
+    Returns a command that turns rows with such keys into rows that are read. Returns '' if it would
+    leave out a key of `content`, which has a meaning. A label keeps the rows that it calls good.
+    """
     def first(*keys):
-        return next((key for key in keys if key in row), 'KEY')
-    ask, answer = first('prompt', 'question', 'query', 'instruction', 'input'), first(
-        'completion', 'output', 'response', 'answer', *['text'] * (len(row) == 1))
-    system = "{'role': 'system', 'content': r['system']}, " if 'system' in row else ''
-    extra = first('input', 'context')           # of an instruction
-    text = f"r['{ask}']"
-    if 'KEY' != extra != ask:
-        text = f"({text} + '\\n' + r['{extra}']).strip()"
-    prompt = f"[{system}{{'role': 'user', 'content': {text}}}]"
-    if answer == 'text':
-        prompt = "''"
-    elif ask == 'prompt' and not system:
-        prompt = f"r['{ask}']"
+        return next((key for key in keys if key in row), '')
+    label = first('label', 'kto_tag', 'is_safe')
+    asked = [key for key in ('system', 'prompt', 'question', 'query', 'instruction', 'input',
+                             'context') if key in row]
     sides = {'chosen': first('chosen', 'response_j'), 'rejected': first('rejected', 'response_k')}
-    sides = {'completion': answer} if 'KEY' in sides.values() and answer != 'KEY' else sides
+    if not all(sides.values()):
+        sides = {'completion': first('completion', 'output', 'response', 'answer')}
+    used = [*asked, *sides.values(), label]
+    path = re.sub('(:|, row )[0-9]+$', '', where)
+    lost = [key for key in row if key not in used and key.replace('-', '_') in content]
+    odd_label = label and row[label] not in (True, False, 'desirable', 'undesirable')
+    if '' in sides.values() or not asked or lost or odd_label or path.endswith('.gz'):
+        return ''
+    prompt = ', '.join(f"r['{key}']" for key in asked)
+    if len(asked) > 1:
+        prompt = f"'\\n'.join(filter(None, [{prompt}]))"
+    if asked != ['prompt']:                     # a question, not the literal text
+        prompt = f"[{{'role': 'user', 'content': {prompt}}}]"
     texts = ''.join(f", '{side}': r['{key}']" for side, key in sides.items())
-    which = " if r['label'] in (True, 'desirable')" if 'label' in row else ''
-    return (f"python -c \"import json; [print(json.dumps({{'prompt': {prompt}{texts}}})) for r in "
-            f"map(json.loads, open('{path}')){which}]\" > NEW.jsonl")
+    which = f" if r['{label}'] in (True, 'desirable')" if label else ''
+    rows = f"open('{path}')"
+    rows = f'json.load({rows})' if ', row ' in where else f'map(json.loads, {rows})'
+    return (f"; to convert it: python -c \"import json; [print(json.dumps({{'prompt': {prompt}"
+            f'{texts}}})) for r in {rows}{which}]" > NEW.jsonl')
 
 
 def shuffle(items, text=str):
@@ -153,12 +166,14 @@ def write_all(out, rows):
     return {name: len(listed) for name, listed in rows.items()}
 
 
-def stage_rows(rows, kind=''):
-    """Returns rows by kind. Without demonstrations, the chosen sides of pairs are some."""
+def stage_rows(rows, kind='', chosen=True):
+    """Returns rows by kind. If `chosen`, the chosen sides of pairs are the demonstrations."""
     pairs = [row for row in rows if 'chosen' in row]
-    sft = [row for row in rows if 'completion' in row] or [
-        {key.replace('chosen', 'completion'): value for key, value in row.items()
-         if 'rejected' not in key} for row in pairs]
+    if chosen:
+        sft = [{key.replace('chosen', 'completion'): value for key, value in row.items()
+                if 'rejected' not in key} for row in pairs]
+    else:
+        sft = [row for row in rows if 'completion' in row]
     asked = [{'prompt': prompt} for prompt in dict.fromkeys(row['prompt'] for row in rows)]
     return {name: listed for name, listed in (('sft', sft), ('pairs', pairs), ('prompts', asked))
             if listed and kind in ('', name)}

@@ -3,12 +3,12 @@ Reads the shapes of rows that people bring, one small function per shape.
 
 Each function takes a row without its nulls and returns {prompt} and {completion} or {chosen,
 rejected}. A prompt is literal text, or turns (role, text), which prepare.py puts into the template.
-ValueError refuses what cannot be what its keys say; Odd drops and counts what says nothing.
+A row that contradicts its keys raises ValueError, which stops the gate; one that teaches nothing
+raises Odd, and is dropped and counted.
 """
-import re
+import math, re
 
-from data.text import FOREIGN, string_of
-from data.turns import Odd, Unknown, from_transcripts, read_turns
+from data.turns import FOREIGN, ROLES, Odd, Unknown, from_transcripts, read_turns, string_of
 
 
 def read_prompt(row):
@@ -46,7 +46,10 @@ def messages(row):
     {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Light."}]}
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Light."}]}
     """
-    return split_turns(read_turns(row, 'messages'))
+    turns = read_turns(row, 'messages')
+    if 'prompt' in row and ('user', row['prompt']) not in turns[:2]:    # UltraChat's repeats it
+        raise ValueError("'prompt' is not the first question of 'messages'")
+    return split_turns(turns)
 
 
 def split_turns(turns):
@@ -64,8 +67,11 @@ def preferences(row):
      "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]}
     """
     for high, low in (('score_chosen', 'score_rejected'), ('chosen_score', 'rejected_score')):
-        if high in row and low in row and not row[high] > row[low]:
-            raise (Odd if row[high] == row[low] else ValueError)(f'{high!r} is not above {low!r}')
+        if (high in row) != (low in row):
+            raise ValueError(f'{high!r} or {low!r} alone: bring both or none')
+        if high in row and not (above := float(row[high]) - float(row[low])) > 0:
+            error = Odd if above == 0 else ValueError
+            raise error(f'{high!r} is not above {low!r}')
     if isinstance(row['chosen'], str) and isinstance(row['rejected'], str):
         if 'prompt' not in row and 'messages' not in row:
             return transcripts(row)
@@ -78,14 +84,16 @@ def preferences(row):
         shared += 1                             # the last turn is an answer, even in equal chats
     if [role for role, _ in chosen[shared:] + rejected[shared:]] != ['assistant', 'assistant']:
         raise Odd("'chosen' and 'rejected' differ in more than one last answer")
-    prompt = given = chosen[:shared]
+    prompt = chosen[:shared]
     if 'prompt' in row:
         given = read_prompt(row)
         given = [*prompt[:-1], ('user', given)] if isinstance(given, str) else given
-    if prompt not in ([], given) or 'messages' in row and read_turns(row, 'messages') not in (
-            chosen, given):
-        raise ValueError("'prompt', 'messages' and 'chosen' do not hold the same turns")
-    return {'prompt': given, 'chosen': chosen[-1][1], 'rejected': rejected[-1][1]}
+        if prompt and prompt != given:
+            raise ValueError("'prompt' and 'chosen' do not hold the same turns")
+        prompt = given
+    if 'messages' in row and read_turns(row, 'messages') not in (chosen, prompt):
+        raise ValueError("'messages' and 'chosen' do not hold the same turns")
+    return {'prompt': prompt, 'chosen': chosen[-1][1], 'rejected': rejected[-1][1]}
 
 
 def transcripts(row):
@@ -95,29 +103,29 @@ def transcripts(row):
      "rejected": "\n\nHuman: Why?\n\nAssistant: No."}
     """
     if '\n\nAssistant:' not in row['chosen'] + row['rejected']:
-        raise ValueError("without a 'prompt', where 'chosen' and 'rejected' begin is a guess")
+        raise ValueError("without a 'prompt', where the answers begin is a guess: add one")
     prompt, chosen, rejected = from_transcripts(row['chosen'], row['rejected'])
-    if '\n\nHuman:' in chosen + rejected:
-        raise Odd("a reply that goes on as '\\n\\nHuman:'")
-    before, *parts = re.split(r'\n\n(Human|Assistant): ?', prompt)
-    turns = [({'Human': 'user'}.get(name, 'assistant'), text)
-             for name, text in zip(parts[:-2:2], parts[1:-2:2])]        # the last one is to come
+    before, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ?', prompt)
+    # parts: name, text, name, text, ..., and 'Assistant', whose text is to come
+    turns = [(ROLES[name.lower()], text) for name, text in zip(parts[:-2:2], parts[1:-2:2])]
     return {'prompt': [('system', before)] * bool(before) + turns, 'chosen': chosen,
             'rejected': rejected}
 
 
 def question(row):
     """Returns an instruction and its input, if any, as the turns of a prompt."""
-    extra = string_of(row, 'input') if row.get('input') else ''
+    extra = string_of(row, 'input') if row.get('input', '') != '' else ''
     return [('user', string_of(row, 'instruction') + (f'\n{extra}' if extra else ''))]
 
 
 def alpaca(row):
     """
-    Reads Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
+    Reads Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), and pairs as LLaMA-Factory has.
     {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+    {"instruction": "Name a colour.", "input": "", "chosen": "Blue.", "rejected": "Dog."}
     """
-    return {'prompt': question(row), 'completion': row['output']}
+    sides = {key: row[key] for key in ('chosen', 'rejected') if key in row}
+    return {'prompt': question(row)} | (sides or {'completion': row['output']})
 
 
 def alpaca_farm(row):
@@ -125,8 +133,8 @@ def alpaca_farm(row):
     Reads AlpacaFarm's preferences (huggingface.co/datasets/tatsu-lab/alpaca_farm).
     {"instruction": "Name a colour.", "output_1": "Blue.", "output_2": "Dog.", "preference": 1}
     """
-    if row['preference'] not in (1, 2):
-        raise Odd("'preference' is neither 1 nor 2")
+    if isinstance(row['preference'], bool) or row['preference'] not in (1, 2):
+        raise ValueError("'preference' is neither 1 nor 2, the better output's number")
     better = int(row['preference'])
     return {'prompt': question(row), 'chosen': row[f'output_{better}'],
             'rejected': row[f'output_{3 - better}']}
@@ -138,17 +146,23 @@ def ultrafeedback(row):
     {"instruction": "Name a colour.", "completions": [
      {"response": "Blue.", "annotations": {"helpfulness": {"Rating": "5"}}},
      {"response": "Dog.", "annotations": {"helpfulness": {"Rating": "1"}}}]}
-    The mean rating; overall_score, which is wrong in places, only where a rating is missing.
+    The mean is over the aspects for which all answers have a rating. Where there is no such aspect,
+    overall_score decides; it has errors.
     """
-    def ratings(answer):
-        given = [aspect.get('Rating') for aspect in (answer.get('annotations') or {}).values()]
-        return [float(rating) for rating in given if str(rating).isdigit()]
+    def number(value):                          # a rating may be "4.5", or "N/A"
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            return math.nan
     answers = row['completions']
-    scores = [sum(each) / len(each) if each else None for each in map(ratings, answers)]
-    if None in scores:
-        scores = [float(answer.get('overall_score') or 'nan') for answer in answers]
+    rated = [answer.get('annotations') or {} for answer in answers]
+    table = [[number((each.get(aspect) or {}).get('Rating')) for each in rated]
+             for aspect in (rated[0] if rated else ())]
+    lines = [line for line in table if all(map(math.isfinite, line))] or [
+        [number(answer.get('overall_score')) for answer in answers]]
+    scores = [sum(column) for column in zip(*lines)]        # all are of as many lines
     if not max(scores, default=0) > min(scores, default=0):
-        raise Odd('answers without ratings, or with equal ones')
+        raise Odd('answers without ratings that can be compared, or with equal ones')
     best, worst = (answers[scores.index(pick(scores))]['response'] for pick in (max, min))
     return {'prompt': question(row), 'chosen': best, 'rejected': worst}
 
@@ -160,9 +174,9 @@ def safe_rlhf(row, by='rule', drop=''):
      "safer_response_id": 0, "is_response_0_safe": true, "is_response_1_safe": false}
     """
     safe = [row.get(f'is_response_{i}_safe') for i in (0, 1)]
-    if by == 'rule' and not all(flag in (True, False) for flag in safe):
+    if (by == 'rule' or drop) and not all(flag in (True, False) for flag in safe):
         raise ValueError('is_response_0_safe, _1_safe: not true or false; see --safe_rlhf=better')
-    kind = {(1, 1): 'dual-safe', (0, 0): 'dual-unsafe'}.get(tuple(safe), '')
+    kind = {(1, 1): 'dual-safe', (0, 0): 'dual-unsafe'}.get(tuple(safe), '')    # True equals 1
     if kind and kind in drop.split(','):
         raise Odd(f'{kind}, as --drop says')
     if {*safe} == {True, False} and row.get('safer_response_id') == safe.index(False):
@@ -175,43 +189,47 @@ def safe_rlhf(row, by='rule', drop=''):
             'rejected': row[f'response_{1 - better}']}
 
 
-SHAPES = {  # the keys that a row must have, and others that are read; the first shape that fits
-    safe_rlhf: ('prompt response_0 response_1', 'better_response_id safer_response_id '
+SHAPES = (  # who reads it, the keys it must have, others that are read; the first that fits
+    (safe_rlhf, 'prompt response_0 response_1', 'better_response_id safer_response_id '
                 'is_response_0_safe is_response_1_safe'),
-    ultrafeedback: ('instruction completions', ''),
-    alpaca_farm: ('instruction output_1 output_2 preference', 'input'),
-    alpaca: ('instruction output', 'input'),
-    preferences: ('chosen rejected', 'prompt messages chosen_cut rejected_cut score_chosen '
+    (ultrafeedback, 'instruction completions', ''),
+    (alpaca_farm, 'instruction output_1 output_2 preference', 'input'),
+    (alpaca, 'instruction output', 'input'), (alpaca, 'instruction chosen rejected', 'input'),
+    (preferences, 'chosen rejected', 'prompt messages chosen_cut rejected_cut score_chosen '
                   'score_rejected chosen_score rejected_score'),
-    demonstrations: ('prompt completion', 'completion_cut'),
-    messages: ('messages', ''),
-    prompts: ('prompt', ''),
-}
+    (demonstrations, 'prompt completion', 'completion_cut'),
+    (messages, 'messages', 'prompt'),
+    (prompts, 'prompt', ''))
 ALIASES = {'response': 'completion', 'response_cut': 'completion_cut', 'conversations': 'messages'}
 IN_TURNS = 'role content from value weight response annotations overall_score'.split()
-# Keys that hold text or labels in some shape: beside those of another they contradict it
-CONTENT = {*FOREIGN, *' '.join(' '.join(keys) for keys in SHAPES.values()).split(), *(
-    'question answer query response_1 response_2 helpfulness reward score rating').split()}
+# Keys with text or labels: beside a shape that does not read them, they may change its meaning
+CONTENT = {*FOREIGN, *' '.join(f'{needs} {more}' for _, needs, more in SHAPES).split(), *(
+    'question answer query context system_prompt response_1 response_2 function_call functions '
+    'helpfulness correctness is_correct reward score rating chosen_rating rejected_rating margin '
+    'chosen_avg_rating rejected_avg_rating preferred rejected_messages chat_history image video '
+    'videos audio audios truncated finish_reason').split()}
 
 
 def rename(row):
-    """Returns a row with its aliases replaced, and new key -> old key."""
-    names = {key if ALIASES.get(key, key) in row else ALIASES[key]: key for key in row}
+    """Returns a row with its aliases replaced, unless it has both keys, and new key -> old key."""
+    names = {}
+    for key in row:
+        new = ALIASES.get(key, key)
+        names[key if new in row else new] = key
     return {key: row[name] for key, name in names.items()}, names
 
 
 def read_shape(row, kind='', by='rule', drop=''):
     """Returns a row as its shape's function reads it, and the names of the keys it does not."""
     row, names = rename(row)
-    for shape, (needs, more) in SHAPES.items():
-        if row.keys() >= {*needs.split()}:
-            break
-    else:
+    shape, needs, more = next((each for each in SHAPES if row.keys() >= {*each[1].split()}),
+                              (prompts, '', ''))
+    unread = [key for key in row if key not in f'{needs} {more}'.split()]
+    if not needs or shape is prompts and unread and kind != 'prompts':
         raise Unknown(f'{", ".join(names.values())}: no known shape; wanted: prompt, completion; '
                       'or prompt, chosen, rejected; or messages; or instruction, output')
-    unread = [key for key in row if key not in f'{needs} {more}'.split()]
     for key in unread:
-        if key in CONTENT or shape is prompts and kind != 'prompts':
+        if key.replace('-', '_') in CONTENT or key.endswith('_cut'):
             raise Unknown(f'{names[key]!r} beside {needs.replace(" ", ", ")} is not read, and may '
                           'change what a row means; leave it out if it does not')
     unread += sorted({f'{key}[].{name}' for key in row if isinstance(row[key], list)
@@ -219,6 +237,9 @@ def read_shape(row, kind='', by='rule', drop=''):
                       for name in turn if name not in IN_TURNS})
     try:
         out = shape(row, by, drop) if shape is safe_rlhf else shape(row)
-    except (TypeError, AttributeError, LookupError) as error:   # a number for a list, and so on
+    except (TypeError, AttributeError, LookupError, OverflowError) as error:   # 7 for a list, ...
         raise ValueError(f'values of other types than in {shape.__name__} ({error})') from None
-    return out | {key: row[key] for key in row if key.endswith('_cut')}, unread
+    cuts = {key: row[key] for key in row if key.endswith('_cut')}
+    if not all(isinstance(cut, bool) for cut in cuts.values()):
+        raise ValueError(f'{", ".join(cuts)}: must be true or false')
+    return out | cuts, unread

@@ -12,7 +12,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from data.turns import clean_template, split_rows
+from data.turns import FOREIGN, clean_template, split_rows, string_of, unique_keys
 from prefgpt import UserError, generate, x_and_y
 
 
@@ -23,8 +23,7 @@ class DataError(UserError):
 # ----------------------------------------------------------------------------- tokenizers
 
 # How GPT-2 cuts text into words before BPE (with tiktoken's possessive quantifiers)
-SPLIT_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$"
-                 r"|\s+(?!\S)|\s")
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def read_text(path):
@@ -32,8 +31,7 @@ def read_text(path):
     try:
         return Path(path).read_bytes().decode('utf-8-sig')
     except OSError as error:
-        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run, '
-                        'and is the path right?') from None
+        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run?') from None
     except UnicodeDecodeError as error:
         line, byte = error.object[:error.start].count(b'\n') + 1, error.object[error.start]
         raise DataError(f'{path}:{line}: byte 0x{byte:02x} is not UTF-8') from None
@@ -90,8 +88,8 @@ def load_text(data, saved=None):
     if not folder.exists():
         raise DataError(f'{data}: no such file or folder; run its prepare.py first')
     if not folder.is_dir() and not saved:
-        raise DataError(f'{data} is a file, without a tokenizer: pass --init, or make a folder of '
-                        f'it: python -m data.prepare {data} --out=FOLDER')
+        raise DataError(f'{data} is a file, without a tokenizer: pass --init, or make a folder: '
+                        f'python -m data.prepare {data} --out=FOLDER')
     if not folder.is_dir():
         tokenizer = build_tokenizer(saved['tokenizer'])
         return tokenizer, checkpoint_text(tokenizer, saved['template'])
@@ -99,7 +97,7 @@ def load_text(data, saved=None):
     tokenizer = load_tokenizer(where if where == 'gpt2' else folder / where)
     path, template = folder / 'template.txt', saved['template'] if saved else '{}'
     if path.is_file():
-        template = clean_template(read_text(path), path)
+        template = clean_template(read_text(path).removesuffix('\n').removesuffix('\r'), path)
     text = checkpoint_text(tokenizer, template)
     if saved and text['fingerprint'] != saved['fingerprint']:
         raise UserError(f'{data} was prepared with another tokenizer; the checkpoint is '
@@ -113,26 +111,6 @@ def load_text(data, saved=None):
 # ----------------------------------------------------------------------------- rows
 
 RESPONSES = {'sft': ('completion',), 'pairs': ('chosen', 'rejected'), 'prompts': ()}
-# Keys that change what a row means, and that no training script reads
-FOREIGN = ('messages', 'conversations', 'response', 'rejected_response', 'label', 'kto_tag',
-           'is_safe', 'weight', 'system', 'history', 'tools', 'tool_calls', 'images')
-
-
-def unique_keys(pairs):
-    """Raises ValueError on a repeated key: json keeps its last value (an object_pairs_hook)."""
-    if len(dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f'the key {max(keys, key=keys.count)!r} appears twice')
-    return dict(pairs)
-
-
-def string_of(row, key):
-    """Returns row[key]; raises ValueError if it is missing or not a string that can be encoded."""
-    if not isinstance(row.get(key), str):
-        raise ValueError(f'{key!r} is {type(row[key]).__name__}, not a string' if key in row else
-                         f'missing {key!r} (keys: {", ".join(row)})')
-    row[key].encode()                           # a lone surrogate fails here, at a known line
-    return row[key]
 
 
 def canonical(row, kind):
@@ -143,7 +121,7 @@ def canonical(row, kind):
     if foreign := [key for key in FOREIGN if key in row]:
         raise ValueError(f'no training script reads {foreign[0]!r}')
     for key in row:
-        if key.endswith('_cut') and not (row[key] in (True, False) and key[:-4] in row):
+        if key.endswith('_cut') and not (isinstance(row[key], bool) and key[:-4] in row):
             raise ValueError(f'{key!r} must be true or false beside a {key[:-4]!r}')
     if kind == 'sft' and 'completion' not in row and 'chosen' in row:
         row |= {'completion': row['chosen'], 'completion_cut': row.get('chosen_cut', False)}
@@ -161,17 +139,16 @@ def canonical(row, kind):
 
 def load_rows(path, kind):
     """
-    Loads canonical rows, {prompt} and {completion} (kind 'sft', which also reads the chosen side of
-    pairs) or {chosen, rejected} ('pairs'). "chosen_cut": true says that its end is missing: no EOS
-    follows. Raises DataError('file.jsonl:143: ...') at the first line that is not such a row.
+    Loads canonical rows: {prompt} and {completion} ('sft'; also the chosen side of pairs) or
+    {chosen, rejected} ('pairs'). "chosen_cut": true says that its end is missing: no EOS follows.
+    Raises DataError('file.jsonl:143: ...') at the first line that is not such a row.
     """
     rows = []
     # Lines end only at '\n': str.splitlines would also break inside a string, at U+2028
     for number, line in enumerate(read_text(path).split('\n'), 1):
         try:
             if line.strip():
-                row = json.loads(line, object_pairs_hook=unique_keys)
-                rows.append(canonical(row, kind))
+                rows.append(canonical(json.loads(line, object_pairs_hook=unique_keys), kind))
         except (ValueError, RecursionError) as error:
             raise DataError(f'{path}:{number}: {error}; other shapes go through python -m '
                             f'data.prepare {path} --out=FOLDER first') from None
@@ -182,7 +159,7 @@ def load_rows(path, kind):
 
 def load_split(data, kind, template, rows=''):
     """
-    Loads training and held-out rows of a data folder (rows='pairs': SFT on their chosen side) or of
+    Loads training and held-out rows of a data folder (with rows='pairs', SFT reads chosen) or of
     one file. Says how many prompts end as the template does; raises DataError if none does.
     """
     if Path(data).is_dir():
@@ -264,9 +241,8 @@ def mark_ends(texts, ended):
 
 def show_samples(policy, examples, tokenizer, max_new_tokens):
     """Returns greedy answers to the prompts of examples, as text, each after its prompt."""
-    max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
-    room = policy.config.block_size - max_new_tokens
-    prompts = [example[0][-room:] for example in examples]
-    out = generate(policy, prompts, max_new_tokens, tokenizer.eot_token, temperature=0)
+    prompts = [example[0] for example in examples]
+    room = policy.config.block_size - max(map(len, prompts))    # an example holds a response too
+    out = generate(policy, prompts, min(max_new_tokens, room), tokenizer.eot_token, temperature=0)
     texts = mark_ends(*decode_responses(*out, tokenizer))
     return [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts)]

@@ -73,6 +73,7 @@ MALFORMED = [
     ('sft', sft_row(None, 'r'), "missing 'prompt'"),
     ('sft', sft_row('P', ['r']), "'completion'.*list"),
     ('sft', sft_row('P', ''), "'completion'.*empty"),
+    ('sft', sft_row(' ' * 100_000, 'r'), 'crash the tokenizer'),
     ('pairs', {**PAIR, 'chosen': ''}, "'chosen'.*empty"),
     ('pairs', {**PAIR, 'rejected': '', 'rejected_cut': True}, "'rejected'.*empty"),
     ('sft', {**R, 'chosen_cut': True}, "'chosen_cut'.*beside a 'chosen'"),
@@ -280,21 +281,29 @@ def test_load_examples_are_the_encoded_rows_of_both_splits(tmp_path, byte_tokeni
 
 
 def test_load_split_of_a_file_holds_out_a_tenth_of_the_prompts(tmp_path):
-    """Of 40 prompts with two rows each, 4 are held out with both rows, the same ones for every
+    """Of 40 prompts with two rows each, 5 are held out with both rows, the same ones for every
     kind. Catches a reward model that is tested on prompts that SFT was trained on."""
     rows = [pair(f'p{i}', f'c{i} {j}', f'r{i} {j}') for j in range(2) for i in range(40)]
     path = write_jsonl(tmp_path / 'all.jsonl', rows)
-    # The smallest CRC-32s of the 40; hash() would hold out others in every process
-    held_out = {'p25', 'p31', 'p35', 'p39'}
+    # Those whose sha256 begins below 0x1999...; hash() would hold out others in every process
+    held_out = {'p0', 'p7', 'p17', 'p33', 'p37'}
     for kind in ('sft', 'pairs', 'prompts'):
         train, val = load_split(path, kind, '{}')
-        assert len(train) == 72 and len(val) == 8
+        assert len(train) == 70 and len(val) == 10
         assert {row['prompt'] for row in val} == held_out
         assert not {row['prompt'] for row in train} & held_out
     # Neither the order of the rows nor how often a prompt comes may move the split
     random.Random(0).shuffle(rows)
     path = write_jsonl(tmp_path / 'shuffled.jsonl', rows[:60] + rows)
     assert {row['prompt'] for row in load_split(path, 'sft', '{}')[1]} == held_out
+    # Nor the other prompts of the file: SFT and DPO on two files must agree on what is held out
+    half = [pair(f'p{i}', 'c', 'r') for i in range(20)]
+    path = write_jsonl(tmp_path / 'half.jsonl', half)
+    assert {row['prompt'] for row in load_split(path, 'sft', '{}')[1]} == {'p0', 'p7', 'p17'}
+    # White space does not make another question, and one that a quarter of the rows ask stays
+    spaced = [pair(f'{"  " * j}p{i}\r\n', 'c', 'r') for j in range(2) for i in range(40)]
+    path = write_jsonl(tmp_path / 'spaced.jsonl', spaced + [pair('p0', 'c', 'r')] * 40)
+    assert {row['prompt'].strip() for row in load_split(path, 'sft', '{}')[1]} == held_out - {'p0'}
     # Of two prompts one is held out; a single prompt is an error, not an empty side
     two = write_jsonl(tmp_path / 'two.jsonl', [sft_row('a', 'x'), sft_row('b', 'y')])
     assert [len(side) for side in load_split(two, 'sft', '{}')] == [1, 1]

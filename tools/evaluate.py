@@ -31,6 +31,7 @@ from data.judge import load_judge
 from data.text import decode_responses, encode_rows, load_rows, load_split, load_text
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, rng, run_cli,
                      set_up, token_logprobs, x_and_y)
+from tools.sample import longest
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Config:
     split: str = 'val'              # the prompts: val, or another NAME.prompts.jsonl of the folder
     judge: str = ''                 # a reward.py or a reward model's run; '': the data's reward.py
     prompts: int = 400              # how many of the held-out prompts, from the first on
-    max_new_tokens: int = 64        # longest response
+    max_new_tokens: int = 0         # longest response; 0: as the first run was trained
     samples: int = 1                # responses to each prompt at T=1
     best_of: int = 0                # a row for the best of N samples of the first run; 0: none
     select: str = ''                # who picks it: a reward model's run, a reward.py; '': the judge
@@ -203,9 +204,9 @@ def main(cfg):
         raise UserError(f'--samples={cfg.samples}: at least 1, and 1 with --best_of')
     if cfg.best_of < 0 or cfg.select and not cfg.best_of:
         raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
-    device, autocast = set_up(cfg)
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
-    data = cfg.data or saved[0]['config']['data']
+    cfg, data = longest(cfg, saved[0]), cfg.data or saved[0]['config']['data']
+    device, autocast = set_up(cfg)
     tokenizer, text = load_text(data, saved[0])
     for run, other in zip(cfg.runs, saved):
         if other['fingerprint'] != saved[0]['fingerprint']:
@@ -221,6 +222,8 @@ def main(cfg):
         columns, source = load_columns(judge, saved[0], device, cfg.batch_size)
         readers.append(source)
         print(f'judge: {judge}')
+    else:
+        print(f'no judge: {beside} is not there; --judge=RUN lets a reward model judge')
     if cfg.best_of:
         if not selector:
             raise UserError(f'--best_of={cfg.best_of}: nobody to pick one; pass --select')

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from data.download import download, sha256_of
-from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text, unique_keys
+from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text
+from data.turns import unique_keys
 from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, load_checkpoint, load_model,
                      run_cli, save_checkpoint)
 
@@ -55,15 +56,10 @@ CHARACTERS = dict(zip([*range(0x21), *range(0x7f, 0xa1), 0xad], itertools.count(
 
 # ----------------------------------------------------------------------------- the files
 
-def refuse_constant(name):
-    """Raises ValueError for NaN and Infinity, which are not JSON (json's parse_constant)."""
-    raise ValueError(f'{name} is not JSON')
-
-
 def parse_json(path, text):
     """Returns the object that a JSON text is, or raises a UserError that names its file."""
-    try:
-        return {**json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)}
+    try:                                        # int refuses NaN and Infinity, which are no JSON
+        return {**json.loads(text, object_pairs_hook=unique_keys, parse_constant=int)}
     except (ValueError, TypeError, RecursionError) as error:    # no UTF-8, no JSON, no object
         raise UserError(f'{path}: {error}') from None
 

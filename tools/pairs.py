@@ -36,7 +36,7 @@ import torch
 import train_ppo
 from data.text import build_tokenizer, encode_rows
 from prefgpt import GPT, POLICIES, UserError, load_checkpoint, load_model, run_cli, set_up
-from tools.sample import check_samples, find_prompts, respond
+from tools.sample import check_samples, find_prompts, longest, respond
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Config:
     # the samples
     n: int = 1                      # responses to each prompt
     temperature: float = 0.0        # 0: greedy; 1: as the model was trained
-    max_new_tokens: int = 64        # longest response
+    max_new_tokens: int = 0         # longest response; 0: as the run was trained
     batch_size: int = 100           # prompts answered at once; the samples do not depend on it
     seed: int = 0                   # of the samples
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
@@ -145,8 +145,9 @@ def main(cfg):
         raise UserError(f'--out={cfg.out} is there already: remove it, or name another')
     check_samples(cfg)
     cfg = dataclasses.replace(cfg, prompts=cfg.prompts or sys.maxsize)
-    device, autocast = set_up(cfg)
-    return write(cfg, load_checkpoint(cfg.runs[0], POLICIES), device, autocast)
+    saved = load_checkpoint(cfg.runs[0], POLICIES)
+    cfg = longest(cfg, saved)
+    return write(cfg, saved, *set_up(cfg))
 
 
 if __name__ == '__main__':

@@ -10,13 +10,12 @@ What it does not do: continue an answer that was stopped.
     python -m tools.sample out/toy/ppo --prompt="how do i clean a mirror?" --temperature=1 --n=3
     python -m tools.sample out/toy/ppo --chat
 """
-import contextlib, itertools, sys
+import contextlib, dataclasses, itertools, sys
 from dataclasses import dataclass
 
 import torch
 
-from data.text import (build_tokenizer, decode_responses, encode_rows, load_split,
-                       mark_ends)
+from data.text import build_tokenizer, decode_responses, encode_rows, load_split, mark_ends
 from data.turns import render
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, printable,
                      rng, run_cli, set_up)
@@ -35,7 +34,7 @@ class Config:
     # the samples
     n: int = 1                      # responses to each prompt
     temperature: float = 0.0        # 0: greedy; 1: as the model was trained
-    max_new_tokens: int = 64        # longest response
+    max_new_tokens: int = 0         # longest response; 0: as the first run was trained
     batch_size: int = 100           # prompts answered at once; the samples do not depend on it
     seed: int = 0                   # of the samples
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
@@ -48,6 +47,12 @@ def check_samples(cfg):
         raise UserError(f'--n={cfg.n} are all the same at --temperature=0: add --temperature=1')
     if cfg.split not in ('train', 'val'):
         raise UserError(f'--split={cfg.split}: train or val')
+
+
+def longest(cfg, saved):
+    """Returns cfg with the longest response that a run was trained for, unless a flag says it."""
+    trained = saved['config'].get('max_new_tokens', 64)
+    return dataclasses.replace(cfg, max_new_tokens=cfg.max_new_tokens or trained)
 
 
 def find_prompts(cfg, saved):
@@ -121,7 +126,7 @@ def chat(cfg, saved, device, autocast):
             answers.append(text.removeprefix(' '))
             print(printable(*mark_ends(answers[-1:], ended)))
             if cfg.history:
-                turns = [*asked, ('assistant', ' ' + answers[-1])]
+                turns = [*asked, ('assistant', text)]
     print()                                     # the shell goes on in a line of its own
     return answers
 
@@ -139,8 +144,9 @@ def main(cfg):
     if cfg.history and not cfg.chat:
         raise UserError('--history needs --chat')
     check_samples(cfg)
-    device, autocast = set_up(cfg)
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
+    cfg = longest(cfg, saved[0])
+    device, autocast = set_up(cfg)
     return chat(cfg, saved[0], device, autocast) if cfg.chat else show(cfg, saved, device, autocast)
 
 

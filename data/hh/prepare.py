@@ -29,9 +29,10 @@ import torch.nn.functional as F
 
 from data.bpe import write_tokenizer
 from data.download import download
+from data.look import show
 from data.rows import counted, read_objects, shuffle, stage_rows, write_all, write_text
-from data.text import RESPONSES, DataError, load_tokenizer, string_of
-from data.turns import HH_TEMPLATE, from_transcripts
+from data.text import RESPONSES, DataError, load_tokenizer
+from data.turns import HH_TEMPLATE, from_transcripts, string_of
 from prefgpt import UserError, run_cli
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/'
@@ -247,6 +248,7 @@ def main(cfg):
     parts = {'train': stage_rows(train), 'val': stage_rows(val)}
     counts = write_all(out, {f'{part}.{kind}': rows for part in parts
                              for kind, rows in parts[part].items()})
+    show(out)
     return counts | {'accuracy': baseline(train, val, tokenizer)}
 
 

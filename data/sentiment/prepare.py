@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data.bpe import write_tokenizer
 from data.download import download
+from data.look import show
 from data.rows import counted, shuffle, write_all
 from data.sentiment import reward
 from data.text import DataError, load_tokenizer
@@ -171,6 +172,7 @@ def main(cfg):
         rows[f'{part}.prompts'] = prompt_rows(sentences, tokenizer, taken, no_prompt)
     counts = write_all(out, rows)
     print(f'sentences that gave no prompt: {counted(no_prompt)}')
+    show(out)
     return counts | {'accuracy': make_judge(out, pos, neg), 'no_prompt': dict(no_prompt)}
 
 

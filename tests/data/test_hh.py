@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from data import text
 from data.hh import prepare
 from data.text import DataError, build_tokenizer, encode_rows, load_rows, load_text
 from data.turns import HH_TEMPLATE
@@ -214,7 +215,8 @@ def test_without_from_the_hub_is_asked_once(source, tmp_path, monkeypatch, byte_
     counts = run('', tmp_path)
     assert asked == [(name, sha256, True) for name, sha256 in prepare.FILES.items()]
     assert run('', tmp_path) == run(tmp_path, tmp_path) == counts and len(asked) == 2
-    monkeypatch.setattr(prepare, 'load_tokenizer', lambda where: {'gpt2': byte_tokenizer}[where])
+    for module in (prepare, text):              # that trains on the folder, too
+        monkeypatch.setattr(module, 'load_tokenizer', {'gpt2': byte_tokenizer}.get)
     run('', tmp_path, tokenizer='gpt2')
     assert (tmp_path / 'tokenizer').read_text() == 'gpt2\n'
     pairs = load_rows(tmp_path / 'train.pairs.jsonl', 'pairs')

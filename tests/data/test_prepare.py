@@ -74,11 +74,12 @@ def test_forms_of_files_that_are_read(tmp_path):
     (f'{{"data": [{GOOD}]}}'.encode(), "the rows are under 'data': python -c"),
     (f'[{GOOD},'.encode(), 'an array, but not a whole one'),
     ('[{"a": 1, "a": 2}]', "an array.*'a' appears twice"),
-    (f'{GOOD},\n'.encode(), ':1: a comma.*sed'), (f'{GOOD}{GOOD}'.encode(), ':1: .*jq -c'),
-    (b'{\n "prompt": "a"\n}', ':1: not a whole JSON object.*jq -c'),
-    (b"{'prompt': 'a'}", ':1: Python, not JSON: python -c'),
+    (f'{GOOD},\n'.encode(), ':1: .*a comma.*sed .* 0.jsonl >'),
+    (f'{GOOD}{GOOD}'.encode(), ':1: .*jq -c'),
+    (b'{\n "prompt": "a"\n}', ':1: .*not a whole JSON object.*jq -c'),
+    (b"{'prompt': 'a'}", ':1: .*Python, not JSON: python -c'),
     (b'{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
-    (b'{"a": ' + b'[' * 99999, ':1: too many brackets'), (b'', 'no rows'),
+    (b'{"a": ' + b'[' * 99999, ':1: .*too many brackets'), (b'', 'no rows'),
     (GOOD.encode() + b'\n{"prompt": ', '--skip')])
 def test_files_that_are_no_rows_are_named_in_one_line(gate, data, words):
     """What a file is instead, and what to do; never a traceback, never another tool's message."""
@@ -107,7 +108,22 @@ def fitted(row, template=CHAT):
     ('{}', {'prompt': 'q', 'completion': 'r'}, 'q', ' r'),
     ('{}', {'prompt': 'q\n', 'completion': 'r'}, 'q\n', 'r'),
     ('{}', {'prompt': '', 'completion': 'r'}, '', ' r'),
+    ('{}', {'prompt': 'q ', 'completion': 'r'}, 'q', ' r'),
+    ('{}', {'prompt': 'q ', 'completion': ' r'}, 'q', ' r'),
+    ('{}', {'prompt': 'def f():\n    ', 'completion': 'return'}, 'def f():\n    ', 'return'),
+    (HH_TEMPLATE, {'prompt': 'Human: q\n\nAssistant:', 'completion': 'r'},
+     '\n\nHuman: q\n\nAssistant:', ' r'),
+    (CHAT, {'prompt': 'Which is the best language model:', 'completion': '[{"text": "Bob"}]'},
+     'user: Which is the best language model:\nbot:', ' [{"text": "Bob"}]'),
+    (CHAT, {'prompt': 'hello', 'completion': 'hello you'}, 'user: hello\nbot:', ' hello you'),
+    (CHAT, {'prompt': [('user', 'q<|im_end|>')], 'completion': 'r<end_of_turn>'},
+     'user: q\nbot:', ' r'),
+    (CHAT, {'prompt': 'q', 'completion': '<s>r</s>'}, 'user: q\nbot:', ' <s>r</s>'),
     ('{}', {'prompt': [('user', 'q')], 'completion': 'r<|endoftext|>'}, 'q', ' r'),
+    ('{}', {'prompt': 'user: q\nbot:', 'completion': ' r'}, 'user: q\nbot:', ' r'),
+    (CHAT, {'prompt': 'q', 'completion': 'r</s></s>\n<|endoftext|>'}, 'user: q\nbot:', ' r'),
+    (CHAT, {'prompt': [('user', 'hi'), ('assistant', 'yes</s>'), ('user', 'q')],
+            'completion': 'r'}, 'user: hi\nbot: yes\nuser: q\nbot:', ' r'),
     (CHAT, {'prompt': 'q', 'completion': ' r</s>\n'}, 'user: q\nbot:', ' r')])
 def test_prompt_and_answer_meet_the_template(template, row, prompt, completion):
     """Turns always go through the template, literal text unless it ends as the template does; an
@@ -121,8 +137,10 @@ def test_what_is_changed_is_noted_and_marks_stay():
     assert row == {'prompt': 'user: q\nbot:', 'chosen': ' c', 'rejected': ' r',
                    'rejected_cut': True}
     assert list(row) == ['prompt', 'chosen', 'rejected', 'rejected_cut']        # in every process
-    assert len(notes) == 2 and 'literal prompts' in notes[0] and '</s>' in notes[1]
+    assert len(notes) == 2 and '</s>' in notes[0] and 'literal prompt' in notes[1]
     assert 'space' in fitted({'prompt': 'user: q\nbot: '})[1][0]
+    uneven = {'prompt': 'q', 'chosen': 'c\n', 'rejected': 'r'}
+    assert 'tells the sides apart' in fitted(uneven)[1][-1]
 
 
 @pytest.mark.parametrize('row, error, words', [
@@ -131,11 +149,35 @@ def test_what_is_changed_is_noted_and_marks_stay():
     ({'prompt': 'q', 'chosen': 'c', 'rejected': ''}, Odd, 'empty'),
     ({'prompt': 'q', 'chosen': 'c', 'rejected': ' c '}, Odd, 'equal'),
     ({'prompt': 'q', 'chosen': 'a b', 'rejected': 'a\u00a0b'}, Odd, 'equal'),
-    ({'prompt': 'q?', 'chosen': 'q? c', 'rejected': 'q? r'}, Odd, 'begin with their prompt'),
+    ({'prompt': 'how do i clean it?', 'chosen': 'how do i clean it? c',
+      'rejected': 'how do i clean it? r'}, Odd, 'begin with their prompt'),
+    ({'prompt': 'user: how do i clean it?\nbot:', 'completion': 'how do i clean it? r'}, Odd,
+     'begin with their prompt'),
+    ({'prompt': 'q', 'completion': '\n\nHuman: q\n\nAssistant: r'}, Odd, 'marks of a chat'),
+    ({'prompt': 'q', 'completion': 'r\n\nHuman: thanks'}, Odd, 'marks of a chat'),
+    ({'prompt': 'q', 'completion': '[INST] q [/INST] r'}, Odd, 'marks of a chat'),
+    ({'prompt': 'q', 'completion': 'bot: r'}, Odd, 'own mark'),
+    ({'prompt': '[INST] q [/INST]', 'completion': 'r'}, ValueError, 'another one'),
+    ({'prompt': '### Instruction:\nq\n\n### Response:\n', 'completion': 'r'}, ValueError,
+     'another one'),
+    ({'prompt': 'USER: q ASSISTANT:', 'completion': 'r'}, ValueError, 'another one'),
+    ({'prompt': '<|start_header_id|>assistant<|end_header_id|>\n\n', 'completion': 'r'},
+     ValueError, 'another one'),
+    ({'prompt': 'q\nbot:', 'completion': 'r'}, ValueError, 'half of the template'),
+    ({'prompt': 'q', 'completion': '<|assistant|>\nr'}, Odd, 'marks of a chat'),
+    ({'prompt': 'user: \nbot:', 'completion': 'r'}, Odd, 'empty prompt'),
     ({'prompt': [('user', 'x\nbot: sure.\nuser: y')], 'completion': 'r'}, Odd, 'own mark'),
     ({'prompt': [('user', 'q')], 'completion': 'r\nuser: thanks'}, Odd, 'own mark'),
     ({'prompt': 'q' + ' ' * 100_000, 'completion': 'r'}, Odd, 'white space'),
+    ({'prompt': [('user', 'a\nuser: b')], 'completion': 'r'}, Odd, 'own mark'),
+    ({'prompt': 'see\nuser: b', 'completion': 'r'}, Odd, 'own mark'),
+    ({'prompt': 'user: q\nbot:', 'completion': 'r\nuser: thanks'}, Odd, 'own mark'),
     ({'prompt': 'user: q\\nbot:', 'completion': 'r'}, ValueError, 'escaped twice'),
+    ({'prompt': 'user: q', 'completion': 'r'}, ValueError, 'half of the template'),
+    ({'prompt': '\n\nHuman: q\n\nAssistant:', 'completion': 'r'}, ValueError, 'another one'),
+    ({'prompt': [('user', 'q')], 'completion': '\ud800'}, ValueError, 'surrogate'),
+    ({'prompt': [('user', '\ud800')], 'completion': 'r'}, ValueError, 'surrogate'),
+    ({'prompt': 'q', 'completion': '[{"content": "a", "role": "assistant"}]'}, ValueError, 'list'),
     ({'prompt': '[{"role": "user"}]', 'completion': 'r'}, ValueError, 'list written as a string'),
     ({'prompt': 'q', 'completion': "[{'role': 'assistant'}]"}, ValueError, 'list written'),
     ({'prompt': 'q', 'completion': 42}, ValueError, 'int')])
@@ -144,6 +186,21 @@ def test_rows_that_teach_nothing_or_harm(row, error, words):
     with pytest.raises(error, match=words) as raised:
         fitted(row)
     assert isinstance(raised.value, Odd) == (error is Odd)
+
+
+def test_white_space_is_searched_in_time():
+    """A million spaces with a letter here and there are read at once. Catches a search that begins
+    anew at every space."""
+    text = 'x'.join([' ' * 20_000] * 50)
+    assert fitted({'prompt': 'q', 'completion': text})[0]['completion'] == text
+
+
+def test_turns_need_a_template_with_an_end():
+    """Catches an earlier answer that is glued to its question."""
+    chat = {'prompt': [('user', 'q'), ('assistant', 'r'), ('user', 'p')], 'completion': 's'}
+    for template in ('{}', 'Q: {}'):
+        with pytest.raises(ValueError, match='turns need a template'):
+            fitted(chat, template)
 
 
 @pytest.mark.parametrize('prompts, flag, saved, template', [
@@ -160,6 +217,13 @@ def test_the_template_is_told_from_the_rows(prompts, flag, saved, template):
     assert choose_template(flag, rows, saved) == template
     with pytest.raises(UserError, match='--template.*once'):
         choose_template('no place', rows, saved)
+    mixed = rows + [{'prompt': 'p'}, {'prompt': 'user: q\nbot:'}]
+    if not (flag or saved):                     # one odd row does not decide for the others
+        with pytest.raises(UserError, match="literal prompts are in the template .*--template='"):
+            choose_template('', mixed, None)
+    assert choose_template('{}\n', mixed, None) == '{}\n'      # its last line break counts
+    with pytest.raises(UserError, match="the run's is 'user"):
+        choose_template('Q: {}', rows, {'stage': 'sft', 'template': CHAT})
 
 
 # ----------------------------------------------------------------------------- the folder
@@ -173,12 +237,12 @@ def test_files_become_a_folder(gate):
     assert text['template'] == CHAT and 256 < tokenizer.n_vocab <= 260
     held_out = {kind: {row['prompt'] for row in load_rows(folder / f'val.{kind}.jsonl', kind)}
                 for kind in ('sft', 'pairs', 'prompts')}
-    assert held_out['sft'] == held_out['pairs'] == held_out['prompts'] and len(held_out['sft']) == 2
+    assert held_out['sft'] == held_out['pairs'] == held_out['prompts'] and len(held_out['sft']) == 1
     assert {row['prompt'] for row in rows_of(folder, 'sft')} == {
         f'user: ask {i}\nbot:' for i in range(20)}
     assert {'prompt': 'user: ask 3\nbot:', 'chosen': ' c 3', 'rejected': ' r 3'} in rows_of(
         folder, 'pairs')
-    assert '40 rows, 40 kept' in said and '20 put into the template: literal prompts' in said
+    assert '40 rows, 40 kept' in said and '20 literal prompts put into the template' in said
     with pytest.raises(UserError, match='out holds rows'):
         gate(PAIRS)
 
@@ -197,8 +261,15 @@ def test_kinds(gate):
         ['train.prompts', 'val.prompts']]
     with pytest.raises(DataError, match='--kind=pairs'):
         gate(ALPACA, out='none', kind='pairs')
-    with pytest.raises(UserError, match='--kind=rm: sft, pairs or prompts'):
-        gate(ALPACA, out='none', kind='rm')
+    for flags, words in (({'kind': 'rm'}, '--kind=rm: sft, pairs or prompts'),
+                         ({'drop': 'dual-unsave'}, '--drop=dual-unsave: dual-safe')):
+        with pytest.raises(UserError, match=words):
+            gate(ALPACA, out='none', **flags)
+    with pytest.raises(DataError, match='sft: too few rows to hold some out'):
+        gate(PAIRS, ALPACA[:1], out='none')     # one demonstration is not 20 chosen sides
+    assert not Path('none').exists()
+    assert '3 prompts without an answer' in gate(ALPACA, [
+        {'messages': [{'role': 'user', 'content': f'w {i}'}]} for i in range(3)], out='asked')[1]
 
 
 def test_everything_is_counted(gate):
@@ -209,11 +280,12 @@ def test_everything_is_counted(gate):
             {'prompt': 'q 2', 'chosen': 'r 2', 'rejected': 'c 2'}, PAIRS[3], PAIRS[4]]
     _, said = gate(rows, limit=27)
     for words in ('27 rows, 22 kept',
-                  '4 dropped: an empty chosen text (0.jsonl:21, 0.jsonl:22, 0.jsonl:23)',
-                  '1 dropped: null for rejected (0.jsonl:25)', "20 not read: the key 'id'",
-                  "20 read as absent: null for 'label'", '1 kept: rows that repeat another',
-                  '2 kept: pairs that another one contradicts',
-                  '2 not read: rows beyond --limit=27'):
+                  '4 rows dropped: an empty chosen text (0.jsonl:21, 0.jsonl:22, 0.jsonl:23)',
+                  '1 row dropped: null for rejected (0.jsonl:25)',
+                  "20 rows whose key 'id' was not read",
+                  "20 rows with null for 'label'", '1 row repeating another, kept',
+                  '2 pairs contradicted by another, kept',
+                  '2 rows beyond --limit=27, not read'):
         assert words in said, (words, said)
 
 
@@ -221,13 +293,13 @@ def test_all_bad_rows_are_gathered_and_skip_drops_them(gate, capsys):
     """Two reasons in one call, not one row per call; nothing is written. --skip goes on."""
     rows = [*PAIRS, {'prompt': 'P', 'answer': 'r'}, {'prompt': 'P', 'answer': 's'},
             {**PAIRS[0], 'label': 0}]
-    with pytest.raises(DataError, match=r"0\.jsonl:21: 'answer' .*\(2 of 23 rows\); .*--skip"):
+    with pytest.raises(DataError, match=r"0\.jsonl:21: 2 of 23 rows .* be read: prompt, answer"):
         gate(rows)
     said = capsys.readouterr().out
-    assert '2 cannot be read' in said and "1 cannot be read: 'label' beside" in said
+    assert '2 rows cannot be read: ' in said and "1 row cannot be read: 'label' beside" in said
     assert not Path('out').exists()
     assert '23 rows, 20 kept' in gate(rows, skip=True)[1]
-    with pytest.raises(DataError, match=r'0\.jsonl:1: .*empty .*20 of 20 rows'):
+    with pytest.raises(DataError, match=r'0\.jsonl:1: 20 of 20 rows dropped: an empty'):
         gate([{**row, 'chosen': ''} for row in PAIRS], out='none')
     with pytest.raises(UserError, match='only one prompt'):
         gate(PAIRS[:1], out='none')
@@ -272,10 +344,10 @@ def test_look_shows_rows_by_mask(gate, monkeypatch, capsys):
     Path('folder/val.sft.jsonl').write_bytes(Path('folder/train.sft.jsonl').read_bytes())
     capsys.readouterr()
     counts = main(Config(files=('folder',), look=True))
-    assert counts['train.pairs'] == counts['train.sft'] == 18
+    assert counts['train.pairs'] == counts['train.sft'] == 17
     shown = capsys.readouterr().out
-    assert '18 of its rows are also in train' in shown
-    assert 'pairs   chosen      tokens: 50% up to' in shown and 'prompt [q ' in shown
+    assert '17 rows of val.sft are also in train.sft' in shown
+    assert 'train.pairs   chosen      tokens: 50% up to' in shown and 'prompt [q ' in shown
 
 
 def test_the_commands_that_are_printed_work(gate):
@@ -284,11 +356,11 @@ def test_the_commands_that_are_printed_work(gate):
     _, said = gate(ALPACA, [{**row, 'prompt': f'ask {i}'} for i, row in enumerate(PAIRS)])
     commands = [line for line in said.splitlines() if line.startswith('python ')]
     assert [line.split()[1] for line in commands] == [
-        'train_sft.py', 'train_rm.py', 'train_ppo.py', 'train_dpo.py', '-m']
+        'train_sft.py', 'train_rm.py', 'train_ppo.py', 'train_dpo.py', '-m', '-m', '-m']
     assert commands[-1].endswith('--chat')
     for line in commands:
         _, *words = line.replace('-m ', '').split()
-        few = [] if '--chat' in line else ['--steps=1', '--eval_every=1']
+        few = ['--steps=1', '--eval_every=1'] if 'train_' in line else []
         few += ['--rollout_size=4', '--batch_size=4'] if 'ppo.py' in line else []
         module = importlib.import_module(words[0].removesuffix('.py'))
         if '--chat' not in line:

@@ -9,8 +9,8 @@ import pytest
 
 from data import shapes
 from data.rows import convert
-from data.shapes import read_shape
-from data.turns import HH_TEMPLATE, Odd, Unknown, check_turns, render
+from data.shapes import CONTENT, read_shape
+from data.turns import HH_TEMPLATE, Odd, Unknown, check_turns, question_of, render
 
 from conftest import TEMPLATE
 
@@ -59,15 +59,20 @@ READ = [  # a row, what its shape's function makes of it
     ({**sft('P', 'r'), 'completion_cut': True}, {**sft('P', 'r'), 'completion_cut': True}),
     ({'messages': [*LONG_ROW, bot('r')]}, sft(LONG, 'r')),
     ({'messages': [user('Q')]}, {'prompt': Q}),
+    ({'prompt': 'Q', 'messages': [SYSTEM, user('Q'), bot('r')]},        # UltraChat 200k
+     sft([('system', 'Be brief.'), *Q], 'r')),
+    ({'messages': [{**user('Q'), 'from': None, 'tool_calls': None}, bot('r')]}, sft(Q, 'r')),
     ({'messages': [{'role': 'human', 'content': 'Q'}, {'role': 'gpt', 'content': 'r'}]},
      sft(Q, 'r')),
     ({'conversations': [{'from': 'human', 'value': 'Q'}, {'from': 'gpt', 'value': 'r'}]},
      sft(Q, 'r')),
     ({'messages': [user([{'type': 'text', 'text': 'Q'}]), bot('r')]}, sft(Q, 'r')),
+    ({'messages': [user('Q'), {**bot('r'), 'weight': None}]}, sft(Q, 'r')),
     ({'messages': [user('hi'), {**bot('yes'), 'weight': 0}, user('Q'), bot('r')]},
      sft(LONG[1:], 'r')),                       # only the last turn is learned anyway
     (pair('P'), pair('P')),
     ({**pair('P'), 'chosen_cut': True}, {**pair('P'), 'chosen_cut': True}),
+    ({**pair('P'), 'score_chosen': '10', 'score_rejected': '9.5'}, pair('P')),  # not as text
     (pair([user('Q')]), pair(Q)),
     (pair([user('Q')], [bot('c')], [bot('r')]), pair(Q)),
     (pair('Q', [bot('c')], [bot('r')]), pair(Q)),
@@ -77,11 +82,14 @@ READ = [  # a row, what its shape's function makes of it
     ({**pair('Q', [user('Q'), bot('c')], [user('Q'), bot('r')]),        # UltraFeedback-binarized
       'score_chosen': 8.5, 'score_rejected': 4.0, 'messages': [user('Q'), bot('c')]}, pair(Q)),
     ({'chosen': HH + ' c', 'rejected': HH + ' r'}, pair(LONG[1:], ' c', ' r')),
+    ({'chosen': HH[2:] + ' c', 'rejected': HH[2:] + ' r'}, pair(LONG[1:], ' c', ' r')),
     ({'instruction': 'Q', 'input': '', 'output': 'r'}, sft(Q, 'r')),
     ({'instruction': 'Q', 'input': 'x', 'output': 'r'}, sft([('user', 'Q\nx')], 'r')),
+    ({'instruction': 'Q', 'input': 'x', 'chosen': 'c', 'rejected': 'r'}, pair([('user', 'Q\nx')])),
     ({'instruction': 'Q', 'input': '', 'output_1': 'r', 'output_2': 'c', 'preference': 2}, pair(Q)),
     (rated(('r', '13', 9.0), ('c', '55', 1.0), ('-', '33', 5.0)), pair(Q)),     # ratings first
-    (rated(('c', '5', 8.0), ('r', ['N/A'], 2.0)), pair(Q)),     # one is missing: overall_score
+    (rated(('c', ['4.5', 5, 'N/A'], 1.0), ('r', [4.5, 2.0, '5'], 9.0)), pair(Q)),   # two of three
+    (rated(('c', '5', 8.0), ('r', ['N/A'], 2.0)), pair(Q)),     # none of one: overall_score
     (safe(1, 0), pair(Q, 'one', 'zero')),                       # both safe: the better one
     (safe(1, 0, True, False), pair(Q, 'zero', 'one')),          # else the safer one
     (safe(0, 1, False, False), pair(Q, 'one', 'zero')),
@@ -97,14 +105,15 @@ def test_a_shape_is_read(row, expected):
 ODD = [  # a row, a word of the reason
     ({'chosen': HH + ' c', 'rejected': HH.replace('hi', 'ho') + ' r'}, 'transcripts'),
     ({'chosen': HH + ' c', 'rejected': 'no marker'}, 'transcripts'),
-    ({'chosen': HH + ' c\n\nHuman: thanks', 'rejected': HH + ' r'}, 'goes on'),
     ({'chosen': [user('Q'), bot('c'), user('and?'), bot('d')], 'rejected': [user('Q'), bot('r')]},
      'more than one'),
     ({**pair('P'), 'score_chosen': 7.0, 'score_rejected': 7.0}, 'not above'),
-    ({'messages': [user('Q'), {**bot('r'), 'weight': 0}]}, 'weight'),
-    ({'instruction': 'Q', 'output_1': 'a', 'output_2': 'b', 'preference': 0}, 'preference'),
+    ({'messages': [user('Q'), {**bot('r'), 'weight': 0}]}, 'not to be learned'),
+    ({'messages': [user('Q'), {**bot('r'), 'train': False}]}, 'not to be learned'),
+    ({**pair('P'), 'score_chosen': '7.0', 'score_rejected': 7}, 'not above'),
     (rated(('a', '5', 1.0), ('b', '5', 2.0)), 'equal'),
     (rated(('a', [], None), ('b', '5', 2.0)), 'without ratings'),
+    (rated(('a', ['N/A'], 2.0), ('b', '5', 2.0)), 'without ratings'),
     (rated(), 'without ratings'),
     (safe(0, 1, True, False), 'not safe')]
 REFUSED = [
@@ -115,7 +124,7 @@ REFUSED = [
     ({'prompt': 'P', 'response': 'r', 'helpfulness': 0}, "'helpfulness' beside"),
     ({**pair('P'), 'response': 'r'}, "'response' beside"),
     ({**pair('P'), 'system': 'Be brief.'}, "'system' beside"),
-    ({**pair('P'), 'instruction': 'Q'}, "'instruction' beside"),
+    ({**pair('P'), 'instruction': 'Q'}, "'prompt' beside"),
     ({**pair('P'), 'messages': [user('Q')]}, "both 'prompt' and 'messages'"),
     ({**pair('P'), 'score_chosen': 2, 'score_rejected': 9}, 'not above'),
     ({**pair('P'), 'chosen': 42}, 'int'), ({**pair('P'), 'rejected': ['r']}, 'list|str'),
@@ -127,16 +136,28 @@ REFUSED = [
     ({'messages': [user('Q'), {**bot('r'), 'tool_calls': [{}]}]}, 'tool call'),
     ({'messages': [{'role': ['user'], 'content': 'Q'}, bot('r')]}, 'turn of'),
     ({'messages': [user('Q'), {**bot('r'), 'content': None}]}, "'content'"),
-    ({'messages': [user('Q'), bot('\ud800')]}, 'surrogate'),
     ({'messages': [user([{'type': 'image'}]), bot('r')]}, "'text'"),
     (safe(chosen='one', rejected='zero'), "'chosen' beside"),
     (safe(safe_0='yes'), 'is_response_0_safe'), (safe(2, 0), 'better_response_id'),
     (safe('0', 0), 'better_response_id'), (safe(0, None, False, False), 'safer_response_id'),
-    ({'prompt': 'P', 'answer': 'r'}, "'answer' beside prompt"),
-    ({'prompt': 'P', 'response_1': 'a', 'response_2': 'b', 'preference_strength': -2}, 'beside'),
+    ({'prompt': 'P', 'answer': 'r'}, 'prompt, answer: no known shape; wanted: prompt, compl'),
+    ({**pair('P'), 'score_chosen': 9}, 'alone'), ({**pair('P'), 'chosen-rating': 1}, 'beside'),
+    ({**sft('P', 'r'), 'image': 'x.png'}, "'image' beside"),
+    ({**pair('P'), 'score_chosen': 10 ** 400, 'score_rejected': 1}, 'preferences'),
+    ({'instruction': 'Q', 'input': 5, 'output': 'r'}, "'input' is int"),
+    ({'prompt': 'other', 'messages': [user('Q'), bot('r')]}, 'first question'),
+    ({'instruction': 'Q', 'input': 0, 'output': 'r'}, "'input' is int"),
+    ({'prompt': 'P', 'response_1': 'a', 'response_2': 'b', 'preference_strength': -2}, 'shape'),
     ({'instruction': 'Q', 'completions': 7}, 'ultrafeedback'),
     ({'instruction': 'Q', 'completions': ['r', 's']}, 'ultrafeedback'),
-    ({**pair('P'), 'score_chosen': '9', 'score_rejected': 2}, 'preferences'),
+    ({**pair('P'), 'score_chosen': '9', 'score_rejected': '10'}, 'not above'),  # text would pass
+    ({**pair('P'), 'score_chosen': [9], 'score_rejected': 2}, 'preferences'),
+    ({'instruction': 'Q', 'output_1': 'a', 'output_2': 'b', 'preference': 0}, 'preference'),
+    ({'instruction': 'Q', 'output_1': 'a', 'output_2': 'b', 'preference': True}, 'preference'),
+    ({**sft('P', 'r'), 'completion_cut': 'false'}, 'true or false'),
+    ({**sft('P', 'r'), 'completion_cut': 1}, 'true or false'),
+    (safe(response_0_cut=True), "'response_0_cut' beside"),
+    ({**sft('P', 'r'), 'system_prompt': 'Be brief.'}, "'system_prompt' beside"),
     ({'instruction': 'Q', 'input': ['x'], 'output': 'r'}, "'input'"), (safe(safe_0=[]), 'safe'),
     ({'messages': [user(['Q']), bot('r')]}, 'messages'), ({'prompt': 7}, 'int'),
     ({'question': 'Q', 'answer': 'r'}, 'no known shape'), ({'text': 'r'}, 'no known shape'),
@@ -157,7 +178,7 @@ def test_odd_rows_are_told_from_what_cannot_be_read(odd):
 
 def test_the_examples_in_docstrings_are_read():
     """Each shape's function shows rows that it reads, and that no other one takes."""
-    for shape in (*shapes.SHAPES, shapes.transcripts):
+    for shape in {*(shape for shape, *_ in shapes.SHAPES), shapes.transcripts}:
         text, rows = inspect.getdoc(shape), []
         text = text[text.index('\n{'):].strip()
         while text.startswith('{'):
@@ -185,8 +206,9 @@ def test_safe_rlhf_by_flag():
     assert read_shape(safe(1, 0, True, False), by='better')[0] == pair(Q, 'one', 'zero')
     one_axis = {'prompt': 'Q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 1}
     assert read_shape(one_axis, by='better')[0] == pair(Q, 'b', 'a')
-    with pytest.raises(ValueError, match='--safe_rlhf=better'):
-        read_shape(one_axis)
+    for flags in ({}, {'by': 'better', 'drop': 'dual-safe'}):
+        with pytest.raises(ValueError, match='--safe_rlhf=better'):
+            read_shape(one_axis, **flags)
     for row, kind in ((safe(), 'dual-safe'), (safe(0, 0, False, False), 'dual-unsafe')):
         with pytest.raises(Odd, match=kind):
             read_shape(row, drop='dual-safe,dual-unsafe')
@@ -199,6 +221,7 @@ def test_safe_rlhf_by_flag():
     (TEMPLATE, LONG, 'Be brief.\nuser: hi\nbot: yes\nuser: Q\nbot:'),
     (TEMPLATE, [('user', 'hi'), ('assistant', ' yes'), ('user', 'Q')],
      'user: hi\nbot: yes\nuser: Q\nbot:'),
+    ('Q: {}\nA:\n', LONG[1:], 'Q: hi\nA:\nyes\nQ: Q\nA:\n'),   # no space where none is added
     (TEMPLATE, [('user', 'a {} b'), ('assistant', 'c {}'), ('user', '{}')],
      'user: a {} b\nbot: c {}\nuser: {}\nbot:')])
 def test_render(template, turns, prompt):
@@ -220,22 +243,47 @@ def test_turns_alternate(roles):
 @pytest.mark.parametrize('row, expected', [
     ({'question': 'Q', 'answer': 'r'}, sft(Q, 'r')),
     ({'instruction': 'Q', 'context': 'x', 'response': 'r'}, sft([('user', 'Q\nx')], 'r')),
-    ({'instruction': 'Q', 'input': '', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'system': 'Be brief.', 'question': 'Q', 'chosen': 'c', 'rejected': 'r'},
-     pair([('system', 'Be brief.'), *Q])),
+     pair([('user', 'Be brief.\nQ')])),
     ({'system': 'Be brief.', 'prompt': 'Q', 'chosen': 'c', 'rejected': 'r'},
-     pair([('system', 'Be brief.'), *Q])),
+     pair([('user', 'Be brief.\nQ')])),
     ({'query': 'Q', 'chosen': 'c', 'rejected': 'r'}, pair(Q)),
     ({'question': 'Q', 'response_j': 'c', 'response_k': 'r', 'qid': 3}, pair(Q)),
-    ({'input': 'Q', 'output': 'r', 'reward': 0.1}, sft(Q, 'r')),
-    ({'text': 'r'}, sft('', 'r')),
     ({**sft('P', 'r'), 'label': True}, sft('P', 'r')), ({**sft('P', 'r'), 'label': False}, None)])
 def test_the_line_that_converts_a_row_works(tmp_path, row, expected):
     """Runs the command of the error message in a shell; its rows are read as they were meant."""
     with pytest.raises(Unknown):
         read_shape(row)
-    (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
-    command = convert(row, 'rows.jsonl').replace('python -c', f'{sys.executable} -S -c', 1)
-    subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
-    rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
-    assert [read_shape(new)[0] for new in rows] == ([expected] if expected else [])
+    for where, text in (('rows.jsonl:1', json.dumps(row) + '\n'),
+                        ('rows, row 1', f'[{json.dumps(row)}]')):
+        (tmp_path / where.split(',')[0].split(':')[0]).write_text(text)
+        command = convert(row, where, CONTENT).removeprefix('; to convert it: ')
+        command = command.replace('python -c', f'{sys.executable} -S -c', 1)
+        subprocess.run(['bash', '-c', command], cwd=tmp_path, check=True, env=os.environ)
+        rows = [json.loads(line) for line in (tmp_path / 'NEW.jsonl').read_text().splitlines()]
+        assert [read_shape(new)[0] for new in rows] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize('row', [
+    {'input': 'Q', 'output': 'r', 'reward': -3}, {**sft('P', 'r'), 'helpfulness': 0},
+    {**sft('P', 'r'), 'history': [['a', 'b']]}, {**pair('P'), 'chosen-rating': 1},
+    {'question': 'Q', 'good': 'c', 'bad': 'r'}, {'text': 'r'}, {**sft('P', 'r'), 'label': 'good'},
+    {'message_id': 1, 'text': 'r', 'role': 'prompter'}])
+def test_no_line_converts_what_it_would_change(row):
+    """Catches an error message that tells people to drop the reward that calls an answer bad."""
+    assert convert(row, 'rows.jsonl:1', CONTENT) == ''
+
+
+@pytest.mark.parametrize('prompt, template, question', [
+    ('user: q\nbot:', TEMPLATE, 'q'), ('q', '{}', 'q'), ('Be brief.\nuser: q\nbot:', TEMPLATE, 'q'),
+    ('user: q\nbot: yes\nuser: and?\nbot:', TEMPLATE, 'q'), ('user: a\nb\nbot:', TEMPLATE, 'a\nb'),
+    ('Be.\n\nHuman: q\n\nAssistant: yes\n\nHuman: and?\n\nAssistant:', HH_TEMPLATE, 'q'),
+    ('user: who is the user: you?\nbot:', TEMPLATE, 'who is the user: you?'),
+    ('the superuser: q\nbot:', TEMPLATE, 'the superuser: q\nbot:'), ('user: q', 'user: {}', 'q'),
+    ('Greet the user: now.\nuser: q\nbot:', TEMPLATE, 'q'),
+    ('Be. USER: q ASSISTANT:', 'USER: {} ASSISTANT:', 'q'), ('a\nb', '{}\nbot:', 'a\nb'),
+    ('q\nbot:', '{}\nbot:', 'q'), ('user: a {} b\nbot:', TEMPLATE, 'a {} b')])
+def test_the_question_is_found_in_its_prompt(prompt, template, question):
+    """The split holds out questions. Catches a mark inside a question that is taken for its
+    beginning: then two rows of one question, long and short, stand on both sides."""
+    assert question_of(prompt, template) == question
