@@ -397,7 +397,7 @@ def check_finite(where, **numbers):
     """Raises UserError if a number is not finite; the message names it and where it occurred."""
     for name, number in numbers.items():
         if not math.isfinite(number):
-            Log.unsaved = False     # what blew up must not replace the last good checkpoint
+            Run.unsaved = False     # what blew up must not replace the last good checkpoint
             raise UserError(f'{where}: the {name} is {number}. Check the data, or lower --lr in '
                             'another --out; there, --init=RUN goes on from a checkpoint')
 
@@ -411,7 +411,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     check_finite(f'step {step}, lr={lr:.1e}', **losses, norm=norm)
     for group in optimizer.param_groups:        # every group: weights that decay and the others
         group['lr'] = lr
-    Log.unsaved = False                         # until Log.step, the weights are between two steps
+    Run.unsaved = False                         # until Run.log, the weights are between two steps
     optimizer.step()
     optimizer.zero_grad()                       # backward() adds to what is there
     return norm
@@ -590,10 +590,10 @@ FORMATS = dict(loss='6.4f', accuracy='4.2f', chosen='7.2f', rejected='7.2f', rat
 
 
 def one_run(main):
-    """Decorates main(cfg): whatever ends it, Log saves the steps taken and gives up the folder."""
+    """Decorates main(cfg): whatever ends it, the steps taken are saved and the folder is free."""
     @functools.wraps(main)
     def run(cfg):
-        with contextlib.ExitStack() as Log.at_the_end:
+        with contextlib.ExitStack() as Run.at_the_end:
             return main(dataclasses.replace(cfg, out=os.path.expanduser(cfg.out)))
     return run
 
@@ -646,18 +646,36 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
 
 
-class Log:
-    """A run's printed lines, its log.jsonl (a row per step, one per evaluation) and its saves."""
+def own_log(path, rows, resume, at_the_end):
+    """Locks a run's log, and so its folder; cuts off all but its first rows; counts them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = at_the_end.enter_context(open(path, 'a+b'))
+    try:
+        import fcntl
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until it is closed, or we are gone
+    except BlockingIOError:
+        raise UserError(f'{path.parent}: another process trains there') from None
+    except (ImportError, OSError):              # Windows, or a file system without locks
+        (mark := path.with_name('a-process-trains-here')).touch(exist_ok=False)
+        at_the_end.callback(mark.unlink)
+    if not resume and log.seek(0, os.SEEK_END):
+        raise UserError(f'{path.parent}: another process has begun a run there')
+    log.seek(0)
+    kept = list(itertools.islice(log, rows))
+    if log.read(1):                             # an interrupted run wrote on after its checkpoint
+        log.truncate(sum(map(len, kept)))
+    return len(kept)
+
+
+class Run:
+    """A run folder and its owner: log.jsonl, the printed lines, signals, checkpoints."""
 
     def __init__(self, cfg, saved=None, rows=(), inputs={}, **checkpoint):
-        """Locks the log, and so cfg.out; goes on after saved; checkpoint is save_checkpoint's."""
-        saved = saved or {'step': 0, 'metrics': {}, 'optimizers': [], 'inputs': {}}
+        """Takes cfg.out and goes on after saved; rows and inputs are what the run is made from."""
+        saved = saved or {'step': 0, 'metrics': {}, 'optimizers': [], 'log': 0}
         self.path, self.cfg, self.began = Path(cfg.out, 'log.jsonl'), cfg, time.time()
         self.lr, self.signal, self.start, self.saved = 0.0, 0, saved['step'], saved['step']
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(repr(row).encode())
-        inputs = {**inputs, 'rows': digest.hexdigest(),
+        inputs = {**inputs, 'rows': hashlib.sha256(repr(rows).encode()).hexdigest(),
                   'script': inspect.getsource(inspect.getmodule(type(cfg)))}
         before = {**inputs, **saved.get('inputs', {})}
         changed = [name for name in inputs if before[name] != inputs[name]]
@@ -668,33 +686,18 @@ class Log:
         for optimizer, state in zip(checkpoint.get('optimizers', ()), saved['optimizers']):
             optimizer.load_state_dict(state)
         self.checkpoint = {**checkpoint, 'cfg': cfg, 'inputs': inputs, 'metrics': saved['metrics']}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        log = Log.at_the_end.enter_context(open(self.path, 'a+b'))
-        try:
-            import fcntl
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until it is closed, or we are gone
-        except BlockingIOError:
-            raise UserError(f'{cfg.out}: another process trains there') from None
-        except (ImportError, OSError):          # Windows, or a file system without locks
-            (mark := self.path.with_name('a-process-trains-here')).touch(exist_ok=False)
-            Log.at_the_end.callback(mark.unlink)
-        if log.seek(0, os.SEEK_END) and not cfg.resume:
-            raise UserError(f'{cfg.out}: another process has begun a run there')
-        Log.unsaved = False         # whether the weights are those of a step that is not saved yet
-        Log.at_the_end.push(self.save)
+        self.rows = own_log(self.path, saved.get('log', sys.maxsize), cfg.resume, Run.at_the_end)
+        Run.unsaved = False         # whether the weights are those of a step that is not saved yet
+        Run.at_the_end.push(self.leave)
         if self.start == cfg.steps:
-            return print(f'{cfg.out} is finished: {cfg.steps} steps')       # and no file is touched
-        # Cut off what follows the last checkpoint, and half a line; a damaged row stays
-        step_of = re.compile(rb'{"step": (\d+)|').match
-        log.seek(0)
-        log.truncate(sum(map(len, itertools.takewhile(lambda line: (
-            line.endswith(b'\n') and int(step_of(line)[1] or 0) <= self.start), log))))
+            print(f'{cfg.out} is finished: {cfg.steps} steps')
 
-    def save(self, error=None, *_):
+    def leave(self, error=None, *_):
         """Saves the last step if it is not saved; if an error ends the run, says how far it is."""
-        if Log.unsaved:
-            save_checkpoint(self.path.with_name('ckpt.pt'), step=self.last, **self.checkpoint)
-            self.saved, Log.unsaved = self.last, False
+        if Run.unsaved:
+            save_checkpoint(self.path.with_name('ckpt.pt'), step=self.last, log=self.rows,
+                            **self.checkpoint)
+            self.saved, Run.unsaved = self.last, False
         if error:
             print(f'{self.cfg.out}: saved to step {self.saved}; --resume goes on', file=sys.stderr)
 
@@ -706,21 +709,22 @@ class Log:
             self.signal = number
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGINT)}:
             if signal.getsignal(number) != signal.SIG_IGN:      # which nohup asked for
-                Log.at_the_end.callback(signal.signal, number, signal.signal(number, stop))
+                Run.at_the_end.callback(signal.signal, number, signal.signal(number, stop))
         for step, indices in zip(range(self.start + 1, self.cfg.steps + 1),
                                  batches(lengths, batch_size, self.cfg.seed, self.start)):
             self.step_began = time.time()
             yield step, indices
             if self.signal:
-                sys.exit(128 + self.signal)
+                sys.exit(128 + self.signal)     # what a shell expects
 
     def write(self, row):
         with open(self.path, 'a') as file:
             file.write(json.dumps(row) + '\n')
+        self.rows += 1
 
-    def step(self, step, tokens, **metrics):
+    def log(self, step, tokens, **metrics):
         """Logs a step; tokens is how many it read (PPO: only responses)."""
-        Log.unsaved, self.last, steps = True, step, self.cfg.steps
+        Run.unsaved, self.last, steps = True, step, self.cfg.steps
         seconds, self.lr = max(time.time() - self.step_began, 1e-9), metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
         if step in (1, steps) or step % max(1, steps // 50) == 0:       # 50 to 99 lines
@@ -729,13 +733,13 @@ class Log:
                       f'{tokens / seconds / 1e3:.1f}k tok/s',
                       f'{left / 60:.0f}m left' if left > 90 else f'{left:.0f}s left')
 
-    def eval(self, step, metrics, samples, **more):
-        """Logs an evaluation on held-out rows, with two samples as text, and saves the step."""
+    def save(self, step, metrics, samples, **more):
+        """Saves a step with its evaluation on held-out rows; logs it with two samples as text."""
         check_finite(f'evaluation at step {step}, lr={self.lr:.1e}', **metrics)
         self.write({'step': step, **{f'eval_{name}': value for name, value in metrics.items()},
                     'samples': samples})
         self.checkpoint |= {'metrics': metrics, **more}
-        self.save()
+        self.leave()
         self.show(f'eval  {step:>5}/{self.cfg.steps}', metrics)         # printing can fail
         for sample in samples:
             print('      | ' + printable(sample).strip().replace('\n', '\n      | '))

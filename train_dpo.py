@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from data.text import load_examples, load_text, show_samples
-from prefgpt import (POLICIES, Log, adamw, batches, learning_rate, load_checkpoint, load_model,
+from prefgpt import (POLICIES, Run, adamw, batches, learning_rate, load_checkpoint, load_model,
                      make_batch, one_run, open_run, optimizer_step, run_cli, set_up)
 from prefgpt import GPT, UserError, pair_metrics, token_logprobs
 
@@ -131,9 +131,9 @@ def main(cfg):
                                              device, autocast)
 
     # --- the loop
-    log = Log(cfg, saved, train + ['end'] + val, {'init': init['id']}, text=text, ref_val=ref_val,
+    run = Run(cfg, saved, (train, val), {'init': init['id']}, text=text, ref_val=ref_val,
               stage='dpo', models={'policy': model}, optimizers=[optimizer], ref_train=ref_train)
-    for step, indices in log.steps(lengths, cfg.batch_size):
+    for step, indices in run.steps(lengths, cfg.batch_size):
         parts = []
         for i in range(0, len(indices), micro_batch_size):
             micro = indices[i:i + micro_batch_size]
@@ -147,15 +147,15 @@ def main(cfg):
         # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step, loss=logged['loss'])
-        log.step(step, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
+        run.log(step, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             chosen, rejected = all_logprobs(model, val, micro_batch_size, device, autocast)  # (N,)
             losses, margins = losses_and_margins(cfg, chosen, rejected, *ref_val)
             metrics = pair_metrics(losses, margins, chosen, rejected)
             with autocast:
                 samples = show_samples(model, val[:2], tokenizer, cfg.max_new_tokens)
-            log.eval(step, metrics, samples)
-    return log.close()
+            run.save(step, metrics, samples)
+    return run.close()
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ import torch
 
 from data.judge import load_judge
 from data.text import decode_responses, load_examples, load_text, read_text, show_samples
-from prefgpt import (POLICIES, Log, adamw, learning_rate, load_checkpoint, load_model, one_run,
+from prefgpt import (POLICIES, Run, adamw, learning_rate, load_checkpoint, load_model, one_run,
                      open_run, optimizer_step, run_cli, set_up)
 from prefgpt import (GPT, GPTConfig, ScalarGPT, UserError, generate, last_column, last_scores, rng,
                      token_logprobs, x_and_y)
@@ -299,11 +299,11 @@ def main(cfg):
             model.compile(dynamic=True)
 
     # --- the loop
-    log = Log(cfg, saved, train + ['end'] + val, {'init': init['id'], 'reward': source['id']},
+    run = Run(cfg, saved, (train, val), {'init': init['id'], 'reward': source['id']},
               stage='ppo', text=text, optimizers=[optimizer, value_optimizer],
               models={'policy': policy, 'value_model': value_model, 'ref': ref})
     # All lengths given as 1, so nothing is sorted: by length, prompts would be grouped by kind
-    for step, indices in log.steps([1] * len(train), cfg.rollout_size):
+    for step, indices in run.steps([1] * len(train), cfg.rollout_size):
         # 1. Sample and score
         with autocast:
             grid, scores, ended, _ = rollout(policy, ref, scorer, [train[i][0] for i in indices],
@@ -336,14 +336,14 @@ def main(cfg):
             logprobs = grid_logprobs(policy, grid['x'], grid['y'], mask, cfg)    # (B, T)
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         means['ratio'] = updates[0]['ratio']            # before any step: pi is pi_old
-        log.step(step, int(mask.sum()), **rollout_metrics((grid, scores, ended)), **means,
+        run.log(step, int(mask.sum()), **rollout_metrics((grid, scores, ended)), **means,
                  **update_metrics(logprobs, grid, advantages), lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             with autocast:
                 metrics = evaluate(policy, start_policy, scorer, judge, val, tokenizer, cfg)
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
-            log.eval(step, metrics, samples)
-    return log.close()
+            run.save(step, metrics, samples)
+    return run.close()
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from data.text import load_examples, load_text
-from prefgpt import (POLICIES, Log, adamw, learning_rate, load_checkpoint, load_model, make_batch,
+from prefgpt import (POLICIES, Run, adamw, learning_rate, load_checkpoint, load_model, make_batch,
                      one_run, open_run, optimizer_step, run_cli, set_up)
 from prefgpt import GPTConfig, ScalarGPT, last_scores, pair_metrics
 
@@ -86,12 +86,12 @@ def main(cfg):
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
 
     # --- the loop
-    log = Log(cfg, saved, train + ['end'] + val, {'init': init['id']}, stage='rm',
+    run = Run(cfg, saved, (train, val), {'init': init['id']}, stage='rm',
               text=text, models={'reward_model': model}, optimizers=[optimizer],
               shift=saved['shift'] if saved else 0.0)
     # Tokens read per pair: the prompt is read twice
     lengths = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in train]
-    for step, indices in log.steps(lengths, cfg.batch_size):
+    for step, indices in run.steps(lengths, cfg.batch_size):
         parts = []
         for i in range(0, len(indices), micro_batch_size):
             micro = indices[i:i + micro_batch_size]
@@ -105,7 +105,7 @@ def main(cfg):
         # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, model, lr, cfg.grad_clip, step, loss=logged['loss'])
-        log.step(step, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
+        run.log(step, sum(lengths[i] for i in indices), **logged, norm=norm, lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             chosen, rejected = all_scores(model, val, micro_batch_size, device, autocast)   # (N,)
             losses, margins = reward_loss(chosen, rejected), chosen - rejected
@@ -115,8 +115,8 @@ def main(cfg):
                        f'{chosen[i] - shift:6.2f} chosen  {tokenizer.decode(val[i][1])}\n'
                        f'{rejected[i] - shift:6.2f} rejected{tokenizer.decode(val[i][2])}'
                        for i in range(min(2, len(val)))]
-            log.eval(step, metrics, samples, shift=shift)
-    return log.close()
+            run.save(step, metrics, samples, shift=shift)
+    return run.close()
 
 
 if __name__ == '__main__':

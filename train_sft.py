@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from data.text import load_examples, load_text, show_samples
-from prefgpt import (POLICIES, Log, adamw, learning_rate, load_checkpoint, load_model, make_batch,
+from prefgpt import (POLICIES, Run, adamw, learning_rate, load_checkpoint, load_model, make_batch,
                      one_run, open_run, optimizer_step, run_cli, set_up)
 from prefgpt import GPT, GPTConfig, UserError, token_logprobs
 
@@ -90,11 +90,11 @@ def main(cfg):
         policy.compile(dynamic=True)
 
     # --- the loop
-    log = Log(cfg, saved, train + ['end'] + val, {'init': init and init['id']},
+    run = Run(cfg, saved, (train, val), {'init': init and init['id']},
               stage='sft', text=text, models={'policy': policy}, optimizers=[optimizer])
     lengths = [len(prompt) + len(response) for prompt, response in train]
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    for step, indices in log.steps(lengths, cfg.batch_size):
+    for step, indices in run.steps(lengths, cfg.batch_size):
         loss = 0.0
         rows = [train[i] for i in indices]
         # Counted over the whole batch, so that the micro-batches' losses add up to its mean
@@ -110,13 +110,13 @@ def main(cfg):
         # --- the same in train_sft, train_rm and train_dpo
         lr = learning_rate(step - 1, cfg.steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, policy, lr, cfg.grad_clip, step, loss=loss)
-        log.step(step, sum(lengths[i] for i in indices), loss=loss, norm=norm, lr=lr)
+        run.log(step, sum(lengths[i] for i in indices), loss=loss, norm=norm, lr=lr)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             metrics = evaluate(policy, val, micro_batch_size, device, autocast)
             with autocast:
                 samples = show_samples(policy, val[:2], tokenizer, cfg.max_new_tokens)
-            log.eval(step, metrics, samples)
-    return log.close()
+            run.save(step, metrics, samples)
+    return run.close()
 
 
 if __name__ == '__main__':

@@ -234,15 +234,11 @@ def decode_responses(tokens, response_mask, tokenizer):
     return texts, torch.tensor(ended)
 
 
-def mark_ends(texts, ended):
-    """Returns the texts for people to read: ' [no end]' follows those that did not end."""
-    return [text + ('' if end else ' [no end]') for text, end in zip(texts, ended)]
-
-
 def show_samples(policy, examples, tokenizer, max_new_tokens):
     """Returns greedy answers to the prompts of examples, as text, each after its prompt."""
     prompts = [example[0] for example in examples]
     room = policy.config.block_size - max(map(len, prompts))    # an example holds a response too
     out = generate(policy, prompts, min(max_new_tokens, room), tokenizer.eot_token, temperature=0)
-    texts = mark_ends(*decode_responses(*out, tokenizer))
-    return [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts)]
+    texts, ended = decode_responses(*out, tokenizer)
+    return [tokenizer.decode(prompt) + text + ('' if end else ' [no end]')
+            for prompt, text, end in zip(prompts, texts, ended)]

@@ -14,8 +14,9 @@ from conftest import TEMPLATE as BOT
 import prefgpt
 from data.text import (DataError, build_tokenizer, checkpoint_text, decode_responses,
                        encode_rows, load_examples, load_rows, load_split, load_text,
-                       load_tokenizer, mark_ends, tokenizer_text)
+                       load_tokenizer, tokenizer_text)
 from prefgpt import UserError, batches, make_batch, printable, rng
+from tools.sample import mark_ends
 
 BYTE_LINES = BYTE_TOKENS.splitlines(True)
 SWAPPED = 'AQ== 0\nAA== 1\n' + ''.join(BYTE_LINES[2:])      # the same tokens under other ids

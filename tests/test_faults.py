@@ -29,7 +29,7 @@ import train_ppo
 import train_sft
 from data.judge import load_judge
 from data.text import DataError
-from prefgpt import (RANGES, Log, UserError, load_checkpoint, parse_config, run_cli,
+from prefgpt import (RANGES, Run, UserError, load_checkpoint, parse_config, run_cli,
                      save_checkpoint, set_up)
 
 fcntl = pytest.importorskip('fcntl')
@@ -50,7 +50,7 @@ def step_of(cfg):
 @pytest.fixture
 def after_step(monkeypatch):
     """Returns after_step(step, call): call happens once, when that step has been logged."""
-    log_step, done = Log.step, []
+    log_step, done = Run.log, []
 
     def after_step(step, call):
         def log_and_call(self, now, *arguments, **metrics):
@@ -58,7 +58,7 @@ def after_step(monkeypatch):
             if now == step and not done:
                 done.append(now)
                 call()
-        monkeypatch.setattr(Log, 'step', log_and_call)
+        monkeypatch.setattr(Run, 'log', log_and_call)
     return after_step
 
 
@@ -142,7 +142,7 @@ def test_without_locks_a_file_marks_the_owner(config, after_step, monkeypatch):
 
     def interrupt():
         with pytest.raises(FileExistsError, match=mark.name):
-            Log(cfg)
+            Run(cfg)
         raise KeyboardInterrupt
     after_step(3, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -236,7 +236,7 @@ def test_what_fails_after_a_step_costs_no_step(config, monkeypatch, rm_run):
     whole = main(config('ppo', 'whole'))
     # Evaluations at steps 2, 4 and 6; three minibatches and two epochs per step
     for module, name, at_call, saved in [
-            (train_ppo, 'evaluate', 2, 4), (train_ppo, 'rollout', 4, 2), (Log, 'show', 7, 5),
+            (train_ppo, 'evaluate', 2, 4), (train_ppo, 'rollout', 4, 2), (Run, 'show', 7, 5),
             (train_ppo, 'minibatch_gradient', 15, 2)]:
         parts, function, calls = config('ppo', name), getattr(module, name), []
 
@@ -445,8 +445,9 @@ def test_cpu_memory_is_one_line(monkeypatch):
 def test_a_damaged_log_does_not_stop_a_run(open_log, tmp_path, damage):
     """A row that is none stays as it is, and so do its neighbours; rows past the checkpoint are
     still cut."""
-    (tmp_path / 'log.jsonl').write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n{"step": 3}\n')
-    open_log(at(2))
+    rows = b'{"step": 1}\n' + damage + b'{"step": 2}\n'
+    (tmp_path / 'log.jsonl').write_bytes(rows + b'{"step": 3}\n')
+    open_log(at(2, rows.count(b'\n')))
     assert (tmp_path / 'log.jsonl').read_bytes() == b'{"step": 1}\n' + damage + b'{"step": 2}\n'
 
 

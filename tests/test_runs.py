@@ -31,7 +31,7 @@ import train_ppo
 import train_rm
 import train_sft
 from data.text import checkpoint_text
-from prefgpt import (GPT, Log, ScalarGPT, UserError, adamw, load_checkpoint, load_model, open_run,
+from prefgpt import (GPT, Run, ScalarGPT, UserError, adamw, load_checkpoint, load_model, open_run,
                      parse_config, run_cli, save_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,20 +157,20 @@ def open_log(tmp_path, monkeypatch):
     new one closes the one before.
     """
     monkeypatch.setattr(prefgpt, 'save_checkpoint', lambda *arguments, **options: None)
-    monkeypatch.setattr(Log, 'at_the_end', contextlib.ExitStack(), raising=False)
+    monkeypatch.setattr(Run, 'at_the_end', contextlib.ExitStack(), raising=False)
 
     def open_log(saved=None, steps=10, **checkpoint):
-        Log.at_the_end.close()
+        Run.at_the_end.close()
         cfg = train_sft.Config(out=str(tmp_path), steps=steps, resume=True)
-        return Log(cfg, saved, **checkpoint)
+        return Run(cfg, saved, **checkpoint)
     yield open_log
-    Log.unsaved = False
-    Log.at_the_end.close()
+    Run.unsaved = False
+    Run.at_the_end.close()
 
 
-def at(step):
-    """Returns what a log reads of a checkpoint of a step."""
-    return {'step': step, 'metrics': {'loss': 0.5}, 'optimizers': []}
+def at(step, log=1):
+    """Returns what a run reads of a checkpoint of a step, when its log had so many rows."""
+    return {'step': step, 'metrics': {'loss': 0.5}, 'optimizers': [], 'log': log}
 
 
 @pytest.fixture
@@ -386,10 +386,10 @@ def test_log_is_cut_where_the_run_resumes(tmp_path, open_log):
             '{"step": 2, "eval_loss": 2.6, "samples": ["hi", "yo"]}\n',
             '{"step": 3, "loss": 2.0, "samples": ["hi there"]}\n', '{"step": 4, "lo']
     (tmp_path / 'log.jsonl').write_text(''.join(rows))
-    log = open_log(at(2))
+    log = open_log(at(2, 3))
     assert (tmp_path / 'log.jsonl').read_text() == ''.join(rows[:3])
     log.write({'step': 3, 'loss': 1.5})
-    log.eval(3, {'loss': 1.25}, ['one', 'two'])
+    log.save(3, {'loss': 1.25}, ['one', 'two'])
     assert (tmp_path / 'log.jsonl').read_text() == ''.join(
         [*rows[:3], '{"step": 3, "loss": 1.5}\n',
          '{"step": 3, "eval_loss": 1.25, "samples": ["one", "two"]}\n'])
@@ -400,7 +400,7 @@ def test_log_survives_any_sample(tmp_path, capsys, open_log):
     """A model may write anything, even line ends and rows of a log: resuming neither fails nor
     loses samples, and escape sequences do not reach the terminal."""
     samples = ['a\n{"step": 9}\nb', '{"step": 99, "lo', 'a\u2028b\x85c\r', '\ud800 \x1b[2J']
-    open_log().eval(2, {'loss': 1.0}, samples)
+    open_log().save(2, {'loss': 1.0}, samples)
     written = (tmp_path / 'log.jsonl').read_bytes()
     open_log(at(2))
     assert (tmp_path / 'log.jsonl').read_bytes() == written
@@ -420,7 +420,7 @@ def test_log_line(tmp_path, monkeypatch, capsys, open_log):
     numbers = dict(loss=0.61212, accuracy=0.65625, margin=0.41349, chosen=-21.305,
                    rejected=-25.4, norm=3.1, lr=1e-5)
     for step in range(11, 501):
-        log.step(step, 8158, **numbers)
+        log.log(step, 8158, **numbers)
     printed = capsys.readouterr().out.splitlines()
     assert ' '.join(printed[0].split()) == (
         'step 20/500 | loss 0.6121 | accuracy 0.66 | margin 0.413 | chosen -21.30 | '
@@ -496,7 +496,7 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
     """I22: six steps at once, and six steps killed after step 5, past the checkpoint of step 4, end
     with the same weights, optimizers, log rows and samples, bit for bit. Catches a value model of
     the policy's shape: PPO's reward model, and so its value model, has another."""
-    main, log_step = STAGES[stage].main, Log.step
+    main, log_step = STAGES[stage].main, Run.log
     whole, parts = config(stage, 'whole'), config(stage, 'parts')
     main(whole)
 
@@ -505,10 +505,10 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
         if step == 5:
             with open(self.path, 'a') as file:
                 file.write('{"step": 6, "los')      # and was about to log another one
-            Log.unsaved = False                     # a kill leaves no time to save
+            Run.unsaved = False                     # a kill leaves no time to save
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Log, 'step', log_and_die)
+        patch.setattr(Run, 'log', log_and_die)
         main(parts)
     assert load_checkpoint(parts.out, STAGES)['step'] == 4
     assert_resumes_as(whole, parts)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.text import build_tokenizer, decode_responses, encode_rows, load_split, mark_ends
+from data.text import build_tokenizer, decode_responses, encode_rows, load_split
 from data.turns import render
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, printable,
                      rng, run_cli, set_up)
@@ -75,6 +75,11 @@ def respond(policy, prompts, tokenizer, cfg, turn=0):
         out = generate(policy, rows, cfg.max_new_tokens, tokenizer.eot_token, cfg.temperature,
                        generator)
         yield *out, *decode_responses(*out, tokenizer)
+
+
+def mark_ends(texts, ended):
+    """Returns the texts for people to read: ' [no end]' follows those that did not end."""
+    return [text + ('' if end else ' [no end]') for text, end in zip(texts, ended)]
 
 
 def show(cfg, saved, device, autocast):
