@@ -25,6 +25,7 @@ from test_runs import (ROOT, assert_resumes_as, at, config, names_in, open_log, 
                        rm_run, save)                                                # fixtures
 
 import fuzz
+import kills
 import prefgpt
 import train_ppo
 import train_sft
@@ -508,6 +509,16 @@ def test_mutated_files_are_read_or_refused(tmp_path):
     """The short form of tests/fuzz.py: eight mutants of each kind, none a fault."""
     table, faults = fuzz.fuzz(64, tmp_path)
     assert faults == [] and all(counts.total() == 8 for counts in table.values())
+
+
+def test_killed_runs_end_as_others_do():
+    """I22: the short form of tests/kills.py: one kill in each stage."""
+    threads = torch.get_num_threads()
+    try:
+        kills_in_all, _, compared = kills.main(4)
+    finally:
+        torch.set_num_threads(threads)
+    assert kills_in_all == 4 and compared >= 4
 
 
 def test_the_fuzzer_notices(tmp_path, monkeypatch):
