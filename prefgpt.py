@@ -472,8 +472,8 @@ def load_checkpoint(path, stages):
                 raise ValueError(f'checksum of {damaged}')
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:                  # a damaged file can raise nearly anything
-        raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({error!r:.99})'
-                        '; copy ckpt.prev.pt, the checkpoint before it, over it') from None
+        raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({error!r:.99}'
+                        '); copy ckpt.prev.pt, the checkpoint before it, over it') from None
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
         raise UserError(f'{path}: not written by this version of prefgpt; remove that run, and '
                         'run its stage (or tools.hf import) again')
