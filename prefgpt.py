@@ -466,10 +466,10 @@ def load_checkpoint(path, stages):
     if not path.is_file():
         raise UserError(f'{path}: no checkpoint there; run that stage, or copy ckpt.prev.pt to it')
     try:
-        # torch.load does not notice flipped bytes; the checksums of the zip archive do
+        # torch.load does not look at checksums; of a record marked as a folder it reads nothing
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f'checksum of {damaged}')
+            if damaged := archive.testzip() or [i for i in archive.infolist() if i.external_attr]:
+                raise ValueError(f'record {damaged}')
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:                  # a damaged file can raise nearly anything
         raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({error!r:.99}'

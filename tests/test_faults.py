@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -501,6 +502,46 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_read(random_run,
     torch.save(saved, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='ckpt.pt: some of its weights are not finite'):
         load_checkpoint(tmp_path, ['sft'])
+
+
+# ----------------------------------------------------------------------------- the table of cases
+
+# Kinds of faults that users of other trainers reported: what is done; what must come out; tests
+CASES = """
+A | a judge returns numpy's numbers | a checkpoint that loads | a_numpy_judge_leaves_a
+A | a reward returns None, text, nan, 10**400 | one line with prompt and response | anything_else
+A | a reward.py with dataclasses, with an import from beside | runs | a_reward_py_may_be_a_module
+B | a second --resume while a run saves | refused; the first goes on | a_second_process_is_refused
+B | the same command twice at once | one trains, one is refused | that_begins_meanwhile
+C | SIGTERM, SIGINT, SIGHUP | the step is finished, saved and told | a_signal_ends_the_run_after
+C | a judge, a sample or a print fails | the steps before it are saved | what_fails_after_a_step
+C | PPO evaluates more rows than a rollout has | in parts, the same numbers | evaluation_in_parts
+D | reward.py is edited, then --resume | refused | an_edited_reward_py_is_another_reward
+D | init or reward model replaced, also when finished | refused | from_something_that_changed
+D | files moved, a flag added to Config | goes on | files_may_move_and_flags
+D | a nan, then another lr; more steps | the message's way works | the_way_that_a_nan_names_works
+E | a number without a meaning, 25 of them | one line with the flag | a_flag_without_a_meaning
+E | --init with other model flags | one line | model_flags_beside_init_are_no_silent_wish
+F | --out= and --out=~/x | refused; the home folder | out_is_a_path
+G | the disk is full | one line; the old checkpoint is whole | a_full_disk_is_one_line
+G | a reward model with a smaller block | prompts are cut for both | ppo_cuts_prompts_for_the_smaller
+G | a million blanks in a row | one line with file and line | a_malformed_row_is_named
+G | CPU memory, a closed pipe, an ascii terminal | one line, or what can be shown | cpu_memory
+H | packages called tools and data elsewhere | ours are taken | no_other_package_is_taken
+H | python tools/sample.py | one line with the command | a_module_called_as_a_script
+H | no docstring, -OO, a clock that stands still | runs | a_clock_that_stands_still
+H | transformers 5 leaves out vocab.json and merges.txt | one line | a_missing_file_is_named
+I | a nan among the weights | refused where it is read | weights_that_are_not_finite
+"""
+
+
+def test_every_case_has_its_test():
+    """Each row of CASES names tests that exist."""
+    names = ' '.join(re.findall(r'def (test_\w+)', ' '.join(
+        path.read_text() for path in Path(ROOT, 'tests').rglob('test_*.py'))))
+    rows = [row.split(' | ') for row in CASES.strip().splitlines()]
+    assert [row for row in rows if len(row) != 4 or row[3] not in names] == []
+    assert {row[0] for row in rows} == set('ABCDEFGHI')
 
 
 # ----------------------------------------------------------------------------- fuzz.py, kills.py

@@ -3,7 +3,7 @@ Runs whole commands, each with a few steps: run.sh from end to end, and the core
 
     python -m pytest -q tests/test_pipeline.py
 """
-import json, os, re, shutil, subprocess, sys
+import json, os, re, runpy, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +125,15 @@ def test_no_other_package_is_taken_for_ours(foreign):
     code = 'import data, tools, studies; print(data.__file__, tools.__file__, studies.__file__)'
     assert python(TOP, ['-c', code], foreign)[0].split() == [
         str(TOP / name / '__init__.py') for name in ('data', 'tools', 'studies')]
+
+
+@pytest.mark.parametrize('path', [
+    'tools/sample.py', 'tools/pairs.py', 'tools/look.py', 'tools/evaluate.py', 'tools/hf.py',
+    'tools/bench.py', 'data/prepare.py'])
+def test_a_module_called_as_a_script_says_how_to_call_it(path):
+    """`python tools/sample.py` would not find our modules: one line names the command."""
+    with pytest.raises(SystemExit, match=f"python -m {path[:-3].replace('/', '.')}$"):
+        runpy.run_path(TOP / path, run_name='__main__')
 
 
 # Calls each command line as `python` does, one after the other, in one process

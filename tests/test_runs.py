@@ -253,6 +253,13 @@ def test_no_flipped_byte_goes_unnoticed(save):
             assert same(load_checkpoint(path, ['sft']), whole), f'byte {place}'
         except UserError as error:
             errors[place] = str(error)
+    # Of a record that the directory calls a folder, torch.load would read nothing, or junk
+    for name in ('data/0', 'data.pkl'):
+        damaged = bytearray(contents)
+        damaged[contents.rindex(f'/{name}'.encode()) - len('archive') - 8] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f'record .*{name}'):
+            load_checkpoint(path, ['sft'])
     assert f'damaged or incomplete, {len(contents)} bytes' in errors[in_a_weight]
     assert largest.filename in errors[in_a_weight]
     assert len(errors) > len(places) / 2

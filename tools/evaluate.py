@@ -24,6 +24,9 @@ import json, math, statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+if not __package__:         # tools/evaluate.py as a script: our modules would not be found
+    raise SystemExit('error: call it from the top, as a module: python -m tools.evaluate')
+
 import torch
 
 import train_ppo

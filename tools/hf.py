@@ -17,6 +17,9 @@ import itertools, json, math, os, re, tempfile
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
+if not __package__:         # tools/hf.py as a script: our modules would not be found
+    raise SystemExit('error: call it from the top, as a module: python -m tools.hf')
+
 import torch
 
 from data.download import download, sha256_of
@@ -174,7 +177,8 @@ def check_tokenizer(folder, tokenizer):
             or parse_json(paths[0], read_text(paths[0])) != vocab
             or read_text(paths[1]).split('\n')[1:-1] != merges):
         raise UserError(f"{folder}: vocab.json and merges.txt must be there and be gpt2's: import "
-                        'knows no other tokenizer')
+                        'knows no other tokenizer. transformers 5 writes tokenizer.json alone: copy '
+                        'the two from the folder that it read')
 
 
 # ----------------------------------------------------------------------------- in and out

@@ -13,6 +13,9 @@ What it does not do: continue an answer that was stopped.
 import contextlib, dataclasses, itertools, sys
 from dataclasses import dataclass
 
+if not __package__:         # tools/sample.py as a script: our modules would not be found
+    raise SystemExit('error: call it from the top, as a module: python -m tools.sample')
+
 import torch
 
 from data.text import build_tokenizer, decode_responses, encode_rows, load_split
