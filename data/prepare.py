@@ -12,9 +12,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:         # data/prepare.py as a script: our modules would not be found
-    raise SystemExit('error: call it from the top, as a module: python -m data.prepare')
-
 from data.bpe import find_tokenizer, take_tokenizer, write_tokenizer
 from data.look import show
 from data.rows import convert, read_objects, stage_rows, write_rows, write_text

@@ -22,9 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-if not __package__:         # tools/bench.py as a script: our modules would not be found
-    raise SystemExit('error: call it from the top, as a module: python -m tools.bench')
-
 import torch
 
 import train_dpo, train_ppo, train_rm, train_sft

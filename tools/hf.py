@@ -17,16 +17,13 @@ import itertools, json, math, os, re, tempfile
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
-if not __package__:         # tools/hf.py as a script: our modules would not be found
-    raise SystemExit('error: call it from the top, as a module: python -m tools.hf')
-
 import torch
 
 from data.download import download, sha256_of
 from data.text import build_tokenizer, checkpoint_text, load_tokenizer, read_text
 from data.turns import unique_keys
-from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, load_checkpoint, load_model,
-                     run_cli, save_checkpoint)
+from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, load_checkpoint, run_cli,
+                     save_checkpoint)
 
 
 @dataclass
@@ -177,8 +174,8 @@ def check_tokenizer(folder, tokenizer):
             or parse_json(paths[0], read_text(paths[0])) != vocab
             or read_text(paths[1]).split('\n')[1:-1] != merges):
         raise UserError(f"{folder}: vocab.json and merges.txt must be there and be gpt2's: import "
-                        'knows no other tokenizer. transformers 5 writes tokenizer.json alone: copy '
-                        'the two from the folder that it read')
+                        'knows no other tokenizer. If transformers wrote tokenizer.json alone, '
+                        'copy both from the folder that it read')
 
 
 # ----------------------------------------------------------------------------- in and out
@@ -266,13 +263,12 @@ def export(run, out):
     config = {'architectures': ['GPT2LMHeadModel'], **FIXED, **dict(zip(SHAPE, shape.values())),
               'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0,
               'bos_token_id': tokenizer.eot_token, 'eos_token_id': tokenizer.eot_token}
-    try:
-        model = load_model(ScalarGPT if is_reward else GPT, saved,
-                           'reward_model' if is_reward else 'policy', 'cpu')
-    except RuntimeError as error:       # adapters, say, which transformers would silently leave out
-        raise UserError(f'{run}: {" ".join(str(error).split())[:300]}') from None
+    weights = saved['weights']['reward_model' if is_reward else 'policy']
+    ours = (ScalarGPT if is_reward else GPT)(GPTConfig(**shape)).state_dict()
+    if odd := weights.keys() ^ ours.keys():     # adapters, say, which would be left out
+        raise UserError(f'{run}: {", ".join(sorted(odd))[:300]}: not the weights of a GPT-2')
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         name = name if name == 'score.weight' else 'transformer.' + name.removeprefix('body.')
         tensors[name] = tensor.t() if CONV1D.search(name) else tensor
     if is_reward:

@@ -11,9 +11,6 @@ What it does not do: read other stages, or steps before the last checkpoint.
 """
 from dataclasses import dataclass
 
-if not __package__:         # tools/look.py as a script: our modules would not be found
-    raise SystemExit('error: call it from the top, as a module: python -m tools.look')
-
 import torch
 
 import train_ppo

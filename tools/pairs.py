@@ -31,9 +31,6 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-if not __package__:         # tools/pairs.py as a script: our modules would not be found
-    raise SystemExit('error: call it from the top, as a module: python -m tools.pairs')
-
 import torch
 
 import train_ppo
