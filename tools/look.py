@@ -115,7 +115,7 @@ def look_at_rollout(cfg, saved, tokenizer, device):
         grid |= {'whitened': train_ppo.whiten(advantages, mask)} if run.whiten else {}
         means = train_ppo.rollout_metrics((sampled, scores, ended))
         notes = [f"the rollout batch of step {step + 1}: score {means['score']:.6f}, kl "
-                 f"{means['kl']:.6f}" + '; log.jsonl must say the same' * (step < run.steps)]
+                 f"{means['kl']:.6f}" + '; compare log.jsonl' * (step < run.steps)]
     return [table(prompts[b], [f'score {scores[b]:.3f}, beta {run.beta}', *notes], ['y'],
                   {name: column[b:b + 1] for name, column in grid.items()}, tokenizer)
             for b in range(len(rows))[cfg.first:][:cfg.rows]]

@@ -68,7 +68,7 @@ def test_a_kept_step_shows_the_numbers_inside_ppo(ppo_run, step, capsys):
         assert [row['y'] for row in rows[1:]] == ['EOS' if i == 256 else chr(i) for i in ids]
     rows = map(json.loads, (out / 'log.jsonl').read_text().splitlines())
     [logged] = [row for row in rows if row['step'] == step + 1 and 'score' in row]
-    assert (f"step {step + 1}: score {logged['score']:.6f}, kl {logged['kl']:.6f}; log.jsonl"
+    assert (f"step {step + 1}: score {logged['score']:.6f}, kl {logged['kl']:.6f}; compare"
             in capsys.readouterr().out)
 
 
