@@ -423,20 +423,28 @@ FORMAT = 2      # raised when an older run could not go on as it began; older fi
 POLICIES = ('base', 'sft', 'ppo', 'dpo')        # the stages whose checkpoints hold a policy
 
 
+def link(path, other):
+    """Gives a file a second name, which may have been another file's."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)                    # at once, and it takes no room
+    except OSError:                             # a file system without hard links
+        shutil.copy2(path, other)
+
+
 def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, **extra):
     """
     Writes one file, whole or not at all; the old one stays as ckpt.prev.pt. models maps names to
     models, the first gives the shape; optimizers has the same order, and text is load_text's.
     """
-    path, shape = Path(path), next(iter(models.values())).config
+    path, temporary = Path(path), Path(path).with_name('ckpt.tmp')
     check_finite(f'step {step}', **{f'norm of the {name}': nn.utils.get_total_norm(
         model.parameters()).item() for name, model in models.items()})
     contents = dict(
         format=FORMAT, stage=stage, step=step, config=dataclasses.asdict(cfg),
-        model=dataclasses.asdict(shape), metrics=metrics,
+        model=dataclasses.asdict(next(iter(models.values())).config), metrics=metrics,
         weights={name: model.state_dict() for name, model in models.items()},
         optimizers=[optimizer.state_dict() for optimizer in optimizers], **text, **extra)
-    temporary, previous = path.with_name('ckpt.tmp'), path.with_name('ckpt.prev.pt')
     try:
         with open(temporary, 'wb') as file:
             torch.save(contents, file)
@@ -444,11 +452,7 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
             os.fsync(file.fileno())             # a full disk fails here, before the rename
         assert not torch.serialization.get_unsafe_globals_in_checkpoint(temporary)  # numpy's
         if path.exists():
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)         # a second name: ckpt.pt itself never disappears
-            except OSError:                     # a file system without hard links
-                shutil.copy2(path, previous)
+            link(path, path.with_name('ckpt.prev.pt'))      # ckpt.pt itself never disappears
         os.replace(temporary, path)             # atomic: the old file or the new one
     except (OSError, RuntimeError) as error:    # torch.save's own hides a full disk's
         cause = error.__context__ if isinstance(error, RuntimeError) else error
@@ -575,7 +579,7 @@ def peak_memory():
 
 # Flags that may change on resuming: they change rounding only (it can flip a token), or move files
 MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'judge',
-              'data', 'init', 'reward')
+              'data', 'init', 'reward', 'keep')
 # The least and the most that a flag's number may be, so that no run of zero steps is a success
 RANGES = {(1, 1e38): 'steps batch_size eval_every max_new_tokens rollout_size ppo_epochs prompts n',
           (1, 1e6): 'n_layer n_head n_embd block_size', (0, 1e9): 'temperature init_std',
@@ -739,6 +743,8 @@ class Run:
                     'samples': samples})
         self.checkpoint |= {'metrics': metrics, **more}
         self.leave()
+        if self.cfg.keep:
+            link(self.path.with_name('ckpt.pt'), self.path.with_name(f'ckpt-{step}.pt'))
         self.show(f'eval  {step:>5}/{self.cfg.steps}', metrics)         # printing can fail
         for sample in samples:
             print('      | ' + printable(sample).strip().replace('\n', '\n      | '))

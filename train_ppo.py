@@ -64,6 +64,7 @@ class Config:
     grad_clip: float = 1.0          # maximum norm of each model's gradient
     # the rest
     eval_every: int = 5             # rollout batches between evaluations; each saves a checkpoint
+    keep: bool = False              # keep every evaluation's checkpoint, as ckpt-STEP.pt
     seed: int = 0                   # of prompts, samples and minibatches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32

@@ -44,6 +44,7 @@ class Config:
     grad_clip: float = 1.0          # maximum norm of the gradient
     # the rest
     eval_every: int = 250           # steps between held-out evaluations; each saves a checkpoint
+    keep: bool = False              # keep every evaluation's checkpoint, as ckpt-STEP.pt
     max_new_tokens: int = 64        # maximum tokens of a sample shown
     seed: int = 0                   # of the initial weights and the batches
     device: str = ''                # cuda, mps or cpu; '': cuda, else mps, else cpu

@@ -39,10 +39,10 @@ def names(ax, styles=(), **where):
 
 
 def save_picture(figure, path):
-    """Writes a figure to the PNG file path, whole or not at all."""
+    """Writes a figure to the file path, PNG or SVG by its name, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
-    figure.savefig(temporary, format='png')
+    figure.savefig(temporary, format=path.suffix[1:])
     os.replace(temporary, path)
     print(f'wrote {path}')
 

@@ -568,12 +568,14 @@ def test_i22_kill_9_while_a_checkpoint_is_written(config):
 def test_a_short_run_and_resuming_it_when_finished(stage, config, capsys):
     """Printed lines, log rows and checkpoints count steps from 1; the first has lr / warmup.
     --resume of a finished run says that it is finished, returns its metrics, takes no step and
-    touches no file, so that a broken pipeline can be run again. Other --steps are refused."""
+    touches no file, so that a broken pipeline can be run again. Other --steps are refused.
+    --keep keeps every evaluation's checkpoint, and leaves the others as they are."""
     def contents():
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
                 for path in Path(cfg.out).iterdir()}
 
-    main, cfg = STAGES[stage].main, config(stage, steps=2, warmup=4, eval_every=1)
+    main, cfg = STAGES[stage].main, config(stage, steps=2, warmup=4, eval_every=1,
+                                           keep=True)
     metrics = main(cfg)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in printed if line.startswith(('step ', 'eval '))] == [
@@ -581,9 +583,9 @@ def test_a_short_run_and_resuming_it_when_finished(stage, config, capsys):
     rows, before = log_rows(cfg.out), contents()
     assert [row['step'] for row in rows] == [1, 1, 2, 2]
     assert [row['lr'] for row in rows if 'lr' in row] == pytest.approx([cfg.lr / 4, cfg.lr / 2])
-    assert set(before) == {'ckpt.pt', 'ckpt.prev.pt', 'log.jsonl'}
+    assert sorted(before) == ['ckpt-1.pt', 'ckpt-2.pt', 'ckpt.prev.pt', 'ckpt.pt', 'log.jsonl']
     assert [load_checkpoint(f'{cfg.out}/{name}', STAGES)['step']
-            for name in ('ckpt.prev.pt', 'ckpt.pt')] == [1, 2]
+            for name in ('ckpt-1.pt', 'ckpt-2.pt', 'ckpt.prev.pt', 'ckpt.pt')] == [1, 2, 1, 2]
 
     assert main(dataclasses.replace(cfg, resume=True)) == metrics
     printed = capsys.readouterr().out.splitlines()

@@ -185,7 +185,7 @@ def show_table(rows, title):
     """Prints rows, dicts, as a table: the first column is text, and NAME_se follows NAME."""
     def cell(row, name):
         value, error = row.get(name), row.get(f'{name}_se')
-        text = f'{value:.3f}' if isinstance(value, float) else value or '-'
+        text = f'{value:.3f}' if isinstance(value, float) else str(value or '-')
         return text if error is None else f'{text} ±{error:.3f}'
     names = dict.fromkeys(name for row in rows for name in row if not name.endswith('_se'))
     columns = [[name, *(cell(row, name) for row in rows)] for name in names]
@@ -207,7 +207,9 @@ def main(cfg):
         raise UserError(f'--samples={cfg.samples}: at least 1, and 1 with --best_of')
     if cfg.best_of < 0 or cfg.select and not cfg.best_of:
         raise UserError(f'--best_of={cfg.best_of}: 0 for no such row, and above 0 with --select')
-    saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
+    saved = [load_checkpoint(run, (*POLICIES, 'rm')) for run in cfg.runs]
+    if models := [run for run, each in zip(cfg.runs, saved) if each['stage'] == 'rm']:
+        raise UserError(f'{models[0]} is a reward model: python -m tools.rate {" ".join(models)}')
     cfg, data = longest(cfg, saved[0]), cfg.data or saved[0]['config']['data']
     device, autocast = set_up(cfg)
     tokenizer, text = load_text(data, saved[0])

@@ -1,75 +1,199 @@
 """
-Shows one response of a PPO run, token by token, in a table of what the policy's update sees.
+Shows what a run sees, token by token: a rollout, a pair or a response, as text and as a page.
 
-The numbers come from train_ppo.py's own functions, on the run's last checkpoint. Columns: the token
-read (x) and the one predicted (y); log pi(y) and log ref(y); the reward, which is -beta times their
-difference, plus the score on the last token; the value; and the advantage, not whitened, because
-whitening needs the whole rollout batch. Numbers outside the mask are unused, and shown as 0.
-What it does not do: read other stages, or steps before the last checkpoint.
+A row is a column of the grid: the token read (x), the one predicted (y), and whether it counts
+(mask). Where it does not, numbers are shown as 0. All come from the scripts' own functions. What
+they are depends on the run's stage:
+  - PPO: logprob and ref logprob of y; kl, their difference; reward, -beta kl, with the score on the
+    last token; value; advantage. Without --prompt it shows the rollout batch that follows the
+    checkpoint, sampled again from the run's seeds: with --step=5 that of step 6, with --step=0 the
+    first one. Only there is the advantage whitened too, because that takes the whole batch;
+  - DPO, or PPO with --pairs: held-out pairs. push is minus the gradient of DPO's loss, what its
+    next step does to the logprob: nothing where both sides begin alike. margin is a token's share
+    of the pair's margin: beta (logprob - ref logprob), with a minus on the rejected side;
+  - reward model: held-out pairs. score is what the response would get if it ended after y, and
+    change what y changed; it was trained on last tokens only;
+  - SFT: held-out demonstrations. With --response any run reads that one instead.
 
     python -m tools.look out/toy/ppo --prompt="how do i clean a mirror?"
+    python -m tools.look out/toy/ppo --step=5 --rows=3 --html=out/look.html
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-import train_ppo
-from data.text import build_tokenizer, encode_rows
-from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, load_checkpoint, load_model,
-                     printable, rng, run_cli, set_up)
+import train_dpo, train_ppo, train_rm
+from data.text import build_tokenizer, encode_rows, load_examples, load_split
+from data.turns import spaced
+from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, batches, last_column,
+                     last_scores, load_checkpoint, load_model, make_batch, printable, rng, run_cli,
+                     set_up, token_logprobs, x_and_y)
+from tools.page import show, write_page
 from tools.sample import find_prompts
 
 
 @dataclass
 class Config:
-    runs: tuple = ()                # a PPO run folder
+    runs: tuple = ()                # a run folder
+    step: int = -1                  # the checkpoint that --keep kept of this step; -1: the last one
     prompt: str = ''                # what a user types; it is put into the run's template
-    seed: int = 0                   # of the sample
+    response: str = ''              # the response to it; '': PPO samples one
+    pairs: bool = False             # of a PPO run: held-out pairs instead of a rollout
+    rows: int = 1                   # how many responses or pairs
+    first: int = 0                  # the first of them, counted from 0
+    color: str = ''                 # the column that colours the tokens, such as kl; '': the last
+    html: str = ''                  # a page to write all of it to; '': none
+    seed: int = 0                   # of the response to --prompt
     device: str = 'cpu'             # cuda, mps or cpu
     dtype: str = ''                 # float32 or bfloat16; '': bfloat16 on newer GPUs, else float32
 
 
-@torch.no_grad()
-def main(cfg):
-    """Prints the table and returns its rows, dicts."""
-    if len(cfg.runs) != 1 or not cfg.prompt:
-        raise UserError('name one PPO run folder, and a --prompt')
-    device, autocast = set_up(cfg)
-    saved = load_checkpoint(cfg.runs[0], ['ppo'])
-    tokenizer, run = build_tokenizer(saved['tokenizer']), train_ppo.Config(**saved['config'])
-    scorer, source = train_ppo.load_scorer(run.reward, load_checkpoint(run.init, POLICIES), device)
-    policy, ref = (load_model(GPT, saved, name, device) for name in ('policy', 'ref'))
-    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)
-    value_model.load_state_dict(saved['weights']['value_model'])
-    block_size = min(policy.config.block_size, source['model']['block_size'])   # both read it
-    [(prompt,)] = encode_rows(find_prompts(cfg, saved), 'prompts', tokenizer, block_size,
-                              run.max_new_tokens, name=cfg.runs[0])
+def find_checkpoint(cfg):
+    """Returns the checkpoint of --step, or the last one; with --step=0, as step 0."""
+    folder = Path(cfg.runs[0])
+    path = folder / f'ckpt-{cfg.step}.pt' if cfg.step > 0 else folder
+    if cfg.step > 0 and not path.exists():
+        kept = sorted(int(other.stem[5:]) for other in folder.glob('ckpt-*.pt'))
+        raise UserError(f'{path}: no such checkpoint; --keep has kept those of {kept or "no step"}')
+    return load_checkpoint(path, (*POLICIES, 'rm')) | ({} if cfg.step else {'step': 0})
 
-    with autocast:
-        grid, scores, ended, _ = train_ppo.rollout(policy, ref, scorer, [prompt], tokenizer, run,
-                                                   rng(cfg.seed, 0, 'eval'))
-        values = value_model(grid['x'])                                         # (1, T)
-    capped = train_ppo.cap_unfinished(scores, ended, run.no_eos_score)
-    rewards = train_ppo.token_rewards(capped, grid['logprobs'], grid['ref_logprobs'], grid['mask'],
-                                      run.beta)                                 # (1, T)
-    advantages, _ = train_ppo.gae(rewards, values, grid['mask'], run.gamma, run.gae_lambda)
 
+def table(prompt, notes, names, grid, tokenizer):
+    """Returns rows of a grid, by their names, as dicts per token: the last of the prompt first."""
     def word(token):
         text = tokenizer.decode([token]) if token != tokenizer.eot_token else 'EOS'
         return repr(printable(text))[1:-1]
-    columns = (grid['logprobs'], grid['ref_logprobs'], rewards, values, advantages)
-    rows = [{'x': word(grid['x'][0, t].item()), 'y': word(grid['y'][0, t].item()),
-             'mask': int(grid['mask'][0, t]),
-             **{name: column[0, t].item() if grid['mask'][0, t] else 0.0 for name, column in
-                zip(('logprob', 'ref logprob', 'reward', 'value', 'advantage'), columns)}}
-            for t in range(len(prompt) - 2, grid['x'].size(1))]
-    print(f'score {scores.item():.3f}, beta {run.beta}; {len(prompt) - 2} columns of the prompt '
-          'before these')
-    print(f'{"x":>12} {"y":>12}' + ''.join(f' {name:>11}' for name in list(rows[0])[2:]))
-    for row in rows:
-        x, y, mask, *numbers = row.values()
-        print(f'{x:>12} {y:>12} {mask:>11}' + ''.join(f' {number:>11.3f}' for number in numbers))
-    return rows
+    parts, ends = {}, (last_column(grid['mask']) + 1).tolist()
+    for b, name in enumerate(names):
+        x, y, mask, *numbers = (column[b].tolist() for column in grid.values())
+        parts[name] = [{'x': word(x[t]), 'y': word(y[t]), 'mask': int(mask[t]),
+                        **{key: number[t] if mask[t] else 0.0
+                           for key, number in zip(list(grid)[3:], numbers)}}
+                       for t in range(max(0, mask.index(True) - 1), ends[b])]
+    return {'title': prompt, 'notes': notes, 'numbers': list(grid)[3:], 'parts': parts}
+
+
+def load_ppo(saved, run, device):
+    """Returns policy, reference and value model of a step, and the scorer."""
+    init = load_checkpoint(run.init, POLICIES)
+    scorer, source = train_ppo.load_scorer(run.reward, init, device, run.micro_batch_size)
+    value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # with a head of zeros
+    if saved['step'] == 0:
+        return *[load_model(GPT, init, 'policy', device)] * 2, value_model, scorer
+    value_model.load_state_dict(saved['weights']['value_model'])
+    policies = (load_model(GPT, saved, name, device) for name in ('policy', 'ref'))
+    return *policies, value_model, scorer
+
+
+def look_at_rollout(cfg, saved, tokenizer, device):
+    """Returns tables of what PPO samples: to --prompt, or rows of the next rollout batch."""
+    run, step = train_ppo.Config(**saved['config']), saved['step']
+    policy, ref, value_model, scorer = load_ppo(saved, run, device)
+    block_size = min(model.config.block_size for model in (policy, value_model))
+    if cfg.prompt:
+        rows = encode_rows(find_prompts(cfg, saved), 'prompts', tokenizer, block_size,
+                           run.max_new_tokens, name=cfg.runs[0])
+        generator = rng(cfg.seed, 0, 'eval')
+    else:
+        train, _ = load_examples(run.data, 'prompts', tokenizer, saved, block_size,
+                                 run.max_new_tokens)
+        indices = next(batches([1] * len(train), run.rollout_size, run.seed, step))
+        rows, generator = [train[i] for i in indices], rng(run.seed, step, 'rollout')
+    sampled, scores, ended, (prompts, _) = train_ppo.rollout(
+        policy, ref, scorer, [prompt for prompt, in rows], tokenizer, run, generator)
+    x, y, mask, logprobs, ref_logprobs = sampled.values()                       # (B, T)
+    capped = train_ppo.cap_unfinished(scores, ended, run.no_eos_score)
+    rewards = train_ppo.token_rewards(capped, logprobs, ref_logprobs, mask, run.beta)
+    values = train_ppo.in_parts(value_model, run.micro_batch_size or len(x), x)
+    advantages, _ = train_ppo.gae(rewards, values, mask, run.gamma, run.gae_lambda)
+    grid = {'x': x, 'y': y, 'mask': mask, 'logprob': logprobs, 'ref logprob': ref_logprobs,
+            'kl': logprobs - ref_logprobs, 'reward': rewards, 'value': values,
+            'advantage': advantages}
+    notes = []
+    if not cfg.prompt:
+        grid |= {'whitened': train_ppo.whiten(advantages, mask)} if run.whiten else {}
+        means = train_ppo.rollout_metrics((sampled, scores, ended))
+        notes = [f"the rollout batch of step {step + 1}: score {means['score']:.6f}, kl "
+                 f"{means['kl']:.6f}" + '; compare log.jsonl' * (step < run.steps)]
+    return [table(prompts[b], [f'score {scores[b]:.3f}, beta {run.beta}', *notes], ['y'],
+                  {name: column[b:b + 1] for name, column in grid.items()}, tokenizer)
+            for b in range(len(rows))[cfg.first:][:cfg.rows]]
+
+
+def pair_columns(run, grid, kl):
+    """Returns a pair's grid with the columns push and margin, and a note."""
+    sums, refs = (grid[name].sum(1) for name in ('logprob', 'ref logprob'))     # (2,)
+    with torch.enable_grad():
+        sums.requires_grad_()
+        loss, margin = train_dpo.losses_and_margins(run, *sums[:, None], *refs[:, None])
+        push = -torch.autograd.grad(loss.sum(), sums)[0][:, None]               # (2, 1)
+    alike = (grid['y'][0] == grid['y'][1]).cumprod(0)                           # (T,)
+    share = torch.tensor([[run.beta], [-run.beta]], device=push.device)         # (2, 1)
+    return {**grid, 'push': push + alike * push.flip(0), 'margin': share * kl}, (
+        f'margin {margin.item():.3f} = {run.beta} (({sums[0]:.3f} - {refs[0]:.3f}) - '
+        f'({sums[1]:.3f} - {refs[1]:.3f})); loss {loss.item():.3f}')
+
+
+def columns_of(saved, model, ref, tokens, x, y, mask):
+    """Returns the grid of a response or of a pair, with the columns of its stage, and a note."""
+    grid, run = {'x': x, 'y': y, 'mask': mask}, saved['config']
+    if saved['stage'] == 'rm':
+        before, after = x_and_y(model(tokens) - saved['shift'])                 # (B, T)
+        scores = last_scores(model, tokens, mask) - saved['shift']              # (B,)
+        note = f'score {scores[0]:.3f}' if len(x) == 1 else (
+            f'P(chosen beats rejected) = {(-train_rm.reward_loss(*scores)).exp():.3f}')
+        return {**grid, 'score': after, 'change': after - before}, note
+    grid['logprob'] = token_logprobs(model, x, y, mask)                         # (B, T)
+    if not ref:
+        return grid, f'loss {-grid["logprob"].sum() / mask.sum():.3f} per token'
+    grid['ref logprob'] = token_logprobs(ref, x, y, mask)
+    kl = grid['logprob'] - grid['ref logprob']
+    if len(x) == 1:
+        return {**grid, 'kl': kl}, f'kl {kl.sum():.3f}'
+    run = train_dpo.Config(**run) if saved['stage'] == 'dpo' else train_dpo.Config(beta=run['beta'])
+    return pair_columns(run, grid, kl)
+
+
+def look_at_rows(cfg, saved, tokenizer, device):
+    """Yields tables of --response, or of held-out rows, under the run's model."""
+    stage, run, ref = saved['stage'], saved['config'], None
+    kind = 'sft' if cfg.response or stage in ('base', 'sft') else 'pairs'
+    if cfg.response:
+        prompt = find_prompts(cfg, saved)[0]['prompt']
+        rows = [{'prompt': prompt, 'completion': spaced(cfg.response, prompt)}]
+    else:
+        rows = load_split(run['data'], kind, saved['template'], run.get('rows', ''))[1]
+    if stage in ('ppo', 'dpo'):
+        source = saved if stage == 'ppo' else load_checkpoint(run['init'], POLICIES)
+        ref = load_model(GPT, source, 'ref' if stage == 'ppo' else 'policy', device)
+    model = load_model(*((ScalarGPT, saved, 'reward_model') if stage == 'rm' else
+                         (GPT, saved, 'policy')), device)
+    for prompt, *responses in encode_rows(rows[cfg.first:][:cfg.rows], kind, tokenizer,
+                                          model.config.block_size, name=cfg.runs[0]):
+        batch = make_batch([(prompt, response) for response in responses], device)
+        grid, note = columns_of(saved, model, ref, *batch)
+        names = ('chosen', 'rejected') if kind == 'pairs' else ('y',)
+        yield table(tokenizer.decode(prompt), [note], names, grid, tokenizer)
+
+
+@torch.no_grad()
+def main(cfg):
+    """Prints the tables, writes --html, and returns them as tools/page.py describes them."""
+    if len(cfg.runs) != 1 or cfg.response and not cfg.prompt:
+        raise UserError('name one run folder, and a --prompt with a --response')
+    device, autocast = set_up(cfg)
+    saved = find_checkpoint(cfg)
+    samples = saved['stage'] == 'ppo' and not (cfg.pairs or cfg.response)
+    if not samples and (cfg.step == 0 or cfg.prompt and not cfg.response):
+        raise UserError('only a PPO run has a --step=0, or samples a response: add --response')
+    with autocast:
+        look_at = look_at_rollout if samples else look_at_rows
+        tables = list(look_at(cfg, saved, build_tokenizer(saved['tokenizer']), device))
+    show(tables, cfg.color)
+    if cfg.html:
+        write_page(cfg.html, f'{cfg.runs[0]}, step {saved["step"]}', tables)
+    return tables
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ What it does not do: continue an answer that was stopped.
 
     python -m tools.sample out/toy/sft out/toy/ppo out/toy/dpo
     python -m tools.sample out/toy/ppo --prompt="how do i clean a mirror?" --temperature=1 --n=3
-    python -m tools.sample out/toy/ppo --chat
+    python -m tools.sample out/toy/ppo --chat --reward=out/toy/rm
 """
 import contextlib, dataclasses, itertools, sys
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ if not __package__:         # tools/sample.py as a script: our modules would not
 
 import torch
 
+import train_ppo
 from data.text import build_tokenizer, decode_responses, encode_rows, load_split
 from data.turns import render
 from prefgpt import (GPT, POLICIES, UserError, generate, load_checkpoint, load_model, printable,
@@ -34,6 +35,7 @@ class Config:
     prompts: int = 3                # how many different ones
     chat: bool = False              # answer line by line what is typed
     history: bool = False           # keep a chat's earlier lines and answers in the prompt
+    reward: str = ''                # scores a chat's answers: a reward model's run, or a reward.py
     # the samples
     n: int = 1                      # responses to each prompt
     temperature: float = 0.0        # 0: greedy; 1: as the model was trained
@@ -104,13 +106,24 @@ def show(cfg, saved, device, autocast):
     return answers
 
 
+def score_of(scorer, tokens, response_mask, prompt, text):
+    """Returns what a scorer makes of one answer, for people to read."""
+    try:
+        return f'[score {scorer(tokens, response_mask, [prompt], [text]).item():.3f}]'
+    except UserError as error:                  # a reward.py may know its own prompts only
+        return f'[no score: {printable(str(error))}]'
+
+
 def chat(cfg, saved, device, autocast):
     """Answers lines until the input ends or Ctrl-C comes at the prompt; returns the answers."""
     tokenizer = build_tokenizer(saved['tokenizer'])
     policy = load_model(GPT, saved, 'policy', device)
-    room = policy.config.block_size - cfg.max_new_tokens
+    scorer, source = (train_ppo.load_scorer(cfg.reward, saved, device) if cfg.reward else
+                      (None, saved))
+    block_size = min(policy.config.block_size, source['model']['block_size'])   # both read it
+    room = block_size - cfg.max_new_tokens
     if room < 1:
-        raise UserError(f'block_size={policy.config.block_size} has no room for a prompt beside '
+        raise UserError(f'block_size={block_size} has no room for a prompt beside '
                         f'max_new_tokens={cfg.max_new_tokens}: lower --max_new_tokens')
     for stream in (sys.stdin, sys.stdout):      # bytes that are no text must not end the chat
         stream.reconfigure(errors='replace')
@@ -122,18 +135,21 @@ def chat(cfg, saved, device, autocast):
             while not (line := input('> ')).strip():
                 pass                            # nothing was said
             asked = [*turns, ('user', line)]
-            ids = tokenizer.encode_ordinary(render(asked, saved['template']))
+            prompt = render(asked, saved['template'])
+            ids = tokenizer.encode_ordinary(prompt)
             if len(ids) > room:
                 print(f'[the first {len(ids) - room} of {len(ids)} tokens are cut]')
             try:
                 with autocast:
-                    *_, [text], ended = next(respond(policy, [(ids[-room:],)], tokenizer, cfg,
-                                                     turn))
+                    *batch, [text], ended = next(respond(policy, [(ids[-room:],)], tokenizer, cfg,
+                                                         turn))
             except KeyboardInterrupt:
                 print(' [stopped]')
                 continue
             answers.append(text.removeprefix(' '))
             print(printable(*mark_ends(answers[-1:], ended)))
+            if scorer:
+                print(score_of(scorer, *batch, prompt, text))
             if cfg.history:
                 turns = [*asked, ('assistant', text)]
     print()                                     # the shell goes on in a line of its own
@@ -152,6 +168,8 @@ def main(cfg):
         raise UserError(f'{len(cfg.runs)} run folders: name at least one, and one with --chat')
     if cfg.history and not cfg.chat:
         raise UserError('--history needs --chat')
+    if cfg.reward and not cfg.chat:
+        raise UserError('--reward needs --chat; tools.pairs writes scored samples to a file')
     check_samples(cfg)
     saved = [load_checkpoint(run, POLICIES) for run in cfg.runs]
     cfg = longest(cfg, saved[0])

@@ -10,8 +10,8 @@ import train_dpo, train_ppo
 from data.text import DataError
 from prefgpt import UserError
 from studies import curves
-from studies.curves import (STAGES, Config, draw, draw_front, read_curves, read_runs, running_mean,
-                            stage_of, y_limits)
+from studies.curves import (STAGES, Config, draw, draw_alone, draw_front, read_curves, read_runs,
+                            running_mean, stage_of, y_limits)
 from studies.table import RESULTS, append_rows
 
 CLOCK = dict(lr=1e-3, ms=20.0, tok_per_s=1e4)
@@ -79,7 +79,7 @@ def test_every_metric_that_is_logged_has_a_panel(shared_data, sft_run, rm_run, t
     runs = (sft_run, rm_run, tmp_path / 'ppo', tmp_path / 'dpo')
     for run, panels in zip(runs, STAGES.values(), strict=True):
         logged = {name.removeprefix('eval_') for name in read_curves(run / 'log.jsonl')}
-        assert {metric for metrics, _ in panels for metric in metrics} == logged - CLOCK.keys()
+        assert {metric for metrics, *_ in panels for metric in metrics} == logged - CLOCK.keys()
 
 
 def test_running_mean():
@@ -125,20 +125,45 @@ def test_runs_of_all_stages_make_one_png(tmp_path, matplotlib, capsys):
     assert capsys.readouterr().out == f'wrote {out}\n'
 
 
-def test_score_and_gold_share_a_panel_and_clocks_have_none(tmp_path, matplotlib):
-    """Without a judge there is no gold."""
+def test_score_and_gold_have_panels_of_their_own_and_clocks_have_none(tmp_path, matplotlib):
+    """Without a judge there is no gold; kl and kl_sft share a panel, the second one dashed."""
     run = write_run(tmp_path / 'plain', 'PPO')
     assert list(panels_of(draw(read_runs([run]))))[:2] == ['score', 'kl']
     run = write_run(tmp_path / 'ppo', 'PPO', score=0.1, gold=-0.1, kl_sft=0.3)
     panels = panels_of(draw(read_runs([run])))
-    assert list(panels) == ['score ━━  gold ╍╍', 'kl ━━  kl_sft ╍╍', 'entropy', 'length', 'eos',
-                            'ratio', 'clip_frac', 'pg_loss', 'vf_loss', 'norm']
-    steps, mean, scores, golds = panels['score ━━  gold ╍╍'].lines
+    assert list(panels) == ['score', 'gold', 'gold over kl_sft', 'kl ━━  kl_sft ╍╍', 'entropy',
+                            'length', 'eos', 'ratio', 'clip_frac', 'pg_loss', 'vf_loss', 'norm']
+    (steps, mean, scores), [golds] = panels['score'].lines, panels['gold'].lines
     assert list(scores.get_xdata()) == list(golds.get_xdata()) == [10, 20, 30, 40]
-    assert list(golds.get_ydata()) == [-1, -2, -3, -4] and golds.is_dashed()
-    assert not scores.is_dashed() and scores.get_color() == golds.get_color()
-    assert panels['score ━━  gold ╍╍'].get_ylim()[0] < -4
+    assert list(golds.get_ydata()) == [-1, -2, -3, -4] and not golds.is_dashed()
     assert list(mean.get_ydata()) == pytest.approx(running_mean(steps.get_ydata(), 2))
+    *_, kl_sft = panels['kl ━━  kl_sft ╍╍'].lines
+    assert list(kl_sft.get_ydata()) == [3, 6, 9, 12] and kl_sft.is_dashed()
+    path, end = panels['gold over kl_sft'].lines
+    assert list(path.get_xdata()) == [3, 6, 9, 12] and list(path.get_ydata()) == [-1, -2, -3, -4]
+    assert (end.get_xdata(), end.get_ydata()) == ([12], [-4])
+
+
+def test_one_panel_alone_is_an_svg(tmp_path, matplotlib, monkeypatch, capsys):
+    """The same lines as in the whole picture; runs without a judge have no path; a name that is no
+    panel, or one of two stages, is told."""
+    runs = [write_run(tmp_path / 'ppo', 'PPO', score=0.1, gold=-0.1, kl_sft=0.3),
+            write_run(tmp_path / 'plain', 'PPO'), write_run(tmp_path / 'sft', 'SFT'),
+            write_run(tmp_path / 'dpo', 'DPO')]
+    curves.main(Config(runs=tuple(runs), panel='gold-over-kl_sft', out=f'{tmp_path}/new/gold.svg'))
+    text = (tmp_path / 'new' / 'gold.svg').read_text()
+    assert text.startswith('<?xml') and '<svg' in text
+    stages = read_runs(runs)
+    [ax] = draw_alone(stages, 'score').axes
+    assert [len(line.get_xdata()) for line in ax.lines] == [40, 40, 4, 40, 40, 0, 0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == runs[:2]
+    with pytest.raises(UserError, match='--panel=loss is one of SFT, DPO: name the runs of one'):
+        draw_alone(stages, 'loss')
+    with pytest.raises(UserError, match='--panel=mist: one of loss, norm, score, gold, gold-over-'):
+        draw_alone(stages, 'mist')
+    monkeypatch.chdir(tmp_path)
+    curves.main(Config(runs=(runs[2],), panel='loss'))
+    assert capsys.readouterr().out.endswith('wrote out/studies/loss.svg\n')
 
 
 def test_runs_of_a_stage_share_panels_and_are_named(tmp_path, matplotlib):
@@ -163,10 +188,13 @@ def test_the_front_picture_shows_three_stages_and_their_result(tmp_path, matplot
     append_rows(RESULTS / 'toy.csv', rows)
     stages = curves.main(Config(front=True, out='front.png'))
     assert (tmp_path / 'front.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
-    sft, rm, ppo, result = draw_front(stages).axes
+    sft, rm, ppo, result, gold = draw_front(stages).axes
     assert list(sft.lines[2].get_ydata()) == [1, 2, 3, 4]
     assert list(rm.lines[2].get_ydata()) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert [list(line.get_ydata()) for line in ppo.lines[2:]] == [[1, 2, 3, 4], [0.5, 1, 1.5, 2]]
+    [held_out], [golds] = ppo.lines[2:], gold.lines
+    assert list(held_out.get_ydata()) == [1, 2, 3, 4]
+    assert list(golds.get_ydata()) == [0.5, 1, 1.5, 2]
+    assert gold.yaxis.get_ticks_position() == 'right'       # another unit, another axis
     assert [text.get_text() for text in ppo.get_legend().get_texts()] == [
         'score, training', 'score, held out', 'gold: exact judge']
     assert [text.get_text() for text in result.get_xticklabels()] == ['SFT', 'PPO', 'DPO']
@@ -184,7 +212,9 @@ def test_what_cannot_be_drawn_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: name)      # none is needed here
     refused('name at least one run folder')
     refused('or --front without any', 'nowhere', front=True)
-    refused(r'--out=curves\.pdf: name a file that ends in \.png', 'nowhere', out='curves.pdf')
+    refused(r'--out=curves\.pdf: name a file that ends in \.png or \.svg', 'nowhere',
+            out='curves.pdf')
+    refused('or --front without any', front=True, panel='loss')
     refused('nowhere: no log.jsonl there; name the --out', 'nowhere')
     refused('begun/log.jsonl: no step in it yet',
             write_run(tmp_path / 'begun', 'SFT', steps=0, tail='{"step": 1'))

@@ -353,7 +353,7 @@ def test_all_that_read_a_response_have_room_for_it(runs, tiny_data, tmp_path, sa
 
 @pytest.mark.parametrize('changes, told', [
     (dict(runs=()), 'at least one run'), (dict(runs=('random', 'none')), 'none.*no checkpoint'),
-    (dict(runs=('random', 'rm')), 'its stage is rm, not base or sft'),
+    (dict(runs=('random', 'rm')), 'rm is a reward model: python -m tools.rate rm'),
     (dict(samples=0), '--samples=0'), (dict(samples=4, best_of=2), '--samples=4'),
     (dict(split='test-none'), 'test-none.prompts.jsonl'), (dict(best_of=2), 'best_of=2.*--select'),
     (dict(select='rm'), 'best_of=0.*--select'), (dict(best_of=-1), 'best_of=-1'),

@@ -1,33 +1,87 @@
-"""tools/look.py: the table of one response, against loops over the checkpoint's own models."""
+"""tools/look.py: its numbers against those inside the scripts, and against loops of their own."""
+import json, re, sys
+
 import pytest
 import torch
+from conftest import record
 
-import train_ppo
+import train_dpo, train_ppo
 from data.text import build_tokenizer
-from prefgpt import GPT, POLICIES, UserError, load_checkpoint, load_model
+from prefgpt import (GPT, POLICIES, ScalarGPT, UserError, load_checkpoint, load_model,
+                     token_logprobs)
 from tools import look
+
+
+def look_at(run, **changes):
+    """What main returns of a run."""
+    return look.main(look.Config(runs=(str(run),), **changes))
+
+
+def numbers(rows, name):
+    """A column of the rows that count."""
+    return [row[name] for row in rows if row['mask']]
 
 
 @pytest.fixture(scope='module')
 def ppo_run(shared_data, sft_run, rm_run, tmp_path_factory):
-    """A run folder that PPO has left after two steps."""
+    """A run folder that PPO has left after three steps, and what it computed in each."""
     out = tmp_path_factory.mktemp('runs') / 'ppo'
-    train_ppo.main(train_ppo.Config(
-        data=str(shared_data), init=str(sft_run), reward=str(rm_run), out=str(out), steps=2,
-        rollout_size=8, batch_size=4, max_new_tokens=6, eval_every=2, lr=1e-2, device='cpu'))
+    with pytest.MonkeyPatch.context() as patch:
+        calls = [record(patch, train_ppo, name)
+                 for name in ('token_rewards', 'gae', 'whiten', 'rollout')]
+        train_ppo.main(train_ppo.Config(
+            data=str(shared_data), init=str(sft_run), reward=str(rm_run), out=str(out), steps=3,
+            rollout_size=8, batch_size=4, max_new_tokens=6, eval_every=1, keep=True, lr=1e-2,
+            micro_batch_size=3, device='cpu'))
+    return out, calls
+
+
+@pytest.fixture(scope='module')
+def dpo_run(shared_data, sft_run, tmp_path_factory):
+    """A run folder that DPO has left after a few steps."""
+    out = tmp_path_factory.mktemp('runs') / 'dpo'
+    train_dpo.main(train_dpo.Config(data=str(shared_data), init=str(sft_run), out=str(out), steps=4,
+                                    lr=1e-3, max_new_tokens=6, device='cpu'))
     return out
+
+
+@pytest.mark.parametrize('step', [0, 1, 2])
+def test_a_kept_step_shows_the_numbers_inside_ppo(ppo_run, step, capsys):
+    """Bit for bit: of rows 1 to 3 of the rollout that followed the checkpoint, every number that
+    train_ppo.main itself computed, whitened over the whole batch; and the log's own means."""
+    out, (rewarded, estimated, whitened, rollouts) = ppo_run
+    (_, logprobs, ref_logprobs, mask, _), rewards = rewarded[step]
+    (_, values, *_), (advantages, _) = estimated[step]
+    [(grid, _, _, (prompts, _))] = [result for _, result in rollouts
+                                    if result[0]['logprobs'] is logprobs]
+    expected = {'logprob': logprobs, 'ref logprob': ref_logprobs, 'kl': logprobs - ref_logprobs,
+                'reward': rewards, 'value': values, 'advantage': advantages,
+                'whitened': whitened[step][1]}
+    tables = look_at(out, step=step, first=1, rows=3)
+    for b, table in enumerate(tables, 1):
+        rows = table['parts']['y']
+        assert table['title'] == prompts[b] and table['numbers'] == list(expected)
+        assert len(rows) == 1 + mask[b].sum()
+        for name, column in expected.items():
+            assert numbers(rows, name) == column[b][mask[b]].tolist(), name
+        ids = grid['y'][b][mask[b]].tolist()
+        assert [row['y'] for row in rows[1:]] == ['EOS' if i == 256 else chr(i) for i in ids]
+    rows = map(json.loads, (out / 'log.jsonl').read_text().splitlines())
+    [logged] = [row for row in rows if row['step'] == step + 1 and 'score' in row]
+    assert (f"step {step + 1}: score {logged['score']:.6f}, kl {logged['kl']:.6f}; compare"
+            in capsys.readouterr().out)
 
 
 def test_rows_against_loops(ppo_run, rm_run):
     """Logprobs token by token from whole forward passes; the rewards add up to the score minus beta
     times the log-ratio; an advantage with gamma 1 is the discounted sum of deltas."""
-    rows = look.main(look.Config(runs=(str(ppo_run),), prompt='say b:', seed=1))
-    saved = load_checkpoint(ppo_run, ['ppo'])
+    [table] = look_at(ppo_run[0], prompt='say b:', seed=1)
+    rows, saved = table['parts']['y'], load_checkpoint(ppo_run[0], ['ppo'])
     tokenizer, cfg = build_tokenizer(saved['tokenizer']), train_ppo.Config(**saved['config'])
     prompt = tokenizer.encode_ordinary('user: say b:')
     responses = rows[1:]
     assert [row['mask'] for row in rows] == [0] + [1] * len(responses)
-    assert list(rows[0].values())[3:] == [0.0] * 5
+    assert list(rows[0].values())[3:] == [0.0] * 6
     ids = [tokenizer.eot_token if row['y'] == 'EOS' else tokenizer.encode_ordinary(row['y'])[0]
            for row in responses]
 
@@ -53,8 +107,125 @@ def test_rows_against_loops(ppo_run, rm_run):
         assert row['advantage'] == pytest.approx(expected, abs=1e-4)
 
 
-def test_mistakes_are_told(ppo_run, sft_run):
-    """No run, no prompt, or a run of another stage."""
-    for wrong in (dict(), dict(runs=(str(ppo_run),)), dict(runs=(str(sft_run),), prompt='say b:')):
-        with pytest.raises(UserError):
-            look.main(look.Config(**wrong))
+def test_a_pair_sums_to_its_margin(dpo_run):
+    """Sums under the reference are those that the run has kept, the columns margin add up to DPO's
+    margin, push is the loss's numerical slope, and 0 where the sides begin alike."""
+    saved = load_checkpoint(dpo_run, ['dpo'])
+    cfg = train_dpo.Config(**saved['config'])
+    for i, table in enumerate(look_at(dpo_run, first=2, rows=2), 2):
+        sides = table['parts'].values()
+        sums, refs = ([sum(numbers(rows, name)) for rows in sides]
+                      for name in ('logprob', 'ref logprob'))
+        assert refs == pytest.approx(saved['ref_val'][:, i].tolist(), abs=1e-4)
+
+        def loss(chosen=0.0, rejected=0.0):
+            return train_dpo.losses_and_margins(cfg, *torch.tensor(
+                [sums[0] + chosen, sums[1] + rejected, *refs], dtype=torch.double))
+        assert sum(sum(numbers(rows, 'margin')) for rows in sides) == pytest.approx(
+            loss()[1].item(), abs=1e-5)
+        alike = next(t for t, (a, b) in enumerate(zip(*sides)) if a['y'] != b['y'])
+        for side, rows in table['parts'].items():
+            slope = (loss(**{side: 1e-4})[0] - loss(**{side: -1e-4})[0]).item() / 2e-4
+            assert [row['push'] for row in rows[:alike]] == [0.0] * alike and alike > 1
+            assert numbers(rows[alike:], 'push') == pytest.approx(
+                [-slope] * len(rows[alike:]), rel=1e-3)
+
+
+def test_a_reward_model_scores_every_prefix(rm_run):
+    """score is what the response cut off after y would get alone, change its differences; pairs,
+    and a response that was typed."""
+    saved = load_checkpoint(rm_run, ['rm'])
+    model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
+    tables = [*look_at(rm_run), *look_at(rm_run, prompt='say b:', response='bb!')]
+    assert [list(table['parts']) for table in tables] == [['chosen', 'rejected'], ['y']]
+    for table in tables:
+        for rows in table['parts'].values():
+            tokens = list(table['title'].encode())
+            with torch.no_grad():
+                scores = [model(torch.tensor([tokens]))[0, -1].item() - saved['shift']]
+                for row in rows[1:]:
+                    tokens.append(256 if row['y'] == 'EOS' else ord(row['y']))
+                    scores.append(model(torch.tensor([tokens]))[0, -1].item() - saved['shift'])
+            assert numbers(rows, 'score') == pytest.approx(scores[1:], abs=1e-4)
+            assert numbers(rows, 'change') == pytest.approx(
+                [b - a for a, b in zip(scores, scores[1:])], abs=1e-4)
+    assert ''.join(row['y'] for row in tables[1]['parts']['y'][1:]) == ' bb!EOS'
+    assert tables[1]['notes'] == [f'score {scores[-1]:.3f}']
+
+
+def test_responses_under_a_policy(sft_run, dpo_run, ppo_run):
+    """A held-out demonstration under SFT's policy; a typed response under DPO's and PPO's, with the
+    kl to the reference; PPO's pairs are DPO's with its own reference and beta."""
+    [table] = look_at(sft_run)
+    saved, rows = load_checkpoint(sft_run, ['sft']), table['parts']['y']
+    prompt = list(table['title'].encode())
+    ids = prompt + [256 if row['y'] == 'EOS' else ord(row['y']) for row in rows[1:]]
+    tokens = torch.tensor([ids])
+    mask = torch.arange(1, len(ids))[None] >= len(prompt)
+    logprobs = token_logprobs(load_model(GPT, saved, 'policy', 'cpu'), tokens[:, :-1],
+                              tokens[:, 1:], mask)
+    assert numbers(rows, 'logprob') == pytest.approx(logprobs[mask].tolist(), abs=1e-5)
+    for run in (dpo_run, ppo_run[0]):
+        [table] = look_at(run, prompt='say b:', response=' b!')
+        for row in table['parts']['y']:
+            assert row['kl'] == pytest.approx(row['logprob'] - row['ref logprob'], abs=1e-6)
+    pairs = [look_at(run, pairs=True)[0] for run in (dpo_run, ppo_run[0])]
+    assert pairs[0]['title'] == pairs[1]['title'] and pairs[0]['numbers'] == pairs[1]['numbers']
+
+
+def test_the_page_has_the_same_numbers_and_no_foreign_text(ppo_run, dpo_run, tmp_path, capsys):
+    """One file with every line that was printed; what a user typed is text, and nothing is fetched
+    from elsewhere. Pairs are side by side."""
+    page = tmp_path / 'new' / 'look.html'
+    look_at(ppo_run[0], prompt='<b onload=x>&', response='<i>\x1b[31m', html=str(page))
+    plain = re.sub('<[^>]*>', '', page.read_text()[page.read_text().index('<pre>'):])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ['x', 'y'])
+    unescaped = plain.replace('&lt;', '<').replace('&gt;', '>').replace('&amp;', '&')
+    assert unescaped.strip('\n') == '\n'.join(lines[start:-1])
+    assert lines[-1] == f'wrote {page}'
+    assert not re.search('<b|<i>|\x1b|http|<script|src=|url', page.read_text())
+
+    [table] = look_at(dpo_run, html=str(page))
+    head, *lines = capsys.readouterr().out.splitlines()[-len(max(table['parts'].values(),
+                                                                 key=len)) - 2:-1]
+    assert head.split().count('margin') == 2 and len({line.index('|') for line in lines}) == 1
+    assert '<th>chosen<th>rejected' in page.read_text()
+
+
+def test_tokens_are_coloured_in_a_terminal(ppo_run, monkeypatch, capsys):
+    """By the last column or by --color: blue above 0, orange below, as strong as the number is
+    large; the text is the same, and NO_COLOR switches it off."""
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    plain, shown = [], {}
+    for color in ('', 'kl'):
+        [table] = look_at(ppo_run[0], step=2, color=color)
+        plain.append(capsys.readouterr().out)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stdout, 'isatty', lambda: True)
+            look_at(ppo_run[0], step=2, color=color)
+            shown[color] = capsys.readouterr().out
+            patch.setenv('NO_COLOR', '1')
+            look_at(ppo_run[0], step=2, color=color)
+        assert capsys.readouterr().out == re.sub('\x1b\\[[0-9;]*m', '', shown[color]) == plain[-1]
+        rows = table['parts']['y']
+        strongest = max(rows, key=lambda row: abs(row[color or 'whitened']))
+        code = 75 if strongest[color or 'whitened'] > 0 else 208
+        assert re.search(f'48;5;{code}m *{re.escape(strongest["y"])}\x1b', shown[color])
+    assert shown[''] != shown['kl'] and plain[0] == plain[1]
+
+
+def test_mistakes_are_told(ppo_run, sft_run, dpo_run, rm_run):
+    """No run, a step that was not kept, and what a stage has not."""
+    with pytest.raises(UserError, match='name one run'):
+        look.main(look.Config())
+    for message, run, changes in (
+            (r'ckpt-7\.pt: no such checkpoint; --keep has kept those of \[1, 2, 3\]', ppo_run[0],
+             dict(step=7)),
+            (r'ckpt-1\.pt: .* of no step', dpo_run, dict(step=1)),
+            ('add --response', sft_run, dict(prompt='say b:')),
+            ('only a PPO run', dpo_run, dict(step=0)),
+            ('and a --prompt', rm_run, dict(response='b')),
+            ('--color=push: one of score, change', rm_run, dict(color='push'))):
+        with pytest.raises(UserError, match=message):
+            look_at(run, **changes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import EOS, write_jsonl
 
-from prefgpt import GPT, UserError, generate, load_checkpoint, load_model, rng
+from prefgpt import GPT, ScalarGPT, UserError, generate, load_checkpoint, load_model, rng
 from tools import sample
 from tools.sample import Config
 
@@ -166,6 +166,25 @@ def test_how_answers_are_shown(talk, monkeypatch, capsys):
     monkeypatch.setattr(sample, 'generate', generate_text)
     assert talk(['a', 'b']) == ['yes', 'no\x1b[2J']
     assert '\nyes [no end]\nno\ufffd[2J\n' in capsys.readouterr().out
+
+
+def test_an_answer_has_its_score(talk, run, rm_run, tmp_path, capsys):
+    """A reward model's, minus its shift, on the ids that were sampled; a reward.py's; and one line
+    where that does not know the prompt."""
+    [answer] = talk(['say a:'], reward=str(rm_run))
+    saved = load_checkpoint(rm_run, ['rm'])
+    model = load_model(ScalarGPT, saved, 'reward_model', 'cpu')
+    tokens = torch.tensor([[*f'user: say a: {answer}'.encode(), EOS]])
+    with torch.no_grad():
+        score = model(tokens)[0, -1].item() - saved['shift']
+    assert f'{answer}\n[score {score:.3f}]\n' in capsys.readouterr().out
+    (tmp_path / 'reward.py').write_text(
+        "def score(prompt, response):\n    return {'user: a': 2.5}[prompt]\n")
+    talk(['a', 'b'], reward=str(tmp_path / 'reward.py'))
+    shown = capsys.readouterr().out
+    assert shown.index('[score 2.500]\n') < shown.index('[no score: ')
+    with pytest.raises(UserError, match='--reward needs --chat'):
+        main(run, reward=str(rm_run))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
