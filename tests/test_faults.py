@@ -524,7 +524,7 @@ E | a number without a meaning, 25 of them | one line with the flag | a_flag_wit
 E | --init with other model flags | one line | model_flags_beside_init_are_no_silent_wish
 F | --out= and --out=~/x | refused; the home folder | out_is_a_path
 G | the disk is full | one line; the old checkpoint is whole | a_full_disk_is_one_line
-G | a reward model with a smaller block | prompts are cut for both | ppo_cuts_prompts_for_the_smaller
+G | a reward model with a smaller block | prompts are cut for both | ppo_cuts_prompts_for_the
 G | a million blanks in a row | one line with file and line | a_malformed_row_is_named
 G | CPU memory, a closed pipe, an ascii terminal | one line, or what can be shown | cpu_memory
 H | packages called tools and data elsewhere | ours are taken | no_other_package_is_taken

@@ -177,8 +177,8 @@ def check_tokenizer(folder, tokenizer):
             or parse_json(paths[0], read_text(paths[0])) != vocab
             or read_text(paths[1]).split('\n')[1:-1] != merges):
         raise UserError(f"{folder}: vocab.json and merges.txt must be there and be gpt2's: import "
-                        'knows no other tokenizer. transformers 5 writes tokenizer.json alone: copy '
-                        'the two from the folder that it read')
+                        'knows no other tokenizer (transformers 5 writes tokenizer.json alone: copy '
+                        'the two from where it read them)')
 
 
 # ----------------------------------------------------------------------------- in and out
@@ -191,7 +191,7 @@ def read_config(path, n_vocab):
             raise UserError(f'{path}: {key} is {config[key]!r}, and ours is always {value!r}')
     shape = {key: config.get(key) for key in SHAPE}
     if not all(type(n) is int and 0 < n <= 2 ** 16 for n in shape.values()) or (
-            shape['n_layer'] > 256 or numbers_of(GPTConfig(*shape.values())) > LARGEST):
+            shape['n_layer'] > 128 or numbers_of(GPTConfig(*shape.values())) > LARGEST):
         raise UserError(f'{path}: not the shape of a model: {shape}')
     return GPTConfig(*shape.values())
 
