@@ -298,7 +298,7 @@ HOSTILE = {
         'Missing key(s)'),
     'many layers': (lambda f: spoil_config(f, n_layer=2 ** 16), 'not the shape of a model'),
     'wide layers': (lambda f: spoil_config(f, n_embd=2 ** 16), 'not the shape of a model'),
-    'the widest ones': (lambda f: spoil_config(f, n_layer=256, n_embd=400), 'state_dict')}
+    'the widest ones': (lambda f: spoil_config(f, n_layer=128, n_embd=400), 'state_dict')}
 
 
 def spoil_config(folder, **shape):
