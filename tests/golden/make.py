@@ -11,7 +11,10 @@ its own rounding. The rates are large, so that one step shows in every weight, a
 well.
 """
 import copy
+import itertools
+import json
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -25,9 +28,13 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]     # the project and co
 
 import train_dpo
 import train_ppo
-from conftest import tiny_gpt, tiny_scalar
-from prefgpt import (adamw, draw, generate, last_scores, learning_rate, make_batch, optimizer_step,
-                     token_logprobs)
+import train_rm
+import train_sft
+from conftest import read_log, tiny_gpt, tiny_scalar
+from data.text import encode_rows, load_rows, load_text
+from data.toy import prepare
+from prefgpt import (adamw, batches, draw, generate, last_scores, learning_rate, load_checkpoint,
+                     make_batch, optimizer_step, rng, token_logprobs)
 from train_dpo import dpo_loss, ipo_loss, losses_and_margins, pair_logprobs
 from train_ppo import (cap_unfinished, gae, policy_loss, rollout, rollout_metrics, token_rewards,
                        update_ema, value_loss, whiten)
@@ -274,6 +281,106 @@ def ppo_arrays(models):
     ref = copy.deepcopy(models['ref'])
     update_ema(ref, policy, K.ref_ema)
     return {'minibatches': MINIBATCHES, **out, **weights('ref_after', ref)}
+
+
+# ----------------------------------------------------------------------------- a whole run
+
+# The first rows of each file of data/toy. More than 16 batches of demonstrations, so that these are
+# sorted by length in two groups; so few pairs that ten steps go on into a second epoch
+FIRST_ROWS = {'train.sft': 150, 'val.sft': 40, 'train.pairs': 60, 'val.pairs': 20,
+              'train.prompts': 40, 'val.prompts': 4}
+# Small batches, large rates, and each rule of PPO at work. What is not here is the scripts' default
+FLAGS = {'sft': dict(steps=10, batch_size=8, warmup=3, eval_every=10),
+         'rm': dict(steps=10, batch_size=8, warmup=3, eval_every=10),
+         'dpo': dict(steps=10, batch_size=8, warmup=3, eval_every=10, lr=1e-3),
+         'ppo': dict(steps=3, rollout_size=16, batch_size=8, warmup=1, eval_every=3, lr=3e-3,
+                     max_new_tokens=24, temperature=0.9, gamma=0.98, vf_clip=0.2, ref_ema=0.1)}
+SCRIPTS = {'sft': train_sft, 'rm': train_rm, 'dpo': train_dpo, 'ppo': train_ppo}
+LOGGED = {'sft': ['loss', 'norm'], 'rm': ['loss', 'norm'], 'dpo': ['loss', 'norm'],
+          'ppo': ['score', 'kl', 'entropy', 'length', 'eos', 'pg_loss', 'vf_loss', 'norm']}
+
+
+def few_rows(folder):
+    """Writes data/toy into a folder and keeps the first rows; returns them as ids, by file."""
+    prepare.main(prepare.Config(out=str(folder)))
+    for name, most in FIRST_ROWS.items():
+        path = Path(folder) / f'{name}.jsonl'
+        path.write_text(''.join(path.read_text().splitlines(True)[:most]))
+    tokenizer, _ = load_text(str(folder))
+    return {name: encode_rows(load_rows(Path(folder) / f'{name}.jsonl', kind), kind, tokenizer, 128)
+            for name in FIRST_ROWS for kind in [name.split('.')[1]]}
+
+
+def rows_text(rows):
+    """Returns rows of ids as text: per file its name and count, per row three counts and its ids,
+    of the prompt, the chosen response (a demonstration too) and the rejected one."""
+    lines = []
+    for name, examples in rows.items():
+        lines.append(f'{name} {len(examples)}')
+        for parts in examples:
+            counts = [len(part) for part in parts] + [0] * (3 - len(parts))
+            lines.append(' '.join(map(str, [*counts, *itertools.chain(*parts)])))
+    return '\n'.join(lines) + '\n'
+
+
+def closest(policy, tokens, mask, u, temperature):
+    """Returns the smallest distance of a u from a step of the cumulative sum that it inverts."""
+    logits = policy.logits(policy(tokens[:, :-1])[mask]).double() / temperature     # (M, V)
+    steps = logits.softmax(-1).cumsum(-1)
+    used = torch.cat([row[:n] for row, n in zip(u.double(), mask.sum(1).tolist())])
+    return (steps - used[:, None]).abs().min().item()
+
+
+def run_stages(data, out, rows):
+    """Runs the four scripts and returns what they logged, with the rows and ids of each step."""
+    run, sampled = {}, []
+
+    def sampling(policy, prompts, most, eos, temperature, generator):
+        u = torch.rand(len(prompts), most, generator=generator.clone_state())
+        tokens, mask = generate(policy, prompts, most, eos, temperature, generator)
+        ids = [list(itertools.compress(row[1:], where))
+               for row, where in zip(tokens.tolist(), mask.tolist())]
+        sampled.append({'ids': ids, 'closest': closest(policy, tokens, mask, u, temperature)})
+        return tokens, mask
+    for stage, script in SCRIPTS.items():
+        cfg = dict(data=str(data), out=f'{out}/{stage}', device='cpu', dtype='float32')
+        cfg |= {} if stage == 'sft' else {'init': f'{out}/sft'}
+        cfg |= {'reward': f'{out}/rm'} if stage == 'ppo' else {}
+        cfg = script.Config(**cfg, **FLAGS[stage])
+        with patch.object(train_ppo, 'generate', sampling):
+            script.main(cfg)
+        examples = rows[{'sft': 'train.sft', 'ppo': 'train.prompts'}.get(stage, 'train.pairs')]
+        lengths = [1 if stage == 'ppo' else sum(map(len, parts)) + (stage != 'sft') * len(parts[0])
+                   for parts in examples]
+        size = cfg.rollout_size if stage == 'ppo' else cfg.batch_size
+        visited, drawn = batches(lengths, size, cfg.seed), iter(sampled)
+        steps = [{'rows': next(visited)} | (next(drawn) if stage == 'ppo' else {})
+                 | {name: float(f'{row[name]:.8g}') for name in LOGGED[stage]}
+                 for row in read_log(cfg.out, LOGGED[stage][0])]
+        run[stage] = {'flags': FLAGS[stage], 'steps': steps}
+    run['sft']['eval_loss'] = float(f"{read_log(f'{out}/sft', 'eval_loss')[-1]['eval_loss']:.8g}")
+    run['rm']['shift'] = float(f"{load_checkpoint(f'{out}/rm', ['rm'])['shift']:.8g}")
+    return run
+
+
+def run_text(run):
+    """Returns run.json's text: one step per line, for people and for simple readers."""
+    stages = []
+    for stage, numbers in run.items():
+        steps = ',\n'.join(map(json.dumps, numbers['steps']))
+        rest = {key: value for key, value in numbers.items() if key not in ('flags', 'steps')}
+        tail = ''.join(f', {json.dumps(key)}: {json.dumps(value)}' for key, value in rest.items())
+        stages.append(f'"{stage}": {{"flags": {json.dumps(numbers["flags"])}, "steps": [\n{steps}]'
+                      f'{tail}}}')
+    return f'{{"version": {K.version},\n' + ',\n'.join(stages) + '}\n'
+
+
+def whole_run():
+    """Returns the texts of rows.txt and run.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = few_rows(f'{folder}/data')
+        return {'rows.txt': rows_text(rows),
+                'run.json': run_text(run_stages(f'{folder}/data', folder, rows))}
 
 
 # ----------------------------------------------------------------------------- all of it
