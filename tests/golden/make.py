@@ -312,14 +312,14 @@ def few_rows(folder):
 
 
 def rows_text(rows):
-    """Returns rows of ids as text: per file its name and count, per row three counts and its ids,
-    of the prompt, the chosen response (a demonstration too) and the rejected one."""
+    """Returns rows of ids as text. Each file: its name and the number of its rows; each row: the
+    lengths of the prompt and of the whole, and its ids. A pair is two rows, chosen and rejected."""
     lines = []
     for name, examples in rows.items():
-        lines.append(f'{name} {len(examples)}')
-        for parts in examples:
-            counts = [len(part) for part in parts] + [0] * (3 - len(parts))
-            lines.append(' '.join(map(str, [*counts, *itertools.chain(*parts)])))
+        joined = [(parts[0], response) for parts in examples for response in parts[1:] or [[]]]
+        lines.append(f'{name} {len(joined)}')
+        lines += [' '.join(map(str, [len(prompt), len(prompt + response), *prompt, *response]))
+                  for prompt, response in joined]
     return '\n'.join(lines) + '\n'
 
 

@@ -1,91 +1,79 @@
-/*
- * prefgpt in one file of C99: SFT, a reward model, PPO and DPO on a GPT-2, trained from a seed.
+/* prefgpt in one file of C99: SFT, a reward model, PPO and DPO on a GPT-2, trained from a seed.
  *
- *     cc -std=c99 -O3 -o prefgpt tests/golden/prefgpt.c -lm && ./prefgpt tests/golden
+ *     cc -std=c99 -O3 -o prefgpt prefgpt.c -lm && ./prefgpt rows.txt run.json
  *
- * It reads rows of token ids (rows.txt), trains all four stages from the seed 0, without a weight or
- * a random number from elsewhere, and prints its losses beside those of the Python scripts
- * (run.json). README.md has the formulas; trace.c compares the functions here with the golden trace.
+ * It reads rows of token ids, trains all stages from the seed 0, with no weight or random number
+ * from elsewhere, and prints its numbers beside those of the Python scripts (run.json). README.md
+ * has the formulas, and trace.c compares the functions below with the golden trace.
  *
- * A row, which is a prompt and its response, is computed by itself, one position after the other: no
- * batch dimension, so no padding and no mask. With p ids of the prompt and n ids in all, the ids of
- * the response are predicted at the positions p-1 .. n-2. Keys and values of earlier positions stay
- * where they are, so sampling needs no other cache.
+ * A row, which is a prompt and its response, is computed alone, one position after the other: no
+ * batch dimension, no padding, no mask. With p ids of the prompt and n in all, the positions
+ * p-1 .. n-2 predict the response. Keys and values stay where they are: sampling needs no cache.
  *
- * In a function that goes back, d is the slope of the loss in what the forward function returned and
- * dz the slope in its input z. Slopes in weights are added up in the model's array g.
+ * In a function that goes back, d is the slope of the loss in what the forward function computed,
+ * and dz that in its input z. Slopes in weights are added up in the gradient g.
  *
- * Letters: V words, S positions at most, L layers, H heads of D = C / H channels, C channels.
- */
+ * Letters: V words, S positions at most, L layers, H heads, C channels, D = C / H per head. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <tgmath.h>     /* exp(x) means expf(x) where x is a float */
 
-#ifndef REAL
-#define REAL float
+#ifndef real
+#define real float      /* or double: cc -Dreal=double */
 #endif
-typedef REAL real;
 
-/* The largest sizes of any model here, so that arrays need not be allocated */
+/* The largest sizes of any model here, so that most arrays need not be allocated */
 enum { MAX_V = 768, MAX_S = 128, MAX_L = 2, MAX_H = 4, MAX_C = 64, MAX_ROWS = 256 };
 static const double PI = 3.14159265358979323846;
 
-static int min(int a, int b) { return a < b ? a : b; }
+/* Each position that predicts an id of a row's response */
+#define RESPONSE(t, row) for (int t = (row).p - 1; t < (row).n - 1; t++)
 
 /* ------------------------------------------------------------------------------ random numbers */
-
 typedef struct { uint32_t state[624]; int next; } Random;      /* MT19937, as in torch and numpy */
 
-static Random seeded(uint32_t seed)
-{
+static Random seeded(uint32_t seed) {
     Random r = {.state = {seed}, .next = 624};
     for (uint32_t i = 1; i < 624; i++)
         r.state[i] = 1812433253u * (r.state[i - 1] ^ r.state[i - 1] >> 30) + i;
     return r;
 }
 
-static uint32_t number(Random *r)
-{
+static uint32_t number(Random *r) {
     if (r->next == 624)
         for (int i = r->next = 0; i < 624; i++) {
             uint32_t y = (r->state[i] & 0x80000000u) | (r->state[(i + 1) % 624] & 0x7fffffffu);
             r->state[i] = r->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
         }
     uint32_t y = r->state[r->next++];
-    y ^= y >> 11;
-    y ^= y << 7 & 0x9d2c5680u;
-    y ^= y << 15 & 0xefc60000u;
+    y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
     return y ^ y >> 18;
 }
 
 static uint32_t rotate(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-/* Returns the generator of one purpose in one step. Its seed is the first four bytes, little-endian,
-   of SHA-256 of "SEED STEP PURPOSE"; so short a text fits into one block of 64 bytes. */
-static Random stream(int seed, int step, const char *purpose)
-{
+/* Returns the generator of one purpose in one step. Its seed is the start of the SHA-256 of
+   "SEED STEP PURPOSE", four bytes, little-endian. So short a text fits into one block. */
+static Random stream(int seed, int step, const char *purpose) {
     char text[56];
     int length = snprintf(text, sizeof text, "%d %d %s", seed, step, purpose);
     uint32_t w[64] = {0}, k[64], h[8];
-    text[length] = (char)0x80;                  /* ends the text; then zeros, then its count of bits */
+    text[length] = (char)0x80;                  /* ends the text; then zeros, and its bits' count */
     for (int i = 0; i <= length; i++) w[i / 4] |= (uint32_t)(uint8_t)text[i] << (24 - i % 4 * 8);
     w[15] = 8 * length;
-    for (int n = 0, p = 2, q; n < 64; p++) {    /* of the roots of the first 64 primes p, the first */
-        for (q = 2; p % q; q++);                /* 32 bits after the point */
+    for (int n = 0, p = 2, q; n < 64; p++) {    /* of the roots of the first 64 primes p: 32 bits */
+        for (q = 2; p % q; q++);                /* after the point */
         if (q < p) continue;
         if (n < 8) h[n] = fmod(sqrt((double)p), 1) * 4294967296.0;
         k[n++] = fmod(cbrt((double)p), 1) * 4294967296.0;
     }
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (rotate(a, 7) ^ rotate(a, 18) ^ a >> 3) + w[i - 7]
-               + (rotate(b, 17) ^ rotate(b, 19) ^ b >> 10);
-    }
     uint32_t first = h[0];
     for (int i = 0; i < 64; i++) {
-        uint32_t a = h[0], e = h[4];
+        uint32_t a = h[0], e = h[4], f = w[i > 15 ? i - 15 : 0], g = w[i > 15 ? i - 2 : 0];
+        if (i > 15) w[i] = w[i - 16] + (rotate(f, 7) ^ rotate(f, 18) ^ f >> 3) + w[i - 7]
+                           + (rotate(g, 17) ^ rotate(g, 19) ^ g >> 10);
         uint32_t one = h[7] + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25))
                        + ((e & h[5]) ^ (~e & h[6])) + k[i] + w[i];
         uint32_t two = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22))
@@ -93,134 +81,103 @@ static Random stream(int seed, int step, const char *purpose)
         memmove(h + 1, h, 7 * sizeof *h);
         h[0] = one + two, h[4] += one;
     }
-    first += h[0];                                      /* the four bytes, the highest in front */
+    first += h[0];                                      /* its four bytes, the highest in front: */
     return seeded(first >> 24 | (first >> 8 & 0xff00) | (first << 8 & 0xff0000) | first << 24);
 }
 
 /* Returns a uniform number in [0, 1): 24 bits, as many as a float holds. */
 static float uniform(Random *r) { return (number(r) & 0xffffff) / 16777216.0f; }
 
-static void permutation(Random *r, int *order, int n)
-{
+static void swap(int *a, int *b) { int kept = *a; *a = *b, *b = kept; }
+
+static void permutation(Random *r, int *order, int n) {
     for (int i = 0; i < n; i++) order[i] = i;
-    for (int i = 0; i < n - 1; i++) {
-        int j = i + number(r) % (n - i), kept = order[i];
-        order[i] = order[j], order[j] = kept;
-    }
+    for (int i = 0; i < n - 1; i++) swap(&order[i], &order[i + number(r) % (n - i)]);
 }
 
-/* Fills z with n >= 16 normal numbers: Box and Muller's formula on pairs that are 8 apart. */
-static void normal(Random *r, real *z, int n, double std)
-{
+/* Fills z with normal numbers: Box and Muller's formula on pairs that are 8 apart. 16 divides n. */
+static void normal(Random *r, real *z, int n, double std) {
     for (int i = 0; i < n; i++) z[i] = uniform(r);
-    for (int i = 0; i < n; i += 16) {
-        if (i + 16 > n)                                 /* the last 16 are drawn anew */
-            for (int j = i = n - 16; j < n; j++) z[j] = uniform(r);
-        for (int j = i; j < i + 8; j++) {
-            double radius = std * sqrt(-2 * log(1.0 - z[j])), angle = 2 * PI * z[j + 8];
-            z[j] = radius * cos(angle), z[j + 8] = radius * sin(angle);
-        }
+    for (int i = 0; i < n; i += i % 16 == 7 ? 9 : 1) {              /* 0 .. 7, 16 .. 23, ... */
+        double radius = std * sqrt(-2 * log(1.0 - z[i])), angle = 2 * PI * z[i + 8];
+        z[i] = radius * cos(angle), z[i + 8] = radius * sin(angle);
     }
 }
 
 /* ----------------------------------------------------------------------------------- the model */
+/* Columns 0: a vector. Beside the weights w are the gradient g and AdamW's moments m and v. */
+typedef struct { int rows, columns, size; real *w, *g, *m, *v; } Tensor;
 
-typedef struct { char name[32]; int rows, columns; real *w, *g, *m, *v; } Tensor;
+/* A policy or, with a score as its last tensor, a reward or value model. */
+typedef struct { int V, S, L, H, C, tensors, steps; Tensor tensor[4 + 12 * MAX_L + 1]; } Model;
 
-/* A policy or, with a score, a reward or value model. Weights w, gradients g and AdamW's m and v
-   are four long arrays with the same layout; each tensor has its place in them. */
-typedef struct {
-    int V, S, L, H, C, size, steps, tensors;
-    Tensor tensor[2 + 12 * MAX_L + 3];
-    real *w, *g, *m, *v;
-} Model;
-
-/* Indices of tensors. A layer's are counted from 12 l; a bias follows its weight. */
+/* Indices of tensors. A layer's are counted from 12 l, and a bias follows its weight. */
 enum { WTE, WPE, LN_1, ATTN = 4, ATTN_PROJ = 6, LN_2 = 8, FC = 10, MLP_PROJ = 12 };
 static int LN_F(const Model *m) { return 2 + 12 * m->L; }
-static const Tensor *score_of(const Model *m) { return &m->tensor[4 + 12 * m->L]; }
+static int SCORE(const Model *m) { return 4 + 12 * m->L; }
 
-static Model new_model(int V, int S, int L, int H, int C, int scalar)
-{
-    const char *names[] = {"ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"};
+static void add_tensor(Model *m, int rows, int columns) {
+    int size = rows * (columns ? columns : 1);
+    real *w = calloc(4 * size, sizeof *w);
+    Tensor t = {rows, columns, size, w, w + size, w + 2 * size, w + 3 * size};
+    m->tensor[m->tensors++] = t;
+}
+
+static Model new_model(int V, int S, int L, int H, int C, int scalar) {
     const int rows[] = {C, 3 * C, C, C, 4 * C, C}, columns[] = {0, C, C, 0, C, 4 * C};
-    Model m = {.V = V, .S = S, .L = L, .H = H, .C = C, .tensors = 4 + 12 * L + scalar};
-    m.tensor[WTE] = (Tensor){"wte.weight", V, C};
-    m.tensor[WPE] = (Tensor){"wpe.weight", S, C};
-    for (int i = 0; i < 12 * L; i++) {                  /* columns 0: a vector */
-        Tensor *t = &m.tensor[2 + i];
-        int k = i % 12 / 2, bias = i % 2;
-        snprintf(t->name, sizeof t->name, "h.%d.%s.%s", i / 12, names[k], bias ? "bias" : "weight");
-        t->rows = rows[k], t->columns = bias ? 0 : columns[k];
-    }
-    m.tensor[LN_F(&m)] = (Tensor){"ln_f.weight", C, 0};
-    m.tensor[LN_F(&m) + 1] = (Tensor){"ln_f.bias", C, 0};
-    m.tensor[LN_F(&m) + 2] = (Tensor){"score.weight", 1, C};        /* 0 at first */
-    m.size = (V + S + 2 + scalar) * C + L * (12 * C + 13) * C;
-    m.w = calloc(4 * m.size, sizeof *m.w);
-    m.g = m.w + m.size, m.m = m.g + m.size, m.v = m.m + m.size;
-    for (int k = 0, at = 0; k < m.tensors; k++) {
-        Tensor *t = &m.tensor[k];
-        t->w = m.w + at, t->g = m.g + at, t->m = m.m + at, t->v = m.v + at;
-        at += t->rows * (t->columns ? t->columns : 1);
-    }
+    Model m = {V, S, L, H, C, .tensors = 0};
+    add_tensor(&m, V, C), add_tensor(&m, S, C);
+    for (int i = 0; i < 6 * L; i++)
+        add_tensor(&m, rows[i % 6], columns[i % 6]), add_tensor(&m, rows[i % 6], 0);
+    add_tensor(&m, C, 0), add_tensor(&m, C, 0);
+    if (scalar) add_tensor(&m, 1, C);
     return m;
 }
 
-/* Returns a new model with the weights of another one; a score that only it has stays 0. */
-static Model copy_of(const Model *from, int scalar)
-{
+/* Returns a new model with the weights of another; a score that the other has not is 0. */
+static Model copy_of(const Model *from, int scalar) {
     Model m = new_model(from->V, from->S, from->L, from->H, from->C, scalar);
-    memcpy(m.w, from->w, min(m.size, from->size) * sizeof *m.w);
+    for (int k = 0; k < m.tensors && k < from->tensors; k++)
+        memcpy(m.tensor[k].w, from->tensor[k].w, m.tensor[k].size * sizeof(real));
     return m;
 }
 
-/* Sets the initial weights: matrices normal, LayerNorms' weights 1, biases 0. */
-static void initialize(Model *m, int seed, double std)
-{
+/* Sets a policy's initial weights: matrices normal, LayerNorms' weights 1, biases 0. What is added
+   to the residual stream, 2 L times, is made smaller. */
+static void initialize(Model *m, int seed, double std) {
     Random r = seeded(seed);
     int thrown_away = (m->V + m->S) * m->C + m->L * (12 * m->C + 9) * m->C;
-    for (int i = 0; i < thrown_away; i++)       /* torch gives every layer weights at its creation */
-        number(&r);
+    while (thrown_away--) number(&r);           /* torch sets every layer's weights twice */
     for (int k = 0; k < m->tensors; k++) {
+        int kind = k < 2 ? k : (k - 2) % 12 + 2, added = kind == ATTN_PROJ || kind == MLP_PROJ;
         Tensor *t = &m->tensor[k];
-        /* 2 L products are added to the residual stream, so each is made smaller */
-        double scale = strstr(t->name, "c_proj") ? 1 / sqrt(2.0 * m->L) : 1;
-        if (t->columns)
-            normal(&r, t->w, t->rows * t->columns, std * scale);
-        else
-            for (int i = 0; i < t->rows; i++)
-                t->w[i] = strstr(t->name, "ln_") && strstr(t->name, "weight");
+        if (t->columns) normal(&r, t->w, t->size, added ? std / sqrt(2.0 * m->L) : std);
+        for (int i = 0; i < t->size; i++)
+            if (kind == LN_1 || kind == LN_2) t->w[i] = 1;          /* LN_F is of kind LN_1 */
     }
 }
 
 /* ---------------------------------------------------------------------------------- the layers */
-
-static real dot(const real *a, const real *b, int n)    /* 8 sums, which a processor adds at once */
-{
+/* Adds up 8 sums, because a processor can do so at once. */
+static real dot(const real *a, const real *b, int n) {
     real sum[8] = {0};
-    for (int i = 0; i < n; i += 8)
-        for (int j = 0; j < 8; j++)
-            sum[j] += a[i + j] * b[i + j];
+    for (int i = 0; i < n; i += 8) for (int j = 0; j < 8; j++) sum[j] += a[i + j] * b[i + j];
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
-static void add_scaled(real *restrict out, real scale, const real *restrict z, int n)
-{
+static void add_scaled(real *restrict out, real scale, const real *restrict z, int n) {
     for (int i = 0; i < n; i++) out[i] += scale * z[i];
 }
 
 /* t is the weight, and t[1] its bias. */
-static void linear(real *out, const real *z, const Tensor *t)
-{
+static void linear(real *out, const real *z, const Tensor *t) {
     for (int o = 0; o < t->rows; o++)
         out[o] = t[1].w[o] + dot(t->w + o * t->columns, z, t->columns);
 }
 
-/* out[o] = bias[o] + sum over i of weight[o][i] z[i]: weight[o][i] has the slope d[o] z[i], and z[i]
-   collects d[o] weight[o][i] from every o. */
-static void linear_back(real *dz, const real *d, const real *z, const Tensor *t)
-{
+/* out[o] = bias[o] + sum over i of weight[o][i] z[i]: weight[o][i] has the slope d[o] z[i], and
+   z[i] collects d[o] weight[o][i] from every o. */
+static void linear_back(real *dz, const real *d, const real *z, const Tensor *t) {
     memset(dz, 0, t->columns * sizeof *dz);
     for (int o = 0; o < t->rows; o++) {
         add_scaled(dz, d[o], t->w + o * t->columns, t->columns);
@@ -230,8 +187,7 @@ static void linear_back(real *dz, const real *d, const real *z, const Tensor *t)
 }
 
 /* Returns sqrt(var + 1e-5), by which it divides z - mean. */
-static real standardize(real *out, const real *z, int C)
-{
+static real standardize(real *out, const real *z, int C) {
     real mean = 0, var = 0;
     for (int c = 0; c < C; c++) mean += z[c] / C;
     for (int c = 0; c < C; c++) var += (z[c] - mean) * (z[c] - mean) / C;
@@ -240,8 +196,7 @@ static real standardize(real *out, const real *z, int C)
     return root;
 }
 
-static void norm(real *out, const real *z, const Tensor *t)
-{
+static void norm(real *out, const real *z, const Tensor *t) {
     standardize(out, z, t->rows);
     for (int c = 0; c < t->rows; c++) out[c] = out[c] * t->w[c] + t[1].w[c];
 }
@@ -249,8 +204,7 @@ static void norm(real *out, const real *z, const Tensor *t)
 /* out = n weight + bias with n = (z - mean) / root, so n has the slope e = d weight. Shifting or
    scaling z leaves n as it is, so dz has no part along (1, ..., 1) or along n: subtract these parts
    of e, mean(e) and n mean(e n), and divide by root. ADDS to dz. */
-static void norm_back(real *dz, const real *d, const real *z, const Tensor *t)
-{
+static void norm_back(real *dz, const real *d, const real *z, const Tensor *t) {
     int C = t->rows;
     real n[MAX_C], root = standardize(n, z, C), mean_e = 0, mean_en = 0;
     for (int c = 0; c < C; c++) {
@@ -262,26 +216,16 @@ static void norm_back(real *dz, const real *d, const real *z, const Tensor *t)
     for (int c = 0; c < C; c++) dz[c] += (d[c] * t->w[c] - mean_e - n[c] * mean_en) / root;
 }
 
-static const real GELU = 0.79788456080286536, CUBE = 0.044715;      /* the first is sqrt(2 / pi) */
-
-static void gelu(real *out, const real *z, int n)
-{
-    for (int i = 0; i < n; i++)
-        out[i] = z[i] / 2 * (1 + tanh(GELU * (z[i] + CUBE * z[i] * z[i] * z[i])));
-}
-
-/* The product rule on z/2 (1 + tanh u), with tanh' = 1 - tanh^2 and u' = GELU (1 + 3 CUBE z^2). */
-static void gelu_back(real *dz, const real *d, const real *z, int n)
-{
-    for (int i = 0; i < n; i++) {
-        real t = tanh(GELU * (z[i] + CUBE * z[i] * z[i] * z[i]));
-        dz[i] = d[i] * ((1 + t) / 2 + z[i] / 2 * (1 - t * t) * GELU * (1 + 3 * CUBE * z[i] * z[i]));
-    }
+/* The slope is the product rule on z/2 (1 + t), with tanh' = 1 - tanh^2. */
+static real gelu(real z, real *slope) {
+    const real scale = 0.79788456080286536, cube = 0.044715;        /* scale = sqrt(2 / pi) */
+    real t = tanh(scale * (z + cube * z * z * z));
+    *slope = (1 + t) / 2 + z / 2 * (1 - t * t) * scale * (1 + 3 * cube * z * z);
+    return z / 2 * (1 + t);
 }
 
 /* Turns z into its softmax and returns log sum exp z; without the largest z, exp would overflow. */
-static real softmax(real *z, int n)
-{
+static real softmax(real *z, int n) {
     real largest = z[0], sum = 0;
     for (int i = 1; i < n; i++) largest = fmax(largest, z[i]);
     for (int i = 0; i < n; i++) sum += z[i] = exp(z[i] - largest);
@@ -298,14 +242,11 @@ typedef struct {
 typedef struct { Layer layer[MAX_L + 1]; real hidden[MAX_S][MAX_C]; } Pass;
 
 /* Position t looks at the positions s <= t and at no later one: that makes the model causal. */
-static void attention(Layer *z, int t, int C, int H)
-{
-    int D = C / H;
+static void attention(Layer *z, int t, int C, int D) {
     memset(z->heads[t], 0, C * sizeof(real));
     for (int c = 0; c < C; c += D) {                    /* c: a head's first channel */
         real *a = z->a[c / D][t];
-        for (int s = 0; s <= t; s++)
-            a[s] = dot(z->qkv[t] + c, z->qkv[s] + C + c, D) / sqrt((real)D);
+        for (int s = 0; s <= t; s++) a[s] = dot(z->qkv[t] + c, z->qkv[s] + C + c, D) / sqrt(D);
         softmax(a, t + 1);
         for (int s = 0; s <= t; s++) add_scaled(z->heads[t] + c, a[s], z->qkv[s] + 2 * C + c, D);
     }
@@ -315,9 +256,7 @@ static void attention(Layer *z, int t, int C, int H)
    slopes da[s] / dw[r] = a[s] ((s == r) - a[r]), so dw[s] = a[s] (da[s] - sum of a da). Then
    w[s] = q k[s] / sqrt(D) gives dq = sum of dw[s] k[s] / sqrt(D) and dk[s] = dw[s] q / sqrt(D). */
 static void attention_back(real dqkv[][3 * MAX_C], real d[][MAX_C], const Layer *z, int T, int C,
-                           int H)
-{
-    int D = C / H;
+                           int D) {
     memset(dqkv, 0, T * sizeof *dqkv);
     for (int t = 0; t < T; t++)
         for (int c = 0; c < C; c += D) {
@@ -329,7 +268,7 @@ static void attention_back(real dqkv[][3 * MAX_C], real d[][MAX_C], const Layer 
                 add_scaled(dqkv[s] + 2 * C + c, a[s], d[t] + c, D);
             }
             for (int s = 0; s <= t; s++) {
-                real dw = a[s] * (da[s] - sum) / sqrt((real)D);
+                real dw = a[s] * (da[s] - sum) / sqrt(D);
                 add_scaled(dqkv[t] + c, dw, z->qkv[s] + C + c, D);
                 add_scaled(dqkv[s] + C + c, dw, z->qkv[t] + c, D);
             }
@@ -337,9 +276,9 @@ static void attention_back(real dqkv[][3 * MAX_C], real d[][MAX_C], const Layer 
 }
 
 /* Computes the positions from .. to - 1 of the ids x; z has the earlier ones already. */
-static void forward(const Model *m, Pass *z, const int *x, int from, int to)
-{
+static void forward(const Model *m, Pass *z, const int *x, int from, int to) {
     int C = m->C;
+    real slope;
     for (int t = from; t < to; t++) {
         for (int c = 0; c < C; c++)
             z->layer[0].in[t][c] = m->tensor[WTE].w[x[t] * C + c] + m->tensor[WPE].w[t * C + c];
@@ -348,12 +287,12 @@ static void forward(const Model *m, Pass *z, const int *x, int from, int to)
             Layer *y = &z->layer[l];
             norm(y->ln_1[t], y->in[t], w + LN_1);
             linear(y->qkv[t], y->ln_1[t], w + ATTN);
-            attention(y, t, C, m->H);
+            attention(y, t, C, C / m->H);
             linear(y->attention[t], y->heads[t], w + ATTN_PROJ);
             for (int c = 0; c < C; c++) y->middle[t][c] = y->in[t][c] + y->attention[t][c];
             norm(y->ln_2[t], y->middle[t], w + LN_2);
             linear(y->fc[t], y->ln_2[t], w + FC);
-            gelu(y->gelu[t], y->fc[t], 4 * C);
+            for (int c = 0; c < 4 * C; c++) y->gelu[t][c] = gelu(y->fc[t][c], &slope);
             linear(y->mlp[t], y->gelu[t], w + MLP_PROJ);
             for (int c = 0; c < C; c++) y[1].in[t][c] = y->middle[t][c] + y->mlp[t][c];
         }
@@ -363,10 +302,9 @@ static void forward(const Model *m, Pass *z, const int *x, int from, int to)
 
 /* Goes back from d_hidden. d, the slope in the residual stream, goes on unchanged, and each branch
    (MLP, attention) adds the slope that comes back through it. */
-static void backward(const Model *m, const Pass *z, const int *x, int T, real d_hidden[][MAX_C])
-{
+static void backward(const Model *m, const Pass *z, const int *x, int T, real d_hidden[][MAX_C]) {
     static real d[MAX_S][MAX_C], d_heads[MAX_S][MAX_C], dqkv[MAX_S][3 * MAX_C];
-    real wide[4 * MAX_C], narrow[MAX_C];
+    real wide[4 * MAX_C], narrow[MAX_C], slope;
     memset(d, 0, sizeof d);
     for (int t = 0; t < T; t++)
         norm_back(d[t], d_hidden[t], z->layer[m->L].in[t], m->tensor + LN_F(m));
@@ -375,12 +313,12 @@ static void backward(const Model *m, const Pass *z, const int *x, int T, real d_
         const Layer *y = &z->layer[l];
         for (int t = 0; t < T; t++) {
             linear_back(wide, d[t], y->gelu[t], w + MLP_PROJ);
-            gelu_back(wide, wide, y->fc[t], 4 * m->C);
+            for (int c = 0; c < 4 * m->C; c++) gelu(y->fc[t][c], &slope), wide[c] *= slope;
             linear_back(narrow, wide, y->ln_2[t], w + FC);
             norm_back(d[t], narrow, y->middle[t], w + LN_2);
             linear_back(d_heads[t], d[t], y->heads[t], w + ATTN_PROJ);
         }
-        attention_back(dqkv, d_heads, y, T, m->C, m->H);
+        attention_back(dqkv, d_heads, y, T, m->C, m->C / m->H);
         for (int t = 0; t < T; t++) {
             linear_back(narrow, dqkv[t], y->ln_1[t], w + ATTN);
             norm_back(d[t], narrow, y->in[t], w + LN_1);
@@ -393,44 +331,37 @@ static void backward(const Model *m, const Pass *z, const int *x, int T, real d_
 }
 
 /* ------------------------------------------------------------------------- logprobs and scores */
-
-typedef struct { int id[MAX_S + 1], p, n; } Row;        /* p ids of the prompt, n in all */
+/* p ids of the prompt, n in all; ref is the logprob of its response under DPO's reference */
+typedef struct { int id[MAX_S + 1], p, n; double ref; } Row;
 
 static Pass pass;                                       /* of the row at hand */
-static real d_hidden[MAX_S][MAX_C];
 
-/* Fills probability with the softmax over the words after a hidden state; returns log p(y). */
-static real log_softmax(const Model *m, const real *hidden, real temperature, int y,
-                        real *probability)
-{
+/* Fills probability with the softmax over the words at position t; returns log p(y). */
+static real log_softmax(const Model *m, int t, real temperature, int y, real *probability) {
     for (int v = 0; v < m->V; v++)
-        probability[v] = dot(hidden, m->tensor[WTE].w + v * m->C, m->C) / temperature;
+        probability[v] = dot(pass.hidden[t], m->tensor[WTE].w + v * m->C, m->C) / temperature;
     real logit = probability[y];
     return logit - softmax(probability, m->V);
 }
 
 /* Fills logprob at the positions that predict a row's response; returns their sum. */
-static double row_logprobs(const Model *m, const Row *row, real temperature, real *logprob)
-{
+static double logprobs(const Model *m, const Row *row, real temperature, real *logprob) {
     real probability[MAX_V];
     double sum = 0;
     forward(m, &pass, row->id, 0, row->n - 1);
-    for (int t = row->p - 1; t < row->n - 1; t++)
-        sum += logprob[t] = log_softmax(m, pass.hidden[t], temperature, row->id[t + 1],
-                                        probability);
+    RESPONSE(t, *row)
+        sum += logprob[t] = log_softmax(m, t, temperature, row->id[t + 1], probability);
     return sum;
 }
 
 /* Goes back from the slopes d in a row's logprobs. logprob = logit[y] - log sum exp logit with
    logit = wte hidden / temperature, so logit[v] has the slope d ((v == y) - probability[v]). wte
    gets slopes here and as the embedding of the ids. */
-static void row_logprobs_back(const Model *m, const Row *row, real temperature, const real *d)
-{
-    real probability[MAX_V];
+static void logprobs_back(const Model *m, const Row *row, real temperature, const real *d) {
+    real probability[MAX_V], d_hidden[MAX_S][MAX_C] = {{0}};
     forward(m, &pass, row->id, 0, row->n - 1);          /* again: pass may hold another row */
-    memset(d_hidden, 0, sizeof d_hidden);
-    for (int t = row->p - 1; t < row->n - 1; t++) {
-        log_softmax(m, pass.hidden[t], temperature, row->id[t + 1], probability);
+    RESPONSE(t, *row) {
+        log_softmax(m, t, temperature, row->id[t + 1], probability);
         for (int v = 0; v < m->V; v++) {
             real d_logit = d[t] * ((v == row->id[t + 1]) - probability[v]) / temperature;
             add_scaled(d_hidden[t], d_logit, m->tensor[WTE].w + v * m->C, m->C);
@@ -440,58 +371,50 @@ static void row_logprobs_back(const Model *m, const Row *row, real temperature, 
     backward(m, &pass, row->id, row->n - 1, d_hidden);
 }
 
-/* Fills out with a scalar model's numbers, scores or values, at the first T positions. */
-static void numbers(const Model *m, const Row *row, int T, real *out)
-{
+/* Fills out with a scalar model's numbers, scores or values, at the first T positions of a row;
+   returns the last of them. A score is the number at the response's last id, so there T is n. */
+static real numbers(const Model *m, const Row *row, int T, real *out) {
     forward(m, &pass, row->id, 0, T);
-    for (int t = 0; t < T; t++) out[t] = dot(pass.hidden[t], score_of(m)->w, m->C);
+    for (int t = 0; t < T; t++) out[t] = dot(pass.hidden[t], m->tensor[SCORE(m)].w, m->C);
+    return out[T - 1];
+}
+
+static real score(const Model *m, const Row *row) {
+    return numbers(m, row, row->n, (real[MAX_S]){0});
 }
 
 /* Goes back from the slopes d in these numbers. */
-static void numbers_back(const Model *m, const Row *row, int T, const real *d)
-{
+static void numbers_back(const Model *m, const Row *row, int T, const real *d) {
+    real d_hidden[MAX_S][MAX_C] = {{0}};
     forward(m, &pass, row->id, 0, T);
-    memset(d_hidden, 0, sizeof d_hidden);
     for (int t = 0; t < T; t++) {
-        add_scaled(d_hidden[t], d[t], score_of(m)->w, m->C);
-        add_scaled(score_of(m)->g, d[t], pass.hidden[t], m->C);
+        add_scaled(d_hidden[t], d[t], m->tensor[SCORE(m)].w, m->C);
+        add_scaled(m->tensor[SCORE(m)].g, d[t], pass.hidden[t], m->C);
     }
     backward(m, &pass, row->id, T, d_hidden);
 }
 
-/* Returns the score of a response: the number at its last id, which is read like all others. */
-static real score(const Model *m, const Row *row)
-{
-    real out[MAX_S];
-    numbers(m, row, row->n, out);
-    return out[row->n - 1];
-}
-
 /* Draws the first word whose cumulative probability exceeds u; their sum is 1 but for rounding. */
-static int draw(const real *probability, int V, real u)
-{
+static int draw(const real *probability, int V, real u) {
     real sum = 0, total = 0;
     for (int v = 0; v < V; v++) total += probability[v];
     for (int v = 0; v < V; v++)
-        if ((sum += probability[v]) > u * total)
-            return v;
+        if ((sum += probability[v]) > u * total) return v;
     return V - 1;
 }
 
 /* Appends a response of at most so many ids to a row's prompt, with a uniform number u for each. */
-static void respond(const Model *m, Row *row, int eos, int most, real temperature, const real *u)
-{
+static void respond(const Model *m, Row *row, int eos, int most, real temperature, const real *u) {
     real probability[MAX_V];
     int id = -1;
     for (row->n = row->p; row->n < row->p + most && id != eos; row->n++) {
         forward(m, &pass, row->id, row->n == row->p ? 0 : row->n - 1, row->n);
-        log_softmax(m, pass.hidden[row->n - 1], temperature, 0, probability);
+        log_softmax(m, row->n - 1, temperature, 0, probability);
         row->id[row->n] = id = draw(probability, m->V, u[row->n - row->p]);
     }
 }
 
 /* ----------------------------------------------------------------------- optimizer and batches */
-
 static struct {         /* what optimizer and methods are given; every stage sets its own */
     double weight_decay, grad_clip, adam_eps, beta, label_smoothing, temperature, no_eos_score;
     double gamma, gae_lambda, clip_eps, vf_clip, ref_ema;
@@ -499,73 +422,65 @@ static struct {         /* what optimizer and methods are given; every stage set
 } set;
 
 /* Clips the gradient, takes a step of AdamW and empties the gradient; returns its norm before. */
-static double step(Model *m, double rate)
-{
+static double step(Model *m, double rate) {
     double norm = 0, first = 1 - pow(0.9, ++m->steps), second = 1 - pow(0.95, m->steps);
-    for (int i = 0; i < m->size; i++) norm += (double)m->g[i] * m->g[i];
+    for (const Tensor *t = m->tensor; t < m->tensor + m->tensors; t++)
+        for (int i = 0; i < t->size; i++) norm += (double)t->g[i] * t->g[i];
     norm = sqrt(norm);
-    real scale = fmin(1.0, set.grad_clip / (norm + 1e-6));
-    for (const Tensor *t = m->tensor; t < m->tensor + m->tensors; t++) {
-        real decay = t->columns ? rate * set.weight_decay : 0;      /* matrices alone decay */
-        for (int i = 0; i < t->rows * (t->columns ? t->columns : 1); i++) {
-            real g = scale * t->g[i];
+    for (const Tensor *t = m->tensor; t < m->tensor + m->tensors; t++)
+        for (int i = 0; i < t->size; i++) {
+            real g = fmin(1, set.grad_clip / (norm + 1e-6)) * t->g[i];
             t->m[i] = (real)0.9 * t->m[i] + (real)0.1 * g;
             t->v[i] = (real)0.95 * t->v[i] + (real)0.05 * g * g;
-            t->w[i] -= decay * t->w[i];
+            if (t->columns) t->w[i] -= rate * set.weight_decay * t->w[i];   /* matrices alone */
             t->w[i] -= rate * (t->m[i] / first) / (sqrt(t->v[i] / second) + set.adam_eps);
+            t->g[i] = 0;
         }
-    }
-    memset(m->g, 0, m->size * sizeof *m->g);
     return norm;
 }
 
 /* Returns the rate of step s of n: linear warm-up, then a cosine to a tenth of the peak. */
-static double rate(int s, int n, double peak, int warmup)
-{
-    if (s < warmup)
-        return peak * (s + 1) / warmup;
+static double rate(int s, int n, double peak, int warmup) {
+    if (s < warmup) return peak * (s + 1) / warmup;
     double progress = (double)(s - warmup) / fmax(1, n - 1 - warmup);
     return peak * (0.1 + 0.9 * (1 + cos(PI * progress)) / 2);
 }
 
 /* Copies part i of k of n indices; the sizes are as even as can be, the larger ones first. */
-static int part(const int *all, int n, int k, int i, int *out)
-{
-    int size = n / k + (i < n % k);
-    memcpy(out, all + i * (n / k) + min(i, n % k), size * sizeof *out);
+static int part(const int *all, int n, int k, int i, int *out) {
+    int size = n / k + (i < n % k), start = i * (n / k) + (i < n % k ? i : n % k);
+    memcpy(out, all + start, size * sizeof *out);
     return size;
 }
 
 /* Fills indices with the rows of the batch of step s = 0, 1, ...; returns how many there are. */
-static int batch(int seed, const int *length, int rows, int size, int s, int *indices)
-{
+static int batch(int seed, const int *length, int rows, int size, int s, int *indices) {
     int per_epoch = (rows + size - 1) / size, order[MAX_ROWS], visits[MAX_ROWS];
     Random r = stream(seed, s / per_epoch, "batch");
     permutation(&r, order, rows);
     for (int i = 0; i < rows; i++)          /* a stable sort by length within each 16 batches */
-        for (int j = i; j % (16 * size) && length[order[j]] < length[order[j - 1]]; j--) {
-            int kept = order[j];
-            order[j] = order[j - 1], order[j - 1] = kept;
-        }
+        for (int j = i; j % (16 * size) && length[order[j]] < length[order[j - 1]]; j--)
+            swap(&order[j], &order[j - 1]);
     permutation(&r, visits, per_epoch);
     return part(order, rows, per_epoch, visits[s % per_epoch], indices);
 }
 
-/* ------------------- the four methods: each adds one example's gradient and returns its loss times
-   weight, which is 1 / the number of pairs in the batch, or of response ids in SFT and PPO */
+/* --------------------------------------------------------------------------------- the methods
+   Each adds the gradient of one example and returns its loss, both times a weight: 1 / the number
+   of pairs in the batch or, in SFT and PPO, 1 / the number of its response ids. */
+static int response(const Row *row) { return row->n - row->p; }     /* its length */
 
-typedef struct { Row chosen, rejected; double ref_chosen, ref_rejected; } Pair;
+/* Goes back from the same slope d in all logprobs of a response. */
+static void sum_back(const Model *policy, const Row *row, double d) {
+    real slopes[MAX_S];
+    for (int t = 0; t < MAX_S; t++) slopes[t] = d;
+    logprobs_back(policy, row, 1, slopes);
+}
 
-static void fill(real *d, double value) { for (int t = 0; t < MAX_S; t++) d[t] = value; }
-
-/* SFT imitates the chosen side: - logprob. */
-static double sft(const Model *policy, const Pair *pair, double weight)
-{
-    real logprob[MAX_S], d[MAX_S];
-    double loss = -row_logprobs(policy, &pair->chosen, 1, logprob) * weight;
-    fill(d, -weight);
-    row_logprobs_back(policy, &pair->chosen, 1, d);
-    return loss;
+/* SFT: - logprob. */
+static double sft(const Model *policy, const Row *row, double weight) {
+    sum_back(policy, row, -weight);
+    return -weight * logprobs(policy, row, 1, (real[MAX_S]){0});
 }
 
 /* log(1 / (1 + e^-z)), of which sigmoid(-z) is the slope; this exp cannot overflow. */
@@ -573,39 +488,35 @@ static double log_sigmoid(double z) { return fmin(z, 0) - log1p(exp(-fabs(z))); 
 static double sigmoid(double z) { return exp(log_sigmoid(z)); }
 
 /* Reward model (Bradley and Terry): - log sigmoid(chosen's score - rejected's score). */
-static double rm(const Model *m, const Pair *pair, double weight)
-{
-    int i = pair->chosen.n - 1, j = pair->rejected.n - 1;       /* where the scores are read */
-    double margin = score(m, &pair->chosen) - score(m, &pair->rejected);
+static double rm(const Model *m, const Row *pair, double weight) {
+    const Row *chosen = pair, *rejected = pair + 1;
+    double margin = score(m, chosen) - score(m, rejected);
     real up[MAX_S] = {0}, down[MAX_S] = {0};
-    up[i] = -sigmoid(-margin) * weight, down[j] = -up[i];
-    numbers_back(m, &pair->chosen, i + 1, up);
-    numbers_back(m, &pair->rejected, j + 1, down);
+    up[chosen->n - 1] = -sigmoid(-margin) * weight;
+    down[rejected->n - 1] = sigmoid(-margin) * weight;
+    numbers_back(m, chosen, chosen->n, up);
+    numbers_back(m, rejected, rejected->n, down);
     return -log_sigmoid(margin) * weight;
 }
 
 /* DPO: - log sigmoid(beta h), where h is how much more the policy prefers the chosen response than
    the reference does; with label smoothing e, a label is right with probability 1 - e. IPO pulls h
    to 1 / (2 beta). Returns the loss; d is its slope in h. */
-static double dpo_loss(double h, double *d)
-{
+static double dpo_loss(double h, double *d) {
     double e = set.label_smoothing, margin = set.beta * h, gap = h - 1 / (2 * set.beta);
     *d = set.ipo ? 2 * gap : set.beta * (sigmoid(margin) - (1 - e));
     return set.ipo ? gap * gap : -(1 - e) * log_sigmoid(margin) - e * log_sigmoid(-margin);
 }
 
 /* h has the slope 1 in the chosen side's logprobs and -1 in the rejected side's. */
-static double dpo(const Model *policy, const Pair *pair, double weight)
-{
-    real slopes[MAX_S];
-    double d, h = row_logprobs(policy, &pair->chosen, 1, slopes) - pair->ref_chosen
-                  - (row_logprobs(policy, &pair->rejected, 1, slopes) - pair->ref_rejected);
-    double loss = dpo_loss(h, &d) * weight;
-    fill(slopes, d * weight);
-    row_logprobs_back(policy, &pair->chosen, 1, slopes);
-    fill(slopes, -d * weight);
-    row_logprobs_back(policy, &pair->rejected, 1, slopes);
-    return loss;
+static double dpo(const Model *policy, const Row *pair, double weight) {
+    real unused[MAX_S];
+    double d, h = logprobs(policy, &pair[0], 1, unused) - pair[0].ref
+                  - (logprobs(policy, &pair[1], 1, unused) - pair[1].ref);
+    double loss = dpo_loss(h, &d);
+    sum_back(policy, &pair[0], d * weight);
+    sum_back(policy, &pair[1], -d * weight);
+    return loss * weight;
 }
 
 /* PPO: a sampled row, with the numbers that stay the same in all passes over its rollout batch. */
@@ -618,12 +529,11 @@ typedef struct {
 
 /* Scores a response; computes rewards and, from its end backwards, advantages (GAE) and returns. */
 static void judge(Episode *e, const Model *policy, const Model *ref, const Model *reward_model,
-                  double shift, const Model *value_model, int eos)
-{
+                  double shift, const Model *value_model, int eos) {
     int last = e->row.n - 2;
     real next_value = 0, advantage = 0;
-    row_logprobs(policy, &e->row, set.temperature, e->logprob);
-    row_logprobs(ref, &e->row, set.temperature, e->ref_logprob);
+    logprobs(policy, &e->row, set.temperature, e->logprob);
+    logprobs(ref, &e->row, set.temperature, e->ref_logprob);
     numbers(value_model, &e->row, last + 1, e->value);
     e->raw = score(reward_model, &e->row) - shift;
     e->ended = e->row.id[last + 1] == eos;
@@ -638,12 +548,11 @@ static void judge(Episode *e, const Model *policy, const Model *ref, const Model
 }
 
 /* Whitens the advantages over all response ids of the rollout batch. */
-static void whiten(Episode *episodes, int size)
-{
+static void whiten(Episode *episodes, int size) {
     double mean = 0, var = 0;
     for (int round = 0, M = 0; round < 3; round++)
         for (Episode *e = episodes; e < episodes + size; e++)
-            for (int t = e->row.p - 1; t < e->row.n - 1; t++) {
+            RESPONSE(t, e->row) {
                 double gap = e->advantage[t] - mean;
                 if (round == 0) mean += gap / ++M;      /* the mean of those so far */
                 if (round == 1) var += gap * gap / M;
@@ -651,9 +560,8 @@ static void whiten(Episode *episodes, int size)
             }
 }
 
-/* Returns an id's clipped loss; d is its slope in the logprob, since d ratio / d logprob = ratio. */
-static double policy_loss(double logprob, double old_logprob, double advantage, double *d)
-{
+/* Returns an id's clipped loss; d is its slope in the logprob: d ratio / d logprob = ratio. */
+static double policy_loss(double logprob, double old_logprob, double advantage, double *d) {
     double ratio = exp(logprob - old_logprob), plain = -advantage * ratio;
     double clipped = -advantage * fmin(fmax(ratio, 1 - set.clip_eps), 1 + set.clip_eps);
     *d = plain >= clipped ? plain : 0;
@@ -662,8 +570,7 @@ static double policy_loss(double logprob, double old_logprob, double advantage, 
 
 /* Returns half the squared error or, if the value has moved by more than vf_clip (0: off), that of
    the value moved by vf_clip alone, should it be larger; d is the slope in the value. */
-static double value_loss(double value, double old_value, double returns, double *d)
-{
+static double value_loss(double value, double old_value, double returns, double *d) {
     double error = value - returns, moved = value - old_value;
     double clipped = old_value + copysign(set.vf_clip, moved) - returns;
     int clip = set.vf_clip && fabs(moved) > set.vf_clip && clipped * clipped > error * error;
@@ -672,193 +579,159 @@ static double value_loss(double value, double old_value, double returns, double 
 }
 
 static double ppo(const Model *policy, const Model *value_model, const Episode *e, double weight,
-                  double *vf_loss)
-{
+                  double *vf_loss) {
     real logprob[MAX_S], value[MAX_S], d_value[MAX_S] = {0};
     double pg_loss = 0, d;
-    row_logprobs(policy, &e->row, set.temperature, logprob);
+    logprobs(policy, &e->row, set.temperature, logprob);
     numbers(value_model, &e->row, e->row.n - 1, value);
-    for (int t = e->row.p - 1; t < e->row.n - 1; t++) {
+    RESPONSE(t, e->row) {
         pg_loss += policy_loss(logprob[t], e->logprob[t], e->white[t], &d) * weight;
         logprob[t] = d * weight;                        /* from here on, its slope */
         *vf_loss += value_loss(value[t], e->value[t], e->returns[t], &d) * weight;
         d_value[t] = d * weight;
     }
-    row_logprobs_back(policy, &e->row, set.temperature, logprob);
+    logprobs_back(policy, &e->row, set.temperature, logprob);
     numbers_back(value_model, &e->row, e->row.n - 1, d_value);
     return pg_loss;
 }
 
-/* ------------------------------------------------ the run: rows of rows.txt, numbers of run.json */
-
+/* ------------------------------------------------- the run: rows of rows.txt, numbers of run.json */
 static FILE *rows_file, *run_file;
 static int differences;
 
-static FILE *open_file(const char *folder, const char *name)
-{
-    char path[1000];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    FILE *file = fopen(path, "rb");
-    if (!file) perror(path), exit(2);
-    return file;
+static int next_int(FILE *file) {
+    int i;
+    if (fscanf(file, "%*[^0-9]%d", &i) != 1) fprintf(stderr, "a file ends too early\n"), exit(2);
+    return i;
 }
 
-/* Reads the next group of rows: a name, how many they are, and for each row three counts and their
-   ids: prompt, chosen (a demonstration too) and rejected response. Returns how many they are. */
-static int read_rows(Pair *pairs)
-{
-    int rows = 0;
-    if (fscanf(rows_file, "%*s %d", &rows) != 1 || rows > MAX_ROWS) exit(2);
-    for (Pair *pair = pairs; pair < pairs + rows; pair++) {
-        Row *a = &pair->chosen, *b = &pair->rejected;
-        int chosen, rejected;
-        if (fscanf(rows_file, "%d %d %d", &a->p, &chosen, &rejected) != 3) exit(2);
-        for (a->n = 0; a->n < a->p + chosen; a->n++) fscanf(rows_file, "%d", &a->id[a->n]);
-        *b = *a;
-        for (b->n = b->p; b->n < b->p + rejected; b->n++) fscanf(rows_file, "%d", &b->id[b->n]);
-        if (!rejected) b->n = 0;
+/* Reads how many rows follow, and the rows: of each p, n and its ids. */
+static int read_rows(Row *rows) {
+    int count = next_int(rows_file);
+    for (Row *row = rows; row < rows + count; row++) {
+        row->p = next_int(rows_file), row->n = next_int(rows_file);
+        for (int i = 0; i < row->n; i++) row->id[i] = next_int(rows_file);
     }
-    return rows;
+    return count;
 }
 
-/* Reads run.json up to a key, which must come. */
-static void find(const char *key)
-{
+static void find(const char *key) {                     /* goes on to the next such key */
     char word[64] = "";
     while (strcmp(word, key))
         if (fscanf(run_file, "%*[^\"]\"%63[^\"]\"", word) != 1)
             fprintf(stderr, "run.json has no %s here\n", key), exit(2);
 }
 
-static void compare(const char *key, double ours)
-{
+static void compare(const char *key, double ours) {
     double theirs = NAN;
-    find(key);
-    fscanf(run_file, "%*[: ]%lf", &theirs);
+    find(key), fscanf(run_file, ": %lf", &theirs);
     int agrees = fabs(ours - theirs) <= 1e-4 * fmax(1, fabs(theirs));
     differences += !agrees;
     printf(" %s %.5f (%.5f %s)", key, ours, theirs, agrees ? "agrees" : "DIFFERS");
 }
 
-static void compare_ids(const int *ids, int n)          /* with the next n ids in run.json */
-{
-    int theirs, agree = 1;
-    for (int i = 0; i < n; i++)
-        agree &= fscanf(run_file, "%*[^0-9]%d", &theirs) == 1 && theirs == ids[i];
-    if (!agree) printf(" ids DIFFER");
-    differences += !agree;
+static void compare_ids(const int *ids, int n) {        /* with the next n whole numbers */
+    int differ = 0;
+    for (int i = 0; i < n; i++) differ |= next_int(run_file) != ids[i];
+    differences += differ;
+    if (differ) printf(" ids DIFFER");
 }
 
-/* Trains by SFT, as a reward model or by DPO. */
-static void train(const char *stage, Model *m, double method(const Model *, const Pair *, double),
-                  const Pair *pairs, int rows, double peak)
-{
+/* Trains by a method whose examples are rows (SFT) or two rows each, chosen and rejected. */
+static void train(const char *stage, Model *m, double method(const Model *, const Row *, double),
+                  int each, const Row *rows, int count, double peak) {
     int length[MAX_ROWS], indices[MAX_ROWS];
-    for (int i = 0; i < rows; i++) length[i] = pairs[i].chosen.n + pairs[i].rejected.n;
+    for (int i = 0; i < count / each; i++)
+        length[i] = rows[each * i].n + (each - 1) * rows[each * i + each - 1].n;
     for (int s = 0; s < 10; s++) {
-        int size = batch(0, length, rows, 8, s, indices), count = 0;
+        int size = batch(0, length, count / each, 8, s, indices), M = 0;
         double loss = 0;
-        for (int i = 0; i < size; i++)
-            count += method == sft ? pairs[indices[i]].chosen.n - pairs[indices[i]].chosen.p : 1;
-        for (int i = 0; i < size; i++) loss += method(m, &pairs[indices[i]], 1.0 / count);
-        printf("%s %2d", stage, s + 1);
-        find("rows"), compare_ids(indices, size);
-        compare("loss", loss);
-        compare("norm", step(m, rate(s, 10, peak, 3)));
-        puts("");
+        for (int i = 0; i < size; i++) M += each == 1 ? response(&rows[indices[i]]) : 1;
+        for (int i = 0; i < size; i++) loss += method(m, &rows[each * indices[i]], 1.0 / M);
+        printf("%s %d", stage, s + 1);
+        find("rows"), compare_ids(indices, size), compare("loss", loss);
+        compare("norm", step(m, rate(s, 10, peak, 3))), puts("");
     }
 }
 
-static void train_ppo(Model *policy, const Model *reward_model, double shift, Pair *prompts, int rows)
-{
+static void train_ppo(Model *policy, const Model *reward_model, double shift, const Row *prompts,
+                      int rows) {
     enum { STEPS = 3, ROLLOUT = 16, PASSES = 2, MINIBATCH = 8, NEW = 24, EOS = MAX_V - 1 };
     static Episode episodes[ROLLOUT];
     Model ref = copy_of(policy, 0), value_model = copy_of(reward_model, 1);
-    int ones[MAX_ROWS], indices[MAX_ROWS], order[ROLLOUT], mini[ROLLOUT];
-    for (int i = 0; i < rows; i++) ones[i] = 1;         /* so that prompts are not sorted by length */
-    memset(score_of(&value_model)->w, 0, policy->C * sizeof(real));     /* a value is not a score */
+    Tensor *head = &value_model.tensor[SCORE(policy)];
+    int lengths[MAX_ROWS] = {0}, indices[MAX_ROWS], order[ROLLOUT];     /* prompts are not sorted */
+    memset(head->w, 0, head->size * sizeof(real));                      /* a value is not a score */
     for (int s = 0; s < STEPS; s++) {
-        int size = batch(0, ones, rows, ROLLOUT, s, indices), updates = 0, length = 0, ended = 0;
-        double score = 0, kl = 0, entropy = 0, pg_loss = 0, vf_loss = 0, norm = 0;
+        int size = batch(0, lengths, rows, ROLLOUT, s, indices), updates = 0;
+        int parts = (size + MINIBATCH - 1) / MINIBATCH;
+        double score = 0, kl = 0, pg_loss = 0, vf_loss = 0, norm = 0;
         Random r = stream(0, s, "rollout");
-        printf("ppo %d", s + 1);
-        find("rows"), compare_ids(indices, size), find("ids");
+        printf("ppo %d", s + 1), find("rows"), compare_ids(indices, size), find("ids");
         for (int b = 0; b < size; b++) {
             Episode *e = &episodes[b];
             real u[NEW];
             for (int i = 0; i < NEW; i++) u[i] = uniform(&r);
-            e->row = prompts[indices[b]].chosen;
+            e->row = prompts[indices[b]];
             respond(policy, &e->row, EOS, NEW, set.temperature, u);
-            compare_ids(e->row.id + e->row.p, e->row.n - e->row.p);
             judge(e, policy, &ref, reward_model, shift, &value_model, EOS);
-            score += e->raw / size, ended += e->ended, length += e->row.n - e->row.p;
-            for (int t = e->row.p - 1; t < e->row.n - 1; t++)
-                kl += (e->logprob[t] - e->ref_logprob[t]) / size, entropy -= e->logprob[t];
+            compare_ids(e->row.id + e->row.p, response(&e->row));
+            score += e->raw / size;
+            RESPONSE(t, e->row) kl += (e->logprob[t] - e->ref_logprob[t]) / size;
         }
         whiten(episodes, size);
-        for (int pass = 0; pass < PASSES; pass++) {
-            int parts = (size + MINIBATCH - 1) / MINIBATCH;
-            r = stream(0, s * PASSES + pass, "shuffle");
+        for (int k = 0; k < PASSES * parts; k++, updates++) {           /* a part of a pass each */
+            r = stream(0, s * PASSES + k / parts, "shuffle");
             permutation(&r, order, size);
-            for (int k = 0; k < parts; k++, updates++) {
-                int n = part(order, size, parts, k, mini), ids = 0;
-                for (int i = 0; i < n; i++) ids += episodes[mini[i]].row.n - episodes[mini[i]].row.p;
-                for (int i = 0; i < n; i++)
-                    pg_loss += ppo(policy, &value_model, &episodes[mini[i]], 1.0 / ids, &vf_loss);
-                norm += step(policy, rate(s, STEPS, 3e-3, 1));
-                step(&value_model, rate(s, STEPS, 2e-3, 1));
-            }
+            int n = part(order, size, parts, k % parts, indices), M = 0;
+            for (int i = 0; i < n; i++) M += response(&episodes[indices[i]].row);
+            for (int i = 0; i < n; i++)
+                pg_loss += ppo(policy, &value_model, &episodes[indices[i]], 1.0 / M, &vf_loss);
+            norm += step(policy, rate(s, STEPS, 3e-3, 1));
+            step(&value_model, rate(s, STEPS, 2e-3, 1));
         }
-        for (int i = 0; i < ref.size; i++)              /* the reference follows, once per rollout */
-            ref.w[i] += set.ref_ema * (policy->w[i] - ref.w[i]);
-        compare("score", score), compare("kl", kl), compare("entropy", entropy / length);
-        compare("length", (double)length / size), compare("eos", (double)ended / size);
+        for (int k = 0; k < ref.tensors; k++)           /* the reference follows the policy */
+            for (int i = 0; i < ref.tensor[k].size; i++)
+                ref.tensor[k].w[i] += set.ref_ema * (policy->tensor[k].w[i] - ref.tensor[k].w[i]);
+        compare("score", score), compare("kl", kl);
         compare("pg_loss", pg_loss / updates), compare("vf_loss", vf_loss / updates);
         compare("norm", norm / updates), puts("");
     }
 }
 
-int main(int count, char **words)
-{
-    static Pair demonstrations[MAX_ROWS], held_out[MAX_ROWS], pairs[MAX_ROWS], held_out_pairs[MAX_ROWS];
-    static Pair prompts[MAX_ROWS];
-    rows_file = open_file(count > 1 ? words[1] : ".", "rows.txt");
-    run_file = open_file(count > 1 ? words[1] : ".", "run.json");
-    int n_sft = read_rows(demonstrations), n_val = read_rows(held_out), n_pairs = read_rows(pairs);
-    int n_val_pairs = read_rows(held_out_pairs), n_prompts = read_rows(prompts), ids = 0;
+int main(int count, char **names) {
+    enum { SFT, HELD_OUT, PAIRS, HELD_OUT_PAIRS, PROMPTS, FILES };
+    static Row rows[FILES][MAX_ROWS];
+    int n[FILES], M = 0;
     double loss = 0, shift = 0;
-    real logprob[MAX_S];
+    real unused[MAX_S];
+    if (count < 3 || !(rows_file = fopen(names[1], "r")) || !(run_file = fopen(names[2], "r")))
+        return fprintf(stderr, "usage: %s rows.txt run.json\n", names[0]), 2;
+    for (int k = 0; k < FILES; k++) n[k] = read_rows(rows[k]);
 
     set.weight_decay = 0.1, set.grad_clip = 1, set.adam_eps = 1e-8;
-    Model policy = new_model(768, 128, 2, 4, 64, 0);
+    Model policy = new_model(MAX_V, MAX_S, MAX_L, MAX_H, MAX_C, 0);
     initialize(&policy, 0, 0.1);
-    train("sft", &policy, sft, demonstrations, n_sft, 6e-3);
-    for (int i = 0; i < n_val; i++) {
-        loss -= row_logprobs(&policy, &held_out[i].chosen, 1, logprob);
-        ids += held_out[i].chosen.n - held_out[i].chosen.p;
-    }
-    compare("eval_loss", loss / ids), puts("");
+    train("sft", &policy, sft, 1, rows[SFT], n[SFT], 6e-3);
+    for (const Row *row = rows[HELD_OUT]; row < rows[HELD_OUT] + n[HELD_OUT]; row++)
+        loss -= logprobs(&policy, row, 1, unused), M += response(row);
+    compare("eval_loss", loss / M), puts("");
 
     Model reward_model = copy_of(&policy, 1);
-    train("rm ", &reward_model, rm, pairs, n_pairs, 3e-3);
-    for (int i = 0; i < n_val_pairs; i++) {             /* the shift makes held-out scores 0 on average */
-        shift += score(&reward_model, &held_out_pairs[i].chosen) / (2 * n_val_pairs);
-        shift += score(&reward_model, &held_out_pairs[i].rejected) / (2 * n_val_pairs);
-    }
+    train("rm", &reward_model, rm, 2, rows[PAIRS], n[PAIRS], 3e-3);
+    for (int i = 0; i < n[HELD_OUT_PAIRS]; i++)         /* the mean of both sides' scores */
+        shift += score(&reward_model, &rows[HELD_OUT_PAIRS][i]) / n[HELD_OUT_PAIRS];
     compare("shift", shift), puts("");
 
     set.weight_decay = 0, set.beta = 0.2;
-    Model dpo_policy = copy_of(&policy, 0);
-    for (int i = 0; i < n_pairs; i++) {
-        pairs[i].ref_chosen = row_logprobs(&policy, &pairs[i].chosen, 1, logprob);
-        pairs[i].ref_rejected = row_logprobs(&policy, &pairs[i].rejected, 1, logprob);
-    }
-    train("dpo", &dpo_policy, dpo, pairs, n_pairs, 1e-3);
+    Model dpo_policy = copy_of(&policy, 0), ppo_policy = copy_of(&policy, 0);
+    for (Row *row = rows[PAIRS]; row < rows[PAIRS] + n[PAIRS]; row++)
+        row->ref = logprobs(&policy, row, 1, unused);
+    train("dpo", &dpo_policy, dpo, 2, rows[PAIRS], n[PAIRS], 1e-3);
 
     set.adam_eps = 1e-5, set.temperature = 0.9, set.no_eos_score = -1, set.gamma = 0.98;
     set.gae_lambda = 0.95, set.clip_eps = 0.2, set.vf_clip = 0.2, set.ref_ema = 0.1;
-    Model ppo_policy = copy_of(&policy, 0);
-    train_ppo(&ppo_policy, &reward_model, shift, prompts, n_prompts);
+    train_ppo(&ppo_policy, &reward_model, shift, rows[PROMPTS], n[PROMPTS]);
     printf(differences ? "%d numbers DIFFER\n" : "all numbers agree\n", differences);
     return differences > 0;
 }
