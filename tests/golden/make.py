@@ -42,12 +42,12 @@ from train_rm import reward_loss, score_pairs
 
 # The README's table of constants has the same names and values
 CONSTANTS = dict(
-    version=2, eos=16, pad=0, weight_decay=0.1, grad_clip=1.5, adam_eps=1e-5,
+    version=3, eos=16, pad=0, weight_decay=0.1, grad_clip=1.5, adam_eps=1e-5,
     sft_lr=0.01, sft_warmup=2, sft_steps=10, rm_lr=0.005, dpo_lr=0.005,
     ppo_lr=0.004, value_lr=0.003,
     beta=0.3, label_smoothing=0.1,
     temperature=0.7, no_eos_score=-1.0, gamma=0.95, gae_lambda=0.9, clip_eps=0.2, vf_clip=0.2,
-    ref_ema=0.25, max_new_tokens=8)
+    ref_ema=0.25, max_new_tokens=8, optimizer_lr=0.1, optimizer_decay=0.3)
 K = SimpleNamespace(**CONSTANTS)
 
 # (prompt, chosen, rejected): EOS in a prompt, and a prompt of EOS alone; the pad's id 0 in
@@ -283,6 +283,85 @@ def ppo_arrays(models):
     return {'minibatches': MINIBATCHES, **out, **weights('ref_after', ref)}
 
 
+class Given:
+    """Does what token_logprobs asks of a model whose logits are given: its ids are their rows."""
+    config = SimpleNamespace(vocab_size=17)
+
+    def __init__(self, logits):
+        self.rows = logits
+
+    def __call__(self, x):
+        return self.rows[x]
+
+    def logits(self, hidden):
+        return hidden
+
+
+def slopes(function, z, d=1.0):
+    """Returns function(z), and the slope of sum(d function(z)) in z."""
+    z = z.clone().requires_grad_()
+    out = function(z)
+    (out * d).sum().backward()
+    return out, z.grad
+
+
+def edge_arrays(models):
+    """Returns what the usual formulas give for numbers so large that naive ones overflow, or lose
+    what matters to rounding. Where inputs are whole multiples, sums of them are exact."""
+    dtype, generator = models['policy'].wte.weight.dtype, torch.Generator().manual_seed(40)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+    logits = 2 * noise(4, 17) + torch.tensor([300.0, -300.0, 0.0, 0.0])[:, None]
+    logits[2, :4], logits[3] = -1e4, 30 * logits[3]
+    targets, u = torch.tensor([5, 6, 7, 8]), torch.tensor([0.5, 0.25, 0.75, 0.5])
+    places, ones = torch.arange(4)[:, None], torch.ones(4, 1, dtype=torch.bool)
+    logprobs, logit_slopes = slopes(
+        lambda z: token_logprobs(Given(z), places, targets[:, None], ones)[:, 0], logits.to(dtype))
+    margins = torch.tensor([-1000.0, -120.0, -30.0, -1.0, 0.0, 1.0, 30.0, 120.0, 1000.0])
+    losses, loss_slopes = slopes(lambda z: reward_loss(z, torch.zeros_like(z)), margins.to(dtype))
+    z = torch.stack([100 + noise(16).mul(512).round() / 512, 1e-3 * noise(16), 1e4 * noise(16)])
+    d = noise(3, 16) * torch.tensor([1.0, 0.01, 1000.0])[:, None]
+    normed, dz = slopes(torch.nn.LayerNorm(16, dtype=dtype), z.to(dtype), d.to(dtype))
+    qkv = torch.cat([(40 * noise(6, 16)).round() / 4, noise(6, 32).mul(4).round() / 4], dim=1)
+    block, seen = copy.deepcopy(models['policy'].h[0].attn), []
+    block.c_attn.register_forward_hook(lambda *_: qkv[None].to(dtype))
+    block.c_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))
+    block(torch.zeros(1, 6, 16, dtype=dtype))
+    advantages = 1000 + noise(2, 8).mul(512).round() / 512
+    white = whiten(advantages.to(dtype), torch.ones(2, 8, dtype=torch.bool))
+    return {'logits': logits, 'targets': targets, 'u': u, 'logprobs': logprobs,
+            'logit_slopes': logit_slopes, 'draws': draw(logits.to(dtype), u, 1.0),
+            'margins': margins, 'losses': losses, 'loss_slopes': loss_slopes,
+            'z': z, 'd': d, 'norm': normed, 'dz': dz, 'qkv': qkv, 'heads': seen[0],
+            'advantages': advantages, 'white': white}
+
+
+def optimizer_arrays(dtype):
+    """Takes five steps of AdamW on a matrix and a vector, with gradients of very different size."""
+    generator, model = torch.Generator().manual_seed(50), torch.nn.Module()
+    given = {'matrix': torch.randn(3, 4, generator=generator),
+             'vector': torch.randn(4, generator=generator)}
+    scales = torch.tensor([1.0, 1e-7, 30.0, 1.0, 0.0])
+    grads = {name: torch.randn(5, *z.shape, generator=generator)
+             * scales.view(5, *[1] * z.dim()) for name, z in given.items()}
+    for name, z in given.items():
+        setattr(model, name, torch.nn.Parameter(z.to(dtype, copy=True)))
+    optimizer = adamw(model, K.optimizer_decay, K.adam_eps)
+    seen = {f'{part}.{name}': [] for name in given for part in ('weights', 'm', 'v')} | {'norms': []}
+    for k in range(5):
+        for name, p in model.named_parameters():
+            p.grad = grads[name][k].to(dtype, copy=True)     # clipped in place
+        seen['norms'].append(torch.tensor(optimizer_step(optimizer, model, K.optimizer_lr,
+                                                         K.grad_clip, k + 1)))
+        for name, p in model.named_parameters():
+            state = optimizer.state[p]
+            for part, z in (('weights', p), ('m', state['exp_avg']), ('v', state['exp_avg_sq'])):
+                seen[f'{part}.{name}'].append(z.detach().clone())
+    return {**given, **{f'grads.{name}': z for name, z in grads.items()},
+            **{name: torch.stack(z) for name, z in seen.items()}}
+
+
 # ----------------------------------------------------------------------------- a whole run
 
 # The first rows of each file of data/toy. More than 16 batches of demonstrations, so that these are
@@ -398,7 +477,8 @@ def trace(dtype=torch.float64):
                        for name, z in weights(prefix, model).items()},
              'batch': batch_arrays(models), 'sample': sample_arrays(models),
              'sft': sft_arrays(models), 'rm': rm_arrays(models), 'dpo': dpo_arrays(models),
-             'ppo': ppo_arrays(models)}
+             'ppo': ppo_arrays(models), 'edge': edge_arrays(models),
+             'optimizer': optimizer_arrays(dtype)}
     return {file: {name: stored(z) for name, z in arrays.items()}
             for file, arrays in files.items()}
 

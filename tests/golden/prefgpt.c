@@ -417,7 +417,7 @@ static void respond(const Model *m, Row *row, int eos, int most, real temperatur
 /* ----------------------------------------------------------------------- optimizer and batches */
 static struct {         /* what optimizer and methods are given; every stage sets its own */
     double weight_decay, grad_clip, adam_eps, beta, label_smoothing, temperature, no_eos_score;
-    double gamma, gae_lambda, clip_eps, vf_clip, ref_ema;
+    double gamma, gae_lambda, clip_eps, vf_clip;
     int ipo;
 } set;
 
@@ -595,6 +595,13 @@ static double ppo(const Model *policy, const Model *value_model, const Episode *
     return pg_loss;
 }
 
+/* The reference follows the policy, once per rollout batch. */
+static void update_ema(Model *ref, const Model *policy, double rate) {
+    for (int k = 0; k < ref->tensors; k++)
+        for (int i = 0; i < ref->tensor[k].size; i++)
+            ref->tensor[k].w[i] += rate * (policy->tensor[k].w[i] - ref->tensor[k].w[i]);
+}
+
 /* ------------------------------------------------- the run: rows of rows.txt, numbers of run.json */
 static FILE *rows_file, *run_file;
 static int differences;
@@ -690,9 +697,7 @@ static void train_ppo(Model *policy, const Model *reward_model, double shift, co
             norm += step(policy, rate(s, STEPS, 3e-3, 1));
             step(&value_model, rate(s, STEPS, 2e-3, 1));
         }
-        for (int k = 0; k < ref.tensors; k++)           /* the reference follows the policy */
-            for (int i = 0; i < ref.tensor[k].size; i++)
-                ref.tensor[k].w[i] += set.ref_ema * (policy->tensor[k].w[i] - ref.tensor[k].w[i]);
+        update_ema(&ref, policy, 0.1);
         compare("score", score), compare("kl", kl);
         compare("pg_loss", pg_loss / updates), compare("vf_loss", vf_loss / updates);
         compare("norm", norm / updates), puts("");
@@ -730,7 +735,7 @@ int main(int count, char **names) {
     train("dpo", &dpo_policy, dpo, 2, rows[PAIRS], n[PAIRS], 1e-3);
 
     set.adam_eps = 1e-5, set.temperature = 0.9, set.no_eos_score = -1, set.gamma = 0.98;
-    set.gae_lambda = 0.95, set.clip_eps = 0.2, set.vf_clip = 0.2, set.ref_ema = 0.1;
+    set.gae_lambda = 0.95, set.clip_eps = 0.2, set.vf_clip = 0.2;
     train_ppo(&ppo_policy, &reward_model, shift, rows[PROMPTS], n[PROMPTS]);
     printf(differences ? "%d numbers DIFFER\n" : "all numbers agree\n", differences);
     return differences > 0;
