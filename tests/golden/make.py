@@ -10,7 +10,9 @@ numbers near 1e-17 that would be 0 without rounding, and a port in float32 diffe
 its own rounding. The rates are large, so that one step shows in every weight, and do not train
 well.
 """
+import contextlib
 import copy
+import io
 import itertools
 import json
 import sys
@@ -31,7 +33,7 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import read_log, tiny_gpt, tiny_scalar
-from data.text import encode_rows, load_rows, load_text
+from data.text import DataError, encode_rows, load_rows, load_text
 from data.toy import prepare
 from prefgpt import (adamw, batches, draw, generate, last_scores, learning_rate, load_checkpoint,
                      make_batch, optimizer_step, rng, token_logprobs)
@@ -454,12 +456,76 @@ def run_text(run):
     return f'{{"version": {K.version},\n' + ',\n'.join(stages) + '}\n'
 
 
-def whole_run():
-    """Returns the texts of rows.txt and run.json."""
+# ----------------------------------------------------------------------------- text, constants
+
+# What a tokenizer can get wrong: contractions, runs of spaces, line ends, digits beside letters,
+# scripts, combining marks, control characters, and EOS as text
+TEXTS = ['user: i want to scare the farmer tomorrow. any tips?\nbot:', ' use a tiny camera.', '',
+         ' ', '  ', '   a', 'a  b   c', 'a\n b', 'a \nb', 'a\n\n\nb', 'trailing  ', 'tab\t\tend\t',
+         "it's, we'll, i've, they're, he'd, don't, i'm", "x'sy 'll'll 'S 'LL", "''s", 'abc123def 4five',
+         '12 345 ½ ² ٣', '#!? ... --- ,a', ' !a !', 'Use A TINY Camera', 'naïve café', 'e\u0301\u0301x',
+         '你好，世界', 'мир и любовь', '😀👩\u200d🚀 ok', '\xa0a\xa0\xa0b', '\x85a \x85', '\r\na\r\n',
+         '<|endoftext|>', '_under_score_ __init__']
+LONG = 'user: i want to scare the farmer tomorrow. any tips?\nbot:'
+# (kind, row, which rule it shows), for a block of 16 positions; prompts beside 10 new tokens
+TEXT_ROWS = [
+    ('sft', {'prompt': 'user: hi', 'completion': ' use.'}, 'it fits; EOS follows the completion'),
+    ('sft', {'prompt': LONG, 'completion': ' use.'}, 'the prompt loses its left end'),
+    ('sft', {'prompt': LONG, 'completion': ' use a tiny camera. first stir it into soup, then.'},
+     'the prompt keeps half the block, the completion loses its right end and so its EOS'),
+    ('sft', {'prompt': '', 'completion': ' use.'}, 'an empty prompt is EOS alone'),
+    ('pairs', {'prompt': 'user: hi', 'chosen': ' use.', 'rejected': ''},
+     'an empty rejected response is EOS alone'),
+    ('pairs', {'prompt': LONG, 'chosen': ' use a', 'rejected': ' use a tiny camera.',
+               'chosen_cut': True},
+     'the longer response decides how much of the prompt stays; one marked as cut has no EOS'),
+    ('pairs', {'prompt': LONG, 'chosen': ' use.' * 5, 'rejected': ' use.' * 6},
+     'equal after cutting: dropped'),
+    ('prompts', {'prompt': LONG}, 'the last block - max_new_tokens ids')]
+
+
+def text_json(folder):
+    """Returns text.json's contents and the tokenizer's file, from a folder of data/toy."""
+    tokenizer, _ = load_text(str(folder))
+    rows = []
+    for kind, row, why in TEXT_ROWS:
+        try:
+            [parts] = encode_rows([row], kind, tokenizer, 16, 10 if kind == 'prompts' else 0)
+        except DataError:                       # dropped, and so no row is left
+            parts = None
+        rows.append({'kind': kind, 'row': row, 'ids': parts, 'why': why})
+    return {'version': K.version, 'tokenizer': 'toy.tiktoken', 'eos': tokenizer.eot_token,
+            'block_size': 16, 'max_new_tokens': 10, 'rows': rows,
+            'texts': [{'text': text, 'ids': tokenizer.encode_ordinary(text)} for text in TEXTS]}
+
+
+def constants_json():
+    """Returns constants.json's contents: what the README has as tables, for machines."""
+    return {'constants': CONSTANTS,
+            'always': {'layer_norm_eps': 1e-5, 'adam_betas': [0.9, 0.95], 'whitening_eps': 1e-8,
+                       'clip_eps_of_norm': 1e-6, 'layers': 2, 'heads': 2},
+            'pairs': [dict(zip(('prompt', 'chosen', 'rejected'), pair)) for pair in PAIRS],
+            'minibatches': MINIBATCHES.tolist(), 'prompts': PROMPTS}
+
+
+def lines_of(contents):
+    """Returns a dict as JSON, one line per entry of its lists."""
+    def value(z):
+        if isinstance(z, list) and z and isinstance(z[0], dict):
+            return '[\n' + ',\n'.join(json.dumps(entry) for entry in z) + ']'
+        return json.dumps(z)
+    return '{' + ',\n'.join(f'{json.dumps(key)}: {value(z)}' for key, z in contents.items()) + '}\n'
+
+
+def texts():
+    """Returns the files that are text: {name: contents}."""
     with tempfile.TemporaryDirectory() as folder:
         rows = few_rows(f'{folder}/data')
         return {'rows.txt': rows_text(rows),
-                'run.json': run_text(run_stages(f'{folder}/data', folder, rows))}
+                'run.json': run_text(run_stages(f'{folder}/data', folder, rows)),
+                'text.json': lines_of(text_json(f'{folder}/data')),
+                'toy.tiktoken': Path(folder, 'data', 'toy.tiktoken').read_text(),
+                'constants.json': lines_of(constants_json())}
 
 
 # ----------------------------------------------------------------------------- all of it
@@ -489,6 +555,11 @@ def main(folder=HERE):
         path = Path(folder) / f'{file}.npz'
         np.savez(path, **arrays)                # not compressed: easily read from C
         print(f'{path}: {len(arrays)} arrays, {path.stat().st_size} bytes')
+    with contextlib.redirect_stdout(io.StringIO()):     # what preparing data and training print
+        written = texts()
+    for name, contents in written.items():
+        (Path(folder) / name).write_text(contents)
+        print(f'{Path(folder) / name}: {len(contents)} characters')
 
 
 if __name__ == '__main__':
