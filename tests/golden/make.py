@@ -2,13 +2,17 @@
 Writes the golden trace: every number of the four stages on a tiny model and one ragged batch.
 
     python tests/golden/make.py
+    python tests/golden/make.py --bfloat16      # instead prints how far bfloat16 is off
 
-The files are model, batch, sample, sft, rm, dpo and ppo.npz beside this one, in the order in which
-a port compares them; README.md says what each array is. The project's own functions compute every
-number, in float64, and it is stored as float32: then the files are the same on every CPU, but for
-numbers near 1e-17 that would be 0 without rounding, and a port in float32 differs from them only by
-its own rounding. The rates are large, so that one step shows in every weight, and do not train
-well.
+The files are model, batch, sample, sft, rm, dpo, ppo, edge and optimizer.npz beside this one, in
+the order in which a port compares them; README.md says what each array is. The project's own
+functions compute every number, in float64, and it is stored as float32: then the files are the same
+on every CPU, but for numbers near 1e-17 that would be 0 without rounding, and a port in float32
+differs from them only by its own rounding. The rates are large, so that one step shows in every
+weight, and do not train well.
+
+rows.txt and run.json are a run of the four scripts themselves, in float32; text.json and
+toy.tiktoken are what data/text.py makes of texts and rows; constants.json is the README's tables.
 """
 import contextlib
 import copy
@@ -35,8 +39,8 @@ import train_sft
 from conftest import read_log, tiny_gpt, tiny_scalar
 from data.text import DataError, encode_rows, load_rows, load_text
 from data.toy import prepare
-from prefgpt import (adamw, batches, draw, generate, last_scores, learning_rate, load_checkpoint,
-                     make_batch, optimizer_step, rng, token_logprobs)
+from prefgpt import (GPT, GPTConfig, adamw, batches, draw, generate, last_scores, learning_rate,
+                     load_checkpoint, make_batch, optimizer_step, rng, token_logprobs)
 from train_dpo import dpo_loss, ipo_loss, losses_and_margins, pair_logprobs
 from train_ppo import (cap_unfinished, gae, policy_loss, rollout, rollout_metrics, token_rewards,
                        update_ema, value_loss, whiten)
@@ -350,7 +354,8 @@ def optimizer_arrays(dtype):
     for name, z in given.items():
         setattr(model, name, torch.nn.Parameter(z.to(dtype, copy=True)))
     optimizer = adamw(model, K.optimizer_decay, K.adam_eps)
-    seen = {f'{part}.{name}': [] for name in given for part in ('weights', 'm', 'v')} | {'norms': []}
+    seen = {f'{part}.{name}': [] for name in given for part in ('weights', 'm', 'v')}
+    seen['norms'] = []
     for k in range(5):
         for name, p in model.named_parameters():
             p.grad = grads[name][k].to(dtype, copy=True)     # clipped in place
@@ -444,9 +449,24 @@ def run_stages(data, out, rows):
     return run
 
 
+def random_numbers():
+    """Returns the first random numbers of each kind, for those who write a generator."""
+    names, r = ('0 0 batch', '0 0 rollout', '0 1 shuffle'), rng(0, 0, 'batch')
+    torch.manual_seed(0)
+    policy = dict(GPT(GPTConfig(128, 768, 2, 4, 64, 0.1)).named_parameters())
+    return {'seeds': {name: rng(*name.split()).initial_seed() for name in names},
+            'rand': torch.rand(4, generator=rng(0, 0, 'rollout')).tolist(),
+            'randperm': [torch.randperm(n, generator=r).tolist() for n in (10, 5)],
+            'batches': list(itertools.islice(batches(list(range(1, 11)), 3, 0), 4)),
+            'initial': {name: [round(z, 5) for z in policy[name].flatten()[:4].tolist()]
+                        for name in ('wte.weight', 'h.0.attn.c_proj.weight',
+                                     'h.1.mlp.c_proj.weight')}}
+
+
 def run_text(run):
     """Returns run.json's text: one step per line, for people and for simple readers."""
-    stages = []
+    stages = ['"random": {' + ',\n'.join(f'{json.dumps(name)}: {json.dumps(value)}'
+                                         for name, value in random_numbers().items()) + '}']
     for stage, numbers in run.items():
         steps = ',\n'.join(map(json.dumps, numbers['steps']))
         rest = {key: value for key, value in numbers.items() if key not in ('flags', 'steps')}
@@ -462,10 +482,10 @@ def run_text(run):
 # scripts, combining marks, control characters, and EOS as text
 TEXTS = ['user: i want to scare the farmer tomorrow. any tips?\nbot:', ' use a tiny camera.', '',
          ' ', '  ', '   a', 'a  b   c', 'a\n b', 'a \nb', 'a\n\n\nb', 'trailing  ', 'tab\t\tend\t',
-         "it's, we'll, i've, they're, he'd, don't, i'm", "x'sy 'll'll 'S 'LL", "''s", 'abc123def 4five',
-         '12 345 ½ ² ٣', '#!? ... --- ,a', ' !a !', 'Use A TINY Camera', 'naïve café', 'e\u0301\u0301x',
-         '你好，世界', 'мир и любовь', '😀👩\u200d🚀 ok', '\xa0a\xa0\xa0b', '\x85a \x85', '\r\na\r\n',
-         '<|endoftext|>', '_under_score_ __init__']
+         "it's, we'll, i've, they're, he'd, don't, i'm", "x'sy 'll'll 'S 'LL", "''s",
+         'abc123def 4five', '12 345 ½ ² ٣', '#!? ... --- ,a', ' !a !', 'Use A TINY Camera',
+         'naïve café', 'e\u0301\u0301x', '你好，世界', 'мир и любовь', '😀👩\u200d🚀 ok',
+         '\xa0a\xa0\xa0b', '\x85a \x85', '\r\na\r\n', '<|endoftext|>', '_under_score_ __init__']
 LONG = 'user: i want to scare the farmer tomorrow. any tips?\nbot:'
 # (kind, row, which rule it shows), for a block of 16 positions; prompts beside 10 new tokens
 TEXT_ROWS = [
@@ -549,6 +569,34 @@ def trace(dtype=torch.float64):
             for file, arrays in files.items()}
 
 
+def bfloat16_differences():
+    """Returns (array, largest difference, largest number) with bodies in bfloat16, as autocast
+    computes them, for a choice of arrays: 'grads' and 'after' mean the worst of a step."""
+    exact = trace()
+    # Without its cache of cast weights, which would outlive an optimizer step in one long context;
+    # the scripts open a context per pass
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        rough = trace(torch.float32)
+    rows, real = [], exact['batch']['real']
+    for file, name in BFLOAT16:
+        names = [n for n in exact[file] if n == name or n.startswith(name + '.')]
+        gaps = [np.abs(exact[file][n].astype(float) - rough[file][n]) for n in names]
+        gaps = [gap[real] if file == 'batch' and gap.ndim == 3 else gap for gap in gaps]
+        rows.append((f'{file} {name}', max(gap.max() for gap in gaps),
+                     max(np.abs(exact[file][n]).max() for n in names)))
+    return rows
+
+
+BFLOAT16 = [('batch', 'h0.qkv'), ('batch', 'h0.out'), ('batch', 'h1.out'), ('batch', 'hidden'),
+            ('batch', 'logits'), ('batch', 'logprobs'), ('batch', 'seq_logprobs'),
+            ('sft', 'first.loss'), ('sft', 'first.norm'), ('sft', 'first.grads'),
+            ('sft', 'first.after'), ('sft', 'second.after'),
+            ('rm', 'scores'), ('rm', 'loss'), ('rm', 'grads'), ('rm', 'after'),
+            ('dpo', 'margin'), ('dpo', 'loss'), ('dpo', 'grads'), ('dpo', 'after'),
+            ('ppo', 'kl'), ('ppo', 'values'), ('ppo', 'advantages'), ('ppo', 'first.ratio'),
+            ('ppo', 'second.ratio'), ('ppo', 'second.value.grads'), ('ppo', 'second.value.after')]
+
+
 def main(folder=HERE):
     """Writes the files into a folder and prints their sizes."""
     for file, arrays in trace().items():
@@ -563,4 +611,8 @@ def main(folder=HERE):
 
 
 if __name__ == '__main__':
-    main()
+    if sys.argv[1:] == ['--bfloat16']:
+        for name, gap, largest in bfloat16_differences():
+            print(f'| {name} | {gap:.0e} of {largest:.2g} |')
+    else:
+        main()
