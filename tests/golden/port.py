@@ -95,7 +95,8 @@ def norm_back(d, z, p, name, g):
 
 
 def gelu_tanh(z):
-    return np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * (z * z * z)))       # z**3 takes ten times as long
+    # z**3 would take ten times as long
+    return np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * (z * z * z)))
 
 
 def gelu(z):

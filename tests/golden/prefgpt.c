@@ -53,6 +53,7 @@ static uint32_t number(Random *r) {
 }
 
 static uint32_t rotate(uint32_t x, int n) { return x >> n | x << (32 - n); }
+static void swap(int *a, int *b) { int kept = *a; *a = *b, *b = kept; }
 
 /* Returns the generator of one purpose in one step. Its seed is the start of the SHA-256 of
    "SEED STEP PURPOSE", four bytes, little-endian. So short a text fits into one block. */
@@ -87,8 +88,6 @@ static Random stream(int seed, int step, const char *purpose) {
 
 /* Returns a uniform number in [0, 1): 24 bits, as many as a float holds. */
 static float uniform(Random *r) { return (number(r) & 0xffffff) / 16777216.0f; }
-
-static void swap(int *a, int *b) { int kept = *a; *a = *b, *b = kept; }
 
 static void permutation(Random *r, int *order, int n) {
     for (int i = 0; i < n; i++) order[i] = i;
@@ -152,8 +151,8 @@ static void initialize(Model *m, int seed, double std) {
         int kind = k < 2 ? k : (k - 2) % 12 + 2, added = kind == ATTN_PROJ || kind == MLP_PROJ;
         Tensor *t = &m->tensor[k];
         if (t->columns) normal(&r, t->w, t->size, added ? std / sqrt(2.0 * m->L) : std);
-        for (int i = 0; i < t->size; i++)
-            if (kind == LN_1 || kind == LN_2) t->w[i] = 1;          /* LN_F is of kind LN_1 */
+        if (kind == LN_1 || kind == LN_2)                           /* LN_F is of kind LN_1 */
+            for (int i = 0; i < t->size; i++) t->w[i] = 1;
     }
 }
 
@@ -208,8 +207,7 @@ static void norm_back(real *dz, const real *d, const real *z, const Tensor *t) {
     int C = t->rows;
     real n[MAX_C], root = standardize(n, z, C), mean_e = 0, mean_en = 0;
     for (int c = 0; c < C; c++) {
-        t->g[c] += d[c] * n[c];
-        t[1].g[c] += d[c];
+        t->g[c] += d[c] * n[c], t[1].g[c] += d[c];
         mean_e += d[c] * t->w[c] / C;
         mean_en += d[c] * t->w[c] * n[c] / C;
     }
@@ -379,9 +377,7 @@ static real numbers(const Model *m, const Row *row, int T, real *out) {
     return out[T - 1];
 }
 
-static real score(const Model *m, const Row *row) {
-    return numbers(m, row, row->n, (real[MAX_S]){0});
-}
+static real score(const Model *m, const Row *r) { return numbers(m, r, r->n, (real[MAX_S]){0}); }
 
 /* Goes back from the slopes d in these numbers. */
 static void numbers_back(const Model *m, const Row *row, int T, const real *d) {
@@ -417,8 +413,7 @@ static void respond(const Model *m, Row *row, int eos, int most, real temperatur
 /* ----------------------------------------------------------------------- optimizer and batches */
 static struct {         /* what optimizer and methods are given; every stage sets its own */
     double weight_decay, grad_clip, adam_eps, beta, label_smoothing, temperature, no_eos_score;
-    double gamma, gae_lambda, clip_eps, vf_clip;
-    int ipo;
+    double gamma, gae_lambda, clip_eps, vf_clip, ipo;
 } set;
 
 /* Clips the gradient, takes a step of AdamW and empties the gradient; returns its norm before. */
@@ -602,7 +597,7 @@ static void update_ema(Model *ref, const Model *policy, double rate) {
             ref->tensor[k].w[i] += rate * (policy->tensor[k].w[i] - ref->tensor[k].w[i]);
 }
 
-/* ------------------------------------------------- the run: rows of rows.txt, numbers of run.json */
+/* --------------------------------------------- the run: rows of rows.txt, numbers of run.json */
 static FILE *rows_file, *run_file;
 static int differences;
 
@@ -612,7 +607,7 @@ static int next_int(FILE *file) {
     return i;
 }
 
-/* Reads how many rows follow, and the rows: of each p, n and its ids. */
+/* Reads how many rows follow, and of each p, n and its ids. A pair is two rows. */
 static int read_rows(Row *rows) {
     int count = next_int(rows_file);
     for (Row *row = rows; row < rows + count; row++) {

@@ -1,7 +1,7 @@
 /* Compares the functions of prefgpt.c with the golden trace, array by array.
  *
- *     cc -std=c99 -O3 -o trace trace.c -lm && ./trace FOLDER       the folder of the .npz files
- *     cc -std=c99 -O3 -Dreal=double ...                            the same in float64, at 1e-7
+ *     cc -std=c99 -O3 -o trace trace.c -lm && ./trace              in the folder of the .npz files
+ *     cc -std=c99 -O3 -Dreal=double -o trace trace.c -lm           the same in float64, at 1e-7
  *
  * For each array it puts its own numbers into a list, in the order of the file, and then checks the
  * list against the file. README.md says what each array is. */
@@ -12,8 +12,8 @@
 #include <stddef.h>
 
 /* ------------------------------------------------------------------------------ reading .npz files
-   An .npz is a zip archive without compression. Its end names the place of a directory, and that the
-   place of each file. (The sizes in front of a file's own bytes may be missing: zip64.) */
+   An .npz is a zip archive without compression. Its end names the place of a directory, and the
+   directory the place of each file. (The sizes before a file's own bytes may be missing: zip64.) */
 enum { MOST = 200000 };
 static const char *folder;
 static int failures, checked;
@@ -88,9 +88,10 @@ static void check(const char *file, const char *name, ...) {    /* the name as o
     va_start(rest, name), vsnprintf(full, sizeof full, name, rest), va_end(rest);
     Array a = array(file, full);
     double most = sizeof(real) == 8 ? 1e-7 : strstr(full, "after") ? 1e-4 : 1e-5, worst = 0;
+    double relative = sizeof(real) == 8 ? 1e-7 : 1e-5;
     for (int i = 0; i < a.count && i < count; i++) {
         double theirs = item(a, i), gap = fabs(ours[i] - theirs);
-        double allowed = a.type == 'f' ? most + (sizeof(real) == 8 ? 1e-7 : 1e-5) * fabs(theirs) : 0;
+        double allowed = a.type == 'f' ? most + relative * fabs(theirs) : 0;
         if (ours[i] != ANYTHING && !(gap <= allowed))
             worst = gap > worst ? gap : isnan(gap) ? INFINITY : worst;
     }
@@ -110,7 +111,8 @@ static const char *tensor_name(const Model *m, int k) {
     if (k == SCORE(m)) return "score.weight";
     if (k < 2) snprintf(name, sizeof name, "%s%s.weight", body, k ? "wpe" : "wte");
     else if (k >= LN_F(m)) snprintf(name, sizeof name, "%sln_f.%s", body, end);
-    else snprintf(name, sizeof name, "%sh.%d.%s.%s", body, (k - 2) / 12, layers[(k - 2) % 12 / 2], end);
+    else snprintf(name, sizeof name, "%sh.%d.%s.%s", body, (k - 2) / 12, layers[(k - 2) % 12 / 2],
+                  end);
     return name;
 }
 
@@ -145,10 +147,10 @@ static void check_number(const char *file, const char *name, double number) {
     put(number), check(file, "%s", name);
 }
 
-/* ------------------------------------------------------------------------------------- the trace */
+/* ----------------------------------------------------------------------------------- the trace */
 enum { B = 8, N = 4, T = 10, V = 17, EOS = 16, C = 16 };
 static Row rows[B];                             /* 0 .. 3 chosen, 4 .. 7 rejected */
-static Row pairs[B];                            /* the same, each rejected row after its chosen one */
+static Row pairs[B];                            /* the same, rejected rows after their chosen */
 
 static int real_length(const Row *row) { return row->n < T ? row->n : T; }     /* of x */
 static int inside(const Row *row, int t) { return row->p - 1 <= t && t < row->n - 1; }
@@ -196,7 +198,8 @@ static void batch_file(const Model *policy) {
     static real logprob[B][MAX_S];
     for (int b = 0; b < B; b++) forward(policy, &passes[b], rows[b].id, 0, real_length(&rows[b]));
 #define POSITIONS(name, field, width) \
-    check_positions(name, passes, offsetof(Pass, field), sizeof passes->field[0] / sizeof(real), width)
+    check_positions(name, passes, offsetof(Pass, field), sizeof passes->field[0] / sizeof(real), \
+                    width)
     POSITIONS("embedded", layer[0].in, C);
     POSITIONS("h0.ln_1", layer[0].ln_1, C);
     POSITIONS("h0.qkv", layer[0].qkv, 3 * C);
@@ -352,8 +355,12 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
     for (int b = 0; b < B; b++) {
         e[b].row = rows[b];
         judge(&e[b], &policy, &ref, reward_model, shift, &value_model, EOS);
-        score += e[b].raw / B, length += response(&rows[b]) / (double)B, ended += e[b].ended / (double)B;
-        RESPONSE(t, rows[b]) kl += (e[b].logprob[t] - e[b].ref_logprob[t]) / B, entropy -= e[b].logprob[t];
+        score += e[b].raw / B, ended += (double)e[b].ended / B;
+        length += (double)response(&rows[b]) / B;
+        RESPONSE(t, rows[b]) {
+            kl += (e[b].logprob[t] - e[b].ref_logprob[t]) / B;
+            entropy -= e[b].logprob[t];
+        }
     }
     whiten(e, B);
 #define EPISODES(name, expression) \
@@ -382,8 +389,10 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
     check("ppo", "raw_scores");
     for (int b = 0; b < B; b++) put(e[b].ended);
     check("ppo", "ended");
-    for (int b = 0; b < B; b++)
-        put(e[b].reward[rows[b].n - 2] + set.beta * (e[b].logprob[rows[b].n - 2] - e[b].ref_logprob[rows[b].n - 2]));
+    for (int b = 0; b < B; b++) {                       /* the last reward without its share of kl */
+        int t = rows[b].n - 2;
+        put(e[b].reward[t] + set.beta * (e[b].logprob[t] - e[b].ref_logprob[t]));
+    }
     check("ppo", "scores");
     check_number("ppo", "logged.score", score), check_number("ppo", "logged.kl", kl);
     check_number("ppo", "logged.entropy", entropy / (B * length));
@@ -410,25 +419,31 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
     for (int i = 0; i < 4; i++) \
         for (int t = 0; t < T; t++) { \
             const Episode *old = &e[r[i]]; \
-            (void)old, put(inside(&rows[r[i]], t) ? (expression) : (elsewhere)); \
+            double new = logprob[i][t], v = value[i][t]; \
+            (void)old, (void)new, (void)v; \
+            put(inside(&old->row, t) ? (expression) : (elsewhere)); \
         } \
     check("ppo", "%s." name, prefix)
-        MINIBATCH("logprobs", 0, logprob[i][t]);
-        MINIBATCH("ratio", 1, exp(logprob[i][t] - old->logprob[t]));
-        MINIBATCH("values", t < real_length(&rows[r[i]]) ? value[i][t] : ANYTHING, value[i][t]);
-        MINIBATCH("pg_losses", 0, policy_loss(logprob[i][t], old->logprob[t], old->white[t], &slope));
-        MINIBATCH("vf_losses", 0, value_loss(value[i][t], old->value[t], old->returns[t], &slope));
+        MINIBATCH("logprobs", 0, new);
+        MINIBATCH("ratio", 1, exp(new - old->logprob[t]));
+        MINIBATCH("values", t < real_length(&old->row) ? v : ANYTHING, v);
+        MINIBATCH("pg_losses", 0, policy_loss(new, old->logprob[t], old->white[t], &slope));
+        MINIBATCH("vf_losses", 0, value_loss(v, old->value[t], old->returns[t], &slope));
         set.vf_clip = 0;
-        MINIBATCH("vf_losses_unclipped", 0, value_loss(value[i][t], old->value[t], old->returns[t], &slope));
+        MINIBATCH("vf_losses_unclipped", 0, value_loss(v, old->value[t], old->returns[t], &slope));
         for (int i = 0; i < 4; i++)
             RESPONSE(t, rows[r[i]])
                 plain += value_loss(value[i][t], e[r[i]].value[t], e[r[i]].returns[t], &slope) / M;
         set.vf_clip = 0.2;
-        for (int i = 0; i < 4; i++) pg_loss += ppo(&policy, &value_model, &e[r[i]], 1.0 / M, &vf_loss);
-        put(pg_loss), check("ppo", "%s.pg_loss", prefix), put(vf_loss), check("ppo", "%s.vf_loss", prefix);
+        for (int i = 0; i < 4; i++)
+            pg_loss += ppo(&policy, &value_model, &e[r[i]], 1.0 / M, &vf_loss);
+        put(pg_loss), check("ppo", "%s.pg_loss", prefix);
+        put(vf_loss), check("ppo", "%s.vf_loss", prefix);
         put(plain), check("ppo", "%s.vf_loss_unclipped", prefix);
-        snprintf(name, sizeof name, "%s.policy.", prefix), check_step("ppo", name, &policy, 0.004);
-        snprintf(name, sizeof name, "%s.value.", prefix), check_step("ppo", name, &value_model, 0.003);
+        snprintf(name, sizeof name, "%s.policy.", prefix);
+        check_step("ppo", name, &policy, 0.004);
+        snprintf(name, sizeof name, "%s.value.", prefix);
+        check_step("ppo", name, &value_model, 0.003);
     }
     update_ema(&ref, &policy, 0.25);
     check_weights("ppo", "ref_after.", &ref);
@@ -489,11 +504,13 @@ static void optimizer_file(void) {
     const char *names[] = {"matrix", "vector"};
     double history[2][3][5 * 12], norms[5];
     add_tensor(&m, 3, 4), add_tensor(&m, 4, 0);
-    for (int k = 0; k < 2; k++) take(m.tensor[k].w, array("optimizer", names[k]), 0, m.tensor[k].size);
+    for (int k = 0; k < 2; k++)
+        take(m.tensor[k].w, array("optimizer", names[k]), 0, m.tensor[k].size);
     set.weight_decay = 0.3;
     for (int s = 0; s < 5; s++) {
         for (int k = 0; k < 2; k++)
-            take(m.tensor[k].g, array("optimizer", k ? "grads.vector" : "grads.matrix"), s, m.tensor[k].size);
+            take(m.tensor[k].g, array("optimizer", k ? "grads.vector" : "grads.matrix"), s,
+                 m.tensor[k].size);
         norms[s] = step(&m, 0.1);
         for (int k = 0; k < 2; k++)
             for (int i = 0, n = m.tensor[k].size; i < n; i++) {
