@@ -329,7 +329,7 @@ def edge_arrays(models):
     z = torch.stack([100 + noise(16).mul(512).round() / 512, 1e-3 * noise(16), 1e4 * noise(16)])
     d = noise(3, 16) * torch.tensor([1.0, 0.01, 1000.0])[:, None]
     normed, dz = slopes(torch.nn.LayerNorm(16, dtype=dtype), z.to(dtype), d.to(dtype))
-    qkv = torch.cat([(40 * noise(6, 16)).round() / 4, noise(6, 32).mul(4).round() / 4], dim=1)
+    qkv = torch.cat([(200 * noise(6, 16)).round() / 4, noise(6, 32).mul(4).round() / 4], dim=1)
     block, seen = copy.deepcopy(models['policy'].h[0].attn), []
     block.c_attn.register_forward_hook(lambda *_: qkv[None].to(dtype))
     block.c_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))

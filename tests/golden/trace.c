@@ -239,6 +239,18 @@ static void check_draws(const char *file, const char *name, const char *u_name, 
     check(file, "%s", name);
 }
 
+static void respond_greedily(const Model *policy, Row *row) {
+    int id = -1;
+    for (row->n = row->p; row->n < row->p + 8 && id != EOS; row->id[row->n++] = id) {
+        real logit[V];
+        forward(policy, &pass, row->id, 0, row->n);
+        for (int v = id = 0; v < V; v++) {
+            logit[v] = dot(pass.hidden[row->n - 1], policy->tensor[WTE].w + v * C, C);
+            id = logit[v] > logit[id] ? v : id;
+        }
+    }
+}
+
 static void sample_file(const Model *policy) {
     Array prompts = array("sample", "prompts"), lengths = array("sample", "prompt_lengths");
     Array u = array("sample", "u");
@@ -255,8 +267,8 @@ static void sample_file(const Model *policy) {
             for (int j = 0; j < 8; j++) numbers[j] = item(u, i * 8 + j);
             sampled[i].p = item(lengths, i);
             for (int t = 0; t < sampled[i].p; t++) sampled[i].id[t] = item(prompts, i * 5 + t);
-            /* At temperature 0 the largest logit wins; as at a temperature that leaves no other */
-            respond(policy, &sampled[i], EOS, 8, k < 2 ? temperatures[k] : 1e-6, numbers);
+            if (k < 2) respond(policy, &sampled[i], EOS, 8, temperatures[k], numbers);
+            else respond_greedily(policy, &sampled[i]);
             longest = sampled[i].n > longest ? sampled[i].n : longest;
         }
         for (int i = 0; i < 6; i++)
@@ -389,7 +401,7 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
     check("ppo", "raw_scores");
     for (int b = 0; b < B; b++) put(e[b].ended);
     check("ppo", "ended");
-    for (int b = 0; b < B; b++) {                       /* the last reward without its share of kl */
+    for (int b = 0; b < B; b++) {                       /* the last reward without its kl */
         int t = rows[b].n - 2;
         put(e[b].reward[t] + set.beta * (e[b].logprob[t] - e[b].ref_logprob[t]));
     }
@@ -409,7 +421,7 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
         char name[40];
         int M = 0, r[4];
         double pg_loss = 0, vf_loss = 0, plain = 0;
-        real logprob[4][MAX_S], value[4][MAX_S];
+        real logprob[4][MAX_S] = {{0}}, value[4][MAX_S] = {{0}};
         for (int i = 0; i < 4; i++) {
             r[i] = item(minibatches, 4 * s + i), M += response(&rows[r[i]]);
             logprobs(&policy, &rows[r[i]], set.temperature, logprob[i]);
@@ -456,14 +468,15 @@ static void take(real *z, Array a, int row, int width) {
 
 static void edge_file(void) {
     Array logits = array("edge", "logits"), targets = array("edge", "targets");
+    Model words = new_model(V, 1, 0, 1, 24, 0);         /* its logits are its hidden state */
+    for (int v = 0; v < V; v++) words.tensor[WTE].w[24 * v + v] = 1;
     for (int slopes = 0; slopes < 2; slopes++) {
         for (int i = 0; i < 4; i++) {
-            real z[V];
-            int y = item(targets, i);
-            take(z, logits, i, V);
-            real logit = z[y], logprob = logit - softmax(z, V);
+            real probability[V];
+            memset(pass.hidden[0], 0, sizeof pass.hidden[0]), take(pass.hidden[0], logits, i, V);
+            real logprob = log_softmax(&words, 0, 1, item(targets, i), probability);
             if (!slopes) put(logprob);
-            else for (int v = 0; v < V; v++) put((v == y) - z[v]);
+            else for (int v = 0; v < V; v++) put((v == item(targets, i)) - probability[v]);
         }
         check("edge", slopes ? "logit_slopes" : "logprobs");
     }
