@@ -146,7 +146,8 @@ def test_the_port_agrees(stored):
     run, text = (json.loads((GOLDEN / name).read_text()) for name in ('run.json', 'text.json'))
     for stage in ('sft', 'rm', 'dpo', 'ppo'):
         for i, step in enumerate(run[stage]['steps'], 1):
-            assert {f'run.json/{stage}.{i}.{name}' for name in step.keys() - {'closest'}} <= {*names}
+            for name in step.keys() - {'closest'}:
+                assert f'run.json/{stage}.{i}.{name}' in names
     assert sum(name.startswith('text.json') for name in names) == (
         len(text['texts']) + len(text['rows'])) == 38
     assert set(re.findall(r'^ *(?:import|from) (\S+)', (GOLDEN / 'port.py').read_text(), re.M)) <= {
@@ -278,7 +279,7 @@ def test_every_branch_of_ppo_is_taken(stored):
     clipped = (ppo['second.vf_losses'] > ppo['second.vf_losses_unclipped'] + 1e-3)[mask[rows]]
     assert clipped.any() and not clipped.all()
     norms = [float(z) for arrays in stored.values() for name, z in arrays.items()
-             if name.endswith('norm')]
+             if name.endswith('norm') and z.ndim == 0]
     assert min(norms) < make.K.grad_clip < max(norms)
 
 
