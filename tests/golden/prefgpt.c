@@ -1,19 +1,16 @@
 /* prefgpt in one file of C99: SFT, a reward model, PPO and DPO on a GPT-2, trained from a seed.
- *
- *     cc -std=c99 -O3 -o prefgpt prefgpt.c -lm && ./prefgpt rows.txt run.json
- *
- * It reads rows of token ids, trains all stages from the seed 0, with no weight or random number
- * from elsewhere, and prints its numbers beside those of the Python scripts (run.json). README.md
- * has the formulas, and trace.c compares the functions below with the golden trace.
- *
- * A row, which is a prompt and its response, is computed alone, one position after the other: no
- * batch dimension, no padding, no mask. With p ids of the prompt and n in all, the positions
- * p-1 .. n-2 predict the response. Keys and values stay where they are: sampling needs no cache.
- *
- * In a function that goes back, d is the slope of the loss in what the forward function computed,
- * and dz that in its input z. Slopes in weights are added up in the gradient g.
- *
- * Letters: V words, S positions at most, L layers, H heads, C channels, D = C / H per head. */
+
+       cc -std=c99 -O3 -o prefgpt prefgpt.c -lm && ./prefgpt rows.txt run.json
+
+   It reads rows of token ids, trains all stages from the seed 0, with no weight or random number
+   from elsewhere, and prints its numbers beside those of the Python scripts (run.json). README.md
+   has the formulas, and trace.c compares the functions below with the golden trace.
+   A row, which is a prompt and its response, is computed alone, one position after the other: no
+   batch dimension, no padding, no mask. With p ids of the prompt and n in all, the positions
+   p-1 .. n-2 predict the response. Keys and values stay where they are: sampling needs no cache.
+   In a function that goes back, d is the slope of the loss in what the forward function computed,
+   and dz that in its input z. Slopes in weights are added up in the gradient g.
+   Letters: V words, S positions at most, L layers, H heads, C channels, D = C / H per head. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,13 +24,9 @@
 /* The largest sizes of any model here, so that most arrays need not be allocated */
 enum { MAX_V = 768, MAX_S = 128, MAX_L = 2, MAX_H = 4, MAX_C = 64, MAX_ROWS = 256 };
 static const double PI = 3.14159265358979323846;
-
-/* Each position that predicts an id of a row's response */
-#define RESPONSE(t, row) for (int t = (row).p - 1; t < (row).n - 1; t++)
-
+#define RESPONSE(t, row) for (int t = (row).p - 1; t < (row).n - 1; t++)     /* what predicts it */
 /* ------------------------------------------------------------------------------ random numbers */
 typedef struct { uint32_t state[624]; int next; } Random;      /* MT19937, as in torch and numpy */
-
 static Random seeded(uint32_t seed) {
     Random r = {.state = {seed}, .next = 624};
     for (uint32_t i = 1; i < 624; i++)
@@ -42,11 +35,10 @@ static Random seeded(uint32_t seed) {
 }
 
 static uint32_t number(Random *r) {
-    if (r->next == 624)
-        for (int i = r->next = 0; i < 624; i++) {
-            uint32_t y = (r->state[i] & 0x80000000u) | (r->state[(i + 1) % 624] & 0x7fffffffu);
-            r->state[i] = r->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-        }
+    if (r->next == 624) for (int i = r->next = 0; i < 624; i++) {
+        uint32_t y = (r->state[i] & 0x80000000u) | (r->state[(i + 1) % 624] & 0x7fffffffu);
+        r->state[i] = r->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+    }
     uint32_t y = r->state[r->next++];
     y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
     return y ^ y >> 18;
@@ -102,11 +94,9 @@ static void normal(Random *r, real *z, int n, double std) {
         z[i] = radius * cos(angle), z[i + 8] = radius * sin(angle);
     }
 }
-
 /* ----------------------------------------------------------------------------------- the model */
 /* Columns 0: a vector. Beside the weights w are the gradient g and AdamW's moments m and v. */
 typedef struct { int rows, columns, size; real *w, *g, *m, *v; } Tensor;
-
 /* A policy or, with a score as its last tensor, a reward or value model. */
 typedef struct { int V, S, L, H, C, tensors, steps; Tensor tensor[4 + 12 * MAX_L + 1]; } Model;
 
@@ -116,10 +106,9 @@ static int LN_F(const Model *m) { return 2 + 12 * m->L; }
 static int SCORE(const Model *m) { return 4 + 12 * m->L; }
 
 static void add_tensor(Model *m, int rows, int columns) {
-    int size = rows * (columns ? columns : 1);
-    real *w = calloc(4 * size, sizeof *w);
-    Tensor t = {rows, columns, size, w, w + size, w + 2 * size, w + 3 * size};
-    m->tensor[m->tensors++] = t;
+    int n = rows * (columns ? columns : 1);
+    real *w = calloc(4 * n, sizeof *w);
+    m->tensor[m->tensors++] = (Tensor){rows, columns, n, w, w + n, w + 2 * n, w + 3 * n};
 }
 
 static Model new_model(int V, int S, int L, int H, int C, int scalar) {
@@ -141,8 +130,8 @@ static Model copy_of(const Model *from, int scalar) {
     return m;
 }
 
-/* Sets a policy's initial weights: matrices normal, LayerNorms' weights 1, biases 0. What is added
-   to the residual stream, 2 L times, is made smaller. */
+/* Sets a policy's initial weights: matrices normal, LayerNorms' weights 1 (LN_F is of kind LN_1),
+   biases 0. What is added to the residual stream, 2 L times, is made smaller. */
 static void initialize(Model *m, int seed, double std) {
     Random r = seeded(seed);
     int thrown_away = (m->V + m->S) * m->C + m->L * (12 * m->C + 9) * m->C;
@@ -151,11 +140,9 @@ static void initialize(Model *m, int seed, double std) {
         int kind = k < 2 ? k : (k - 2) % 12 + 2, added = kind == ATTN_PROJ || kind == MLP_PROJ;
         Tensor *t = &m->tensor[k];
         if (t->columns) normal(&r, t->w, t->size, added ? std / sqrt(2.0 * m->L) : std);
-        if (kind == LN_1 || kind == LN_2)                           /* LN_F is of kind LN_1 */
-            for (int i = 0; i < t->size; i++) t->w[i] = 1;
+        if (kind == LN_1 || kind == LN_2) for (int i = 0; i < t->size; i++) t->w[i] = 1;
     }
 }
-
 /* ---------------------------------------------------------------------------------- the layers */
 /* Adds up 8 sums, because a processor can do so at once. */
 static real dot(const real *a, const real *b, int n) {
@@ -256,21 +243,20 @@ static void attention(Layer *z, int t, int C, int D) {
 static void attention_back(real dqkv[][3 * MAX_C], real d[][MAX_C], const Layer *z, int T, int C,
                            int D) {
     memset(dqkv, 0, T * sizeof *dqkv);
-    for (int t = 0; t < T; t++)
-        for (int c = 0; c < C; c += D) {
-            const real *a = z->a[c / D][t];
-            real da[MAX_S], sum = 0;
-            for (int s = 0; s <= t; s++) {
-                da[s] = dot(d[t] + c, z->qkv[s] + 2 * C + c, D);
-                sum += a[s] * da[s];
-                add_scaled(dqkv[s] + 2 * C + c, a[s], d[t] + c, D);
-            }
-            for (int s = 0; s <= t; s++) {
-                real dw = a[s] * (da[s] - sum) / sqrt(D);
-                add_scaled(dqkv[t] + c, dw, z->qkv[s] + C + c, D);
-                add_scaled(dqkv[s] + C + c, dw, z->qkv[t] + c, D);
-            }
+    for (int t = 0; t < T; t++) for (int c = 0; c < C; c += D) {
+        const real *a = z->a[c / D][t];
+        real da[MAX_S], sum = 0;
+        for (int s = 0; s <= t; s++) {
+            da[s] = dot(d[t] + c, z->qkv[s] + 2 * C + c, D);
+            sum += a[s] * da[s];
+            add_scaled(dqkv[s] + 2 * C + c, a[s], d[t] + c, D);
         }
+        for (int s = 0; s <= t; s++) {
+            real dw = a[s] * (da[s] - sum) / sqrt(D);
+            add_scaled(dqkv[t] + c, dw, z->qkv[s] + C + c, D);
+            add_scaled(dqkv[s] + C + c, dw, z->qkv[t] + c, D);
+        }
+    }
 }
 
 /* Computes the positions from .. to - 1 of the ids x; z has the earlier ones already. */
@@ -301,9 +287,8 @@ static void forward(const Model *m, Pass *z, const int *x, int from, int to) {
 /* Goes back from d_hidden. d, the slope in the residual stream, goes on unchanged, and each branch
    (MLP, attention) adds the slope that comes back through it. */
 static void backward(const Model *m, const Pass *z, const int *x, int T, real d_hidden[][MAX_C]) {
-    static real d[MAX_S][MAX_C], d_heads[MAX_S][MAX_C], dqkv[MAX_S][3 * MAX_C];
+    real d[MAX_S][MAX_C] = {{0}}, d_heads[MAX_S][MAX_C], dqkv[MAX_S][3 * MAX_C];
     real wide[4 * MAX_C], narrow[MAX_C], slope;
-    memset(d, 0, sizeof d);
     for (int t = 0; t < T; t++)
         norm_back(d[t], d_hidden[t], z->layer[m->L].in[t], m->tensor + LN_F(m));
     for (int l = m->L - 1; l >= 0; l--) {
@@ -327,11 +312,9 @@ static void backward(const Model *m, const Pass *z, const int *x, int T, real d_
         add_scaled(m->tensor[WPE].g + t * m->C, 1, d[t], m->C);
     }
 }
-
 /* ------------------------------------------------------------------------- logprobs and scores */
-/* p ids of the prompt, n in all; ref is the logprob of its response under DPO's reference */
+/* p ids of the prompt, n in all; ref is the logprob of the response under DPO's reference */
 typedef struct { int id[MAX_S + 1], p, n; double ref; } Row;
-
 static Pass pass;                                       /* of the row at hand */
 
 /* Fills probability with the softmax over the words at position t; returns log p(y). */
@@ -352,14 +335,15 @@ static double logprobs(const Model *m, const Row *row, real temperature, real *l
     return sum;
 }
 
-/* Goes back from the slopes d in a row's logprobs. logprob = logit[y] - log sum exp logit with
-   logit = wte hidden / temperature, so logit[v] has the slope d ((v == y) - probability[v]). wte
-   gets slopes here and as the embedding of the ids. */
-static void logprobs_back(const Model *m, const Row *row, real temperature, const real *d) {
+/* Goes back from the slopes d in a row's logprobs; returns their sum again. As logprob = logit[y] -
+   log sum exp logit with logit = wte hidden / temperature, logit[v] has the slope
+   d ((v == y) - probability[v]). wte gets slopes here and as the embedding of the ids. */
+static double logprobs_back(const Model *m, const Row *row, real temperature, const real *d) {
     real probability[MAX_V], d_hidden[MAX_S][MAX_C] = {{0}};
+    double sum = 0;
     forward(m, &pass, row->id, 0, row->n - 1);          /* again: pass may hold another row */
     RESPONSE(t, *row) {
-        log_softmax(m, t, temperature, row->id[t + 1], probability);
+        sum += log_softmax(m, t, temperature, row->id[t + 1], probability);
         for (int v = 0; v < m->V; v++) {
             real d_logit = d[t] * ((v == row->id[t + 1]) - probability[v]) / temperature;
             add_scaled(d_hidden[t], d_logit, m->tensor[WTE].w + v * m->C, m->C);
@@ -367,6 +351,7 @@ static void logprobs_back(const Model *m, const Row *row, real temperature, cons
         }
     }
     backward(m, &pass, row->id, row->n - 1, d_hidden);
+    return sum;
 }
 
 /* Fills out with a scalar model's numbers, scores or values, at the first T positions of a row;
@@ -376,7 +361,6 @@ static real numbers(const Model *m, const Row *row, int T, real *out) {
     for (int t = 0; t < T; t++) out[t] = dot(pass.hidden[t], m->tensor[SCORE(m)].w, m->C);
     return out[T - 1];
 }
-
 static real score(const Model *m, const Row *r) { return numbers(m, r, r->n, (real[MAX_S]){0}); }
 
 /* Goes back from the slopes d in these numbers. */
@@ -394,8 +378,7 @@ static void numbers_back(const Model *m, const Row *row, int T, const real *d) {
 static int draw(const real *probability, int V, real u) {
     real sum = 0, total = 0;
     for (int v = 0; v < V; v++) total += probability[v];
-    for (int v = 0; v < V; v++)
-        if ((sum += probability[v]) > u * total) return v;
+    for (int v = 0; v < V; v++) if ((sum += probability[v]) > u * total) return v;
     return V - 1;
 }
 
@@ -409,7 +392,6 @@ static void respond(const Model *m, Row *row, int eos, int most, real temperatur
         row->id[row->n] = id = draw(probability, m->V, u[row->n - row->p]);
     }
 }
-
 /* ----------------------------------------------------------------------- optimizer and batches */
 static struct {         /* what optimizer and methods are given; every stage sets its own */
     double weight_decay, grad_clip, adam_eps, beta, label_smoothing, temperature, no_eos_score;
@@ -437,8 +419,7 @@ static double step(Model *m, double rate) {
 /* Returns the rate of step s of n: linear warm-up, then a cosine to a tenth of the peak. */
 static double rate(int s, int n, double peak, int warmup) {
     if (s < warmup) return peak * (s + 1) / warmup;
-    double progress = (double)(s - warmup) / fmax(1, n - 1 - warmup);
-    return peak * (0.1 + 0.9 * (1 + cos(PI * progress)) / 2);
+    return peak * (0.1 + 0.9 * (1 + cos(PI * (s - warmup) / fmax(1, n - 1 - warmup))) / 2);
 }
 
 /* Copies part i of k of n indices; the sizes are as even as can be, the larger ones first. */
@@ -459,23 +440,21 @@ static int batch(int seed, const int *length, int rows, int size, int s, int *in
     permutation(&r, visits, per_epoch);
     return part(order, rows, per_epoch, visits[s % per_epoch], indices);
 }
-
 /* --------------------------------------------------------------------------------- the methods
    Each adds the gradient of one example and returns its loss, both times a weight: 1 / the number
    of pairs in the batch or, in SFT and PPO, 1 / the number of its response ids. */
 static int response(const Row *row) { return row->n - row->p; }     /* its length */
 
-/* Goes back from the same slope d in all logprobs of a response. */
-static void sum_back(const Model *policy, const Row *row, double d) {
+/* Goes back from the same slope d in all logprobs of a response; returns their sum. */
+static double sum_back(const Model *policy, const Row *row, double d) {
     real slopes[MAX_S];
     for (int t = 0; t < MAX_S; t++) slopes[t] = d;
-    logprobs_back(policy, row, 1, slopes);
+    return logprobs_back(policy, row, 1, slopes);
 }
 
 /* SFT: - logprob. */
 static double sft(const Model *policy, const Row *row, double weight) {
-    sum_back(policy, row, -weight);
-    return -weight * logprobs(policy, row, 1, (real[MAX_S]){0});
+    return -weight * sum_back(policy, row, -weight);
 }
 
 /* log(1 / (1 + e^-z)), of which sigmoid(-z) is the slope; this exp cannot overflow. */
@@ -485,18 +464,17 @@ static double sigmoid(double z) { return exp(log_sigmoid(z)); }
 /* Reward model (Bradley and Terry): - log sigmoid(chosen's score - rejected's score). */
 static double rm(const Model *m, const Row *pair, double weight) {
     const Row *chosen = pair, *rejected = pair + 1;
-    double margin = score(m, chosen) - score(m, rejected);
+    double margin = score(m, chosen) - score(m, rejected), slope = sigmoid(-margin) * weight;
     real up[MAX_S] = {0}, down[MAX_S] = {0};
-    up[chosen->n - 1] = -sigmoid(-margin) * weight;
-    down[rejected->n - 1] = sigmoid(-margin) * weight;
+    up[chosen->n - 1] = -slope, down[rejected->n - 1] = slope;
     numbers_back(m, chosen, chosen->n, up);
     numbers_back(m, rejected, rejected->n, down);
     return -log_sigmoid(margin) * weight;
 }
 
-/* DPO: - log sigmoid(beta h), where h is how much more the policy prefers the chosen response than
-   the reference does; with label smoothing e, a label is right with probability 1 - e. IPO pulls h
-   to 1 / (2 beta). Returns the loss; d is its slope in h. */
+/* DPO: - log sigmoid(beta h); h is how much more the policy prefers chosen than the reference does.
+   With smoothing e, a label is right with probability 1 - e. IPO pulls h to 1 / (2 beta). d is the
+   loss's slope in h. */
 static double dpo_loss(double h, double *d) {
     double e = set.label_smoothing, margin = set.beta * h, gap = h - 1 / (2 * set.beta);
     *d = set.ipo ? 2 * gap : set.beta * (sigmoid(margin) - (1 - e));
@@ -589,18 +567,9 @@ static double ppo(const Model *policy, const Model *value_model, const Episode *
     numbers_back(value_model, &e->row, e->row.n - 1, d_value);
     return pg_loss;
 }
-
-/* The reference follows the policy, once per rollout batch. */
-static void update_ema(Model *ref, const Model *policy, double rate) {
-    for (int k = 0; k < ref->tensors; k++)
-        for (int i = 0; i < ref->tensor[k].size; i++)
-            ref->tensor[k].w[i] += rate * (policy->tensor[k].w[i] - ref->tensor[k].w[i]);
-}
-
 /* --------------------------------------------- the run: rows of rows.txt, numbers of run.json */
 static FILE *rows_file, *run_file;
 static int differences;
-
 static int next_int(FILE *file) {
     int i;
     if (fscanf(file, "%*[^0-9]%d", &i) != 1) fprintf(stderr, "a file ends too early\n"), exit(2);
@@ -618,10 +587,8 @@ static int read_rows(Row *rows) {
 }
 
 static void find(const char *key) {                     /* goes on to the next such key */
-    char word[64] = "";
-    while (strcmp(word, key))
-        if (fscanf(run_file, "%*[^\"]\"%63[^\"]\"", word) != 1)
-            fprintf(stderr, "run.json has no %s here\n", key), exit(2);
+    char word[64];
+    while (fscanf(run_file, "%*[^\"]\"%63[^\"]\"", word) == 1 && strcmp(word, key));
 }
 
 static void compare(const char *key, double ours) {
@@ -635,8 +602,7 @@ static void compare(const char *key, double ours) {
 static void compare_ids(const int *ids, int n) {        /* with the next n whole numbers */
     int differ = 0;
     for (int i = 0; i < n; i++) differ |= next_int(run_file) != ids[i];
-    differences += differ;
-    if (differ) printf(" ids DIFFER");
+    if (differ) differences++, printf(" ids DIFFER");
 }
 
 /* Trains by a method whose examples are rows (SFT) or two rows each, chosen and rejected. */
@@ -650,9 +616,8 @@ static void train(const char *stage, Model *m, double method(const Model *, cons
         double loss = 0;
         for (int i = 0; i < size; i++) M += each == 1 ? response(&rows[indices[i]]) : 1;
         for (int i = 0; i < size; i++) loss += method(m, &rows[each * indices[i]], 1.0 / M);
-        printf("%s %d", stage, s + 1);
-        find("rows"), compare_ids(indices, size), compare("loss", loss);
-        compare("norm", step(m, rate(s, 10, peak, 3))), puts("");
+        printf("%s %d", stage, s + 1), find("rows"), compare_ids(indices, size);
+        compare("loss", loss), compare("norm", step(m, rate(s, 10, peak, 3))), puts("");
     }
 }
 
@@ -661,9 +626,8 @@ static void train_ppo(Model *policy, const Model *reward_model, double shift, co
     enum { STEPS = 3, ROLLOUT = 16, PASSES = 2, MINIBATCH = 8, NEW = 24, EOS = MAX_V - 1 };
     static Episode episodes[ROLLOUT];
     Model ref = copy_of(policy, 0), value_model = copy_of(reward_model, 1);
-    Tensor *head = &value_model.tensor[SCORE(policy)];
     int lengths[MAX_ROWS] = {0}, indices[MAX_ROWS], order[ROLLOUT];     /* prompts are not sorted */
-    memset(head->w, 0, head->size * sizeof(real));                      /* a value is not a score */
+    memset(value_model.tensor[SCORE(policy)].w, 0, policy->C * sizeof(real));   /* no score yet */
     for (int s = 0; s < STEPS; s++) {
         int size = batch(0, lengths, rows, ROLLOUT, s, indices), updates = 0;
         int parts = (size + MINIBATCH - 1) / MINIBATCH;
@@ -692,10 +656,10 @@ static void train_ppo(Model *policy, const Model *reward_model, double shift, co
             norm += step(policy, rate(s, STEPS, 3e-3, 1));
             step(&value_model, rate(s, STEPS, 2e-3, 1));
         }
-        update_ema(&ref, policy, 0.1);
-        compare("score", score), compare("kl", kl);
-        compare("pg_loss", pg_loss / updates), compare("vf_loss", vf_loss / updates);
-        compare("norm", norm / updates), puts("");
+        for (int k = 0; k < ref.tensors; k++) for (int i = 0; i < ref.tensor[k].size; i++)  /* EMA */
+            ref.tensor[k].w[i] += 0.1 * (policy->tensor[k].w[i] - ref.tensor[k].w[i]);
+        compare("score", score), compare("kl", kl), compare("pg_loss", pg_loss / updates);
+        compare("vf_loss", vf_loss / updates), compare("norm", norm / updates), puts("");
     }
 }
 
@@ -704,7 +668,6 @@ int main(int count, char **names) {
     static Row rows[FILES][MAX_ROWS];
     int n[FILES], M = 0;
     double loss = 0, shift = 0;
-    real unused[MAX_S];
     if (count < 3 || !(rows_file = fopen(names[1], "r")) || !(run_file = fopen(names[2], "r")))
         return fprintf(stderr, "usage: %s rows.txt run.json\n", names[0]), 2;
     for (int k = 0; k < FILES; k++) n[k] = read_rows(rows[k]);
@@ -714,7 +677,7 @@ int main(int count, char **names) {
     initialize(&policy, 0, 0.1);
     train("sft", &policy, sft, 1, rows[SFT], n[SFT], 6e-3);
     for (const Row *row = rows[HELD_OUT]; row < rows[HELD_OUT] + n[HELD_OUT]; row++)
-        loss -= logprobs(&policy, row, 1, unused), M += response(row);
+        loss -= logprobs(&policy, row, 1, (real[MAX_S]){0}), M += response(row);
     compare("eval_loss", loss / M), puts("");
 
     Model reward_model = copy_of(&policy, 1);
@@ -726,7 +689,7 @@ int main(int count, char **names) {
     set.weight_decay = 0, set.beta = 0.2;
     Model dpo_policy = copy_of(&policy, 0), ppo_policy = copy_of(&policy, 0);
     for (Row *row = rows[PAIRS]; row < rows[PAIRS] + n[PAIRS]; row++)
-        row->ref = logprobs(&policy, row, 1, unused);
+        row->ref = logprobs(&policy, row, 1, (real[MAX_S]){0});
     train("dpo", &dpo_policy, dpo, 2, rows[PAIRS], n[PAIRS], 1e-3);
 
     set.adam_eps = 1e-5, set.temperature = 0.9, set.no_eos_score = -1, set.gamma = 0.98;

@@ -457,7 +457,9 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
         snprintf(name, sizeof name, "%s.value.", prefix);
         check_step("ppo", name, &value_model, 0.003);
     }
-    update_ema(&ref, &policy, 0.25);
+    for (int k = 0; k < ref.tensors; k++)
+        for (int i = 0; i < ref.tensor[k].size; i++)
+            ref.tensor[k].w[i] += 0.25 * (policy.tensor[k].w[i] - ref.tensor[k].w[i]);
     check_weights("ppo", "ref_after.", &ref);
 }
 
