@@ -473,7 +473,7 @@ static double rm(const Model *m, const Row *pair, double weight) {
 }
 
 /* DPO: - log sigmoid(beta h); h is how much more the policy prefers chosen than the reference does.
-   With smoothing e, a label is right with probability 1 - e. IPO pulls h to 1 / (2 beta). d is the
+   With smoothing e, a label is correct with probability 1 - e. IPO pulls h to 1 / (2 beta). d is the
    loss's slope in h. */
 static double dpo_loss(double h, double *d) {
     double e = set.label_smoothing, margin = set.beta * h, gap = h - 1 / (2 * set.beta);
@@ -501,7 +501,7 @@ typedef struct {
 } Episode;
 
 /* Scores a response; computes rewards and, from its end backwards, advantages (GAE) and returns. */
-static void judge(Episode *e, const Model *policy, const Model *ref, const Model *reward_model,
+static void assess(Episode *e, const Model *policy, const Model *ref, const Model *reward_model,
                   double shift, const Model *value_model, int eos) {
     int last = e->row.n - 2;
     real next_value = 0, advantage = 0;
@@ -640,7 +640,7 @@ static void train_ppo(Model *policy, const Model *reward_model, double shift, co
             for (int i = 0; i < NEW; i++) u[i] = uniform(&r);
             e->row = prompts[indices[b]];
             respond(policy, &e->row, EOS, NEW, set.temperature, u);
-            judge(e, policy, &ref, reward_model, shift, &value_model, EOS);
+            assess(e, policy, &ref, reward_model, shift, &value_model, EOS);
             compare_ids(e->row.id + e->row.p, response(&e->row));
             score += e->raw / size;
             RESPONSE(t, e->row) kl += (e->logprob[t] - e->ref_logprob[t]) / size;
@@ -656,7 +656,7 @@ static void train_ppo(Model *policy, const Model *reward_model, double shift, co
             norm += step(policy, rate(s, STEPS, 3e-3, 1));
             step(&value_model, rate(s, STEPS, 2e-3, 1));
         }
-        for (int k = 0; k < ref.tensors; k++) for (int i = 0; i < ref.tensor[k].size; i++)  /* EMA */
+        for (int k = 0; k < ref.tensors; k++) for (int i = 0; i < ref.tensor[k].size; i++) /* EMA */
             ref.tensor[k].w[i] += 0.1 * (policy->tensor[k].w[i] - ref.tensor[k].w[i]);
         compare("score", score), compare("kl", kl), compare("pg_loss", pg_loss / updates);
         compare("vf_loss", vf_loss / updates), compare("norm", norm / updates), puts("");

@@ -366,7 +366,7 @@ static void ppo_file(const Model *start, const Model *start_ref, const Model *st
     double score = 0, kl = 0, entropy = 0, length = 0, ended = 0, slope;
     for (int b = 0; b < B; b++) {
         e[b].row = rows[b];
-        judge(&e[b], &policy, &ref, reward_model, shift, &value_model, EOS);
+        assess(&e[b], &policy, &ref, reward_model, shift, &value_model, EOS);
         score += e[b].raw / B, ended += (double)e[b].ended / B;
         length += (double)response(&rows[b]) / B;
         RESPONSE(t, rows[b]) {
