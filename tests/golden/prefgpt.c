@@ -24,7 +24,7 @@
 /* The largest sizes of any model here, so that most arrays need not be allocated */
 enum { MAX_V = 768, MAX_S = 128, MAX_L = 2, MAX_H = 4, MAX_C = 64, MAX_ROWS = 256 };
 static const double PI = 3.14159265358979323846;
-#define RESPONSE(t, row) for (int t = (row).p - 1; t < (row).n - 1; t++)     /* what predicts it */
+#define RESPONSE(t, row) for (int t = (row).p - 1; t < (row).n - 1; t++)     /* predict its ids */
 /* ------------------------------------------------------------------------------ random numbers */
 typedef struct { uint32_t state[624]; int next; } Random;      /* MT19937, as in torch and numpy */
 static Random seeded(uint32_t seed) {
