@@ -473,8 +473,8 @@ static double rm(const Model *m, const Row *pair, double weight) {
 }
 
 /* DPO: - log sigmoid(beta h); h is how much more the policy prefers chosen than the reference does.
-   With smoothing e, a label is correct with probability 1 - e. IPO pulls h to 1 / (2 beta). d is the
-   loss's slope in h. */
+   With smoothing e, a label is correct with probability 1 - e. IPO pulls h to 1 / (2 beta). Returns
+   the loss; d is its slope in h. */
 static double dpo_loss(double h, double *d) {
     double e = set.label_smoothing, margin = set.beta * h, gap = h - 1 / (2 * set.beta);
     *d = set.ipo ? 2 * gap : set.beta * (sigmoid(margin) - (1 - e));
