@@ -348,10 +348,7 @@ def decode(step, cache, longest, running, max_new_tokens):
 # ----------------------------------------------------------------------------- batches, optimizer
 
 def rng(seed, step, stream):
-    """
-    Returns a fresh CPU generator for one step, or epoch, and one purpose: 'batch', 'rollout',
-    'shuffle' or 'eval'. No random state is carried over: a resumed run draws the same numbers.
-    """
+    """Returns a fresh CPU generator for a step or epoch: a resumed run draws the same numbers."""
     digest = hashlib.sha256(f'{seed} {step} {stream}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], 'little'))
 
@@ -394,10 +391,10 @@ def adamw(model, weight_decay, eps=1e-8):
 
 
 def check_finite(where, **numbers):
-    """Raises UserError if a number is not finite; the message names it and where it occurred."""
+    """Raises UserError, and lets nothing be saved, if a number is not finite; names it."""
     for name, number in numbers.items():
         if not math.isfinite(number):
-            Run.unsaved = False     # what blew up must not replace the last good checkpoint
+            Run.must_save = False     # what blew up must not replace the last good checkpoint
             raise UserError(f'{where}: the {name} is {number}. Check the data, or lower --lr in '
                             'another --out; there, --init=RUN goes on from a checkpoint')
 
@@ -411,7 +408,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, step, **losses):
     check_finite(f'step {step}, lr={lr:.1e}', **losses, norm=norm)
     for group in optimizer.param_groups:        # every group: weights that decay and the others
         group['lr'] = lr
-    Run.unsaved = False                         # until Run.log, the weights are between two steps
+    Run.must_save = False                       # until Run.log, the weights are between two steps
     optimizer.step()
     optimizer.zero_grad()                       # backward() adds to what is there
     return norm
@@ -450,12 +447,12 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())             # a full disk fails here, before the rename
-        assert not torch.serialization.get_unsafe_globals_in_checkpoint(temporary)  # numpy's
+        assert not (odd := torch.serialization.get_unsafe_globals_in_checkpoint(temporary)), odd
         if path.exists():
             link(path, path.with_name('ckpt.prev.pt'))      # ckpt.pt itself never disappears
         os.replace(temporary, path)             # atomic: the old file or the new one
-    except (OSError, RuntimeError) as error:    # torch.save's own hides a full disk's
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
+    except (OSError, RuntimeError) as error:    # torch.save's own hides the full disk
+        cause = error.__context__ if 'unexpected pos' in str(error) else error
         raise OSError(f'{temporary}: {cause or error}') from error
     finally:
         temporary.unlink(missing_ok=True)       # there only if something failed
@@ -464,13 +461,13 @@ def save_checkpoint(path, stage, step, cfg, text, metrics, models, optimizers, *
 def load_checkpoint(path, stages):
     """
     Loads the checkpoint of a run folder, or a checkpoint file, onto the CPU. Raises UserError if it
-    is missing or damaged, if its stage is not one of stages, or if a weight is not finite.
+    is missing or damaged, of another stage, or not finite. Adds 'id', a hash of all its weights.
     """
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'{path}: no checkpoint there; run that stage, or copy ckpt.prev.pt to it')
     try:
-        # torch.load does not look at checksums; of a record marked as a folder it reads nothing
+        # torch.load checks no checksum, and reads nothing of a record that is marked as a folder
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip() or [i for i in archive.infolist() if i.external_attr]:
                 raise ValueError(f'record {damaged}')
@@ -492,7 +489,7 @@ def load_checkpoint(path, stages):
 
 
 def load_model(Model, saved, name, device):
-    """Returns a checkpoint's model by name ('policy', 'ref', ...), in the first one's shape."""
+    """Returns a checkpoint's model by name ('policy', 'ref', ...), in the shape that it saves."""
     model = Model(GPTConfig(**saved['model']))
     model.load_state_dict(saved['weights'][name])
     return model.to(device)
@@ -546,12 +543,12 @@ def run_cli(main, Config):
     try:
         main(parse_config(Config))
     except (UserError, OSError) as error:       # OSError: a full disk, somebody else's folder
-        sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout    # not once more
+        sys.stdout = None if isinstance(error, BrokenPipeError) else sys.stdout    # or twice
         sys.exit('error: ' + printable(' '.join(str(error).split())))
     except KeyboardInterrupt:
         sys.exit(130)                           # what a shell expects after Ctrl-C
     except (RuntimeError, MemoryError) as error:        # for a CPU torch has no OutOfMemoryError
-        if not re.search("^$|out of memory|can't allocate memory", str(error)):
+        if not re.search('MemoryError|out of memory|allocate memory', repr(error)):
             raise
         sys.exit(f'error: out of memory, peak {peak_memory()}: set --micro_batch_size, or halve it '
                  '(that changes rounding only), or halve --rollout_size; in a tool, --batch_size')
@@ -577,10 +574,10 @@ def peak_memory():
 
 # ----------------------------------------------------------------------------- runs and their log
 
-# Flags that may change on resuming: they change rounding only (it can flip a token), or move files
+# May change on resuming: rounding (it can flip a token), what is evaluated, and where files are
 MAY_CHANGE = ('out', 'resume', 'device', 'compile', 'micro_batch_size', 'eval_every', 'judge',
               'data', 'init', 'reward', 'keep')
-# The least and the most that a flag's number may be, so that no run of zero steps is a success
+# The least and the most that a flag may be: a run of 0 steps would end as a success
 RANGES = {(1, 1e38): 'steps batch_size eval_every max_new_tokens rollout_size ppo_epochs prompts n',
           (1, 1e6): 'n_layer n_head n_embd block_size', (0, 1e9): 'temperature init_std',
           (0, 1e38): 'micro_batch_size warmup lr value_lr weight_decay beta clip_eps vf_clip',
@@ -611,6 +608,7 @@ def open_run(cfg, stage):
         raise UserError(f'{out} holds a run: continue it with --resume, or name another --out')
     if not any((out / name).exists() for name in ('ckpt.pt', 'ckpt.prev.pt')):
         return None                             # a new run
+    seen = [file.stat().st_mtime_ns for file in out.glob('ckpt.pt')]    # before it is read
     saved, now = load_checkpoint(out, [stage]), dataclasses.asdict(cfg)
     before = {**dataclasses.asdict(type(cfg)()), **saved['config']}     # a new flag had its default
     # Half a run with one learning rate and half with another would be neither
@@ -619,7 +617,7 @@ def open_run(cfg, stage):
     if changed:
         raise UserError(f'{out} was run with other flags: {", ".join(changed)}. Name another --out '
                         f'(with --init={out}, to train on from it), or remove {out}')
-    return saved
+    return {**saved, 'seen': seen}
 
 
 def set_up(cfg):
@@ -648,8 +646,8 @@ def set_up(cfg):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
 
 
-def own_log(path, rows, resume, at_the_end):
-    """Locks a run's log, and so its folder; cuts off all but its first rows; counts them."""
+def own_log(path, saved, resume, at_the_end):
+    """Locks a run's log, and so its folder; cuts it to the rows of saved; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = at_the_end.enter_context(open(path, 'a+b'))
     try:
@@ -660,21 +658,22 @@ def own_log(path, rows, resume, at_the_end):
     except (ImportError, OSError):              # Windows, or a file system without locks
         (mark := path.with_name('a-process-trains-here')).touch(exist_ok=False)
         at_the_end.callback(mark.unlink)
-    if not resume and log.seek(0, os.SEEK_END):
-        raise UserError(f'{path.parent}: another process has begun a run there')
+    now = [file.stat().st_mtime_ns for file in path.parent.glob('ckpt.pt')]
+    if now != saved.get('seen', []) or not resume and log.seek(0, os.SEEK_END):
+        raise UserError(f'{path.parent}: another process has begun a run there, or gone on')
     log.seek(0)
-    kept = list(itertools.islice(log, rows))
+    kept = list(itertools.islice(log, saved.get('log', sys.maxsize)))
     if log.read(1):                             # an interrupted run wrote on after its checkpoint
         log.truncate(sum(map(len, kept)))
-    os.write(log.fileno(), b'\n' * (b''.join(kept[-1:])[-1:] not in b'\n'))    # a line cut short
+    os.write(log.fileno(), b'\n' * bool(kept and kept[-1][-1:] != b'\n'))      # a line cut short
     return len(kept)
 
 
 class Run:
-    """A run folder and its owner: log.jsonl, the printed lines, signals, checkpoints."""
+    """Owns a run folder: its log.jsonl, the printed lines, signals and checkpoints."""
 
     def __init__(self, cfg, saved=None, rows=(), inputs={}, **checkpoint):
-        """Takes cfg.out and goes on after saved; rows and inputs are what the run is made from."""
+        """Takes over cfg.out, goes on after saved; rows and inputs are what a run is made from."""
         saved = saved or {'step': 0, 'metrics': {}, 'optimizers': [], 'log': 0}
         self.path, self.cfg, self.began = Path(cfg.out, 'log.jsonl'), cfg, time.time()
         self.lr, self.signal, self.start, self.saved = 0.0, 0, saved['step'], saved['step']
@@ -689,18 +688,18 @@ class Run:
         for optimizer, state in zip(checkpoint.get('optimizers', ()), saved['optimizers']):
             optimizer.load_state_dict(state)
         self.checkpoint = {**checkpoint, 'cfg': cfg, 'inputs': inputs, 'metrics': saved['metrics']}
-        self.rows = own_log(self.path, saved.get('log', sys.maxsize), cfg.resume, Run.at_the_end)
-        Run.unsaved = False         # whether the weights are those of a step that is not saved yet
-        Run.at_the_end.push(self.leave)
+        self.rows = own_log(self.path, saved, cfg.resume, Run.at_the_end)
+        Run.must_save = False       # whether the weights are those of a step that is not saved yet
         if self.start == cfg.steps:
             print(f'{cfg.out} is finished: {cfg.steps} steps')
 
     def leave(self, error=None, *_):
         """Saves the last step if it is not saved; if an error ends the run, says how far it is."""
-        if Run.unsaved:
+        self.signal = 0 if error else self.signal       # the save is not what was asked to stop
+        if Run.must_save:
             save_checkpoint(self.path.with_name('ckpt.pt'), step=self.last, log=self.rows,
                             **self.checkpoint)
-            self.saved, Run.unsaved = self.last, False
+            self.saved, Run.must_save = self.last, False
         if error:
             print(f'{self.cfg.out}: saved to step {self.saved}; --resume goes on', file=sys.stderr)
 
@@ -713,6 +712,7 @@ class Run:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGINT)}:
             if signal.getsignal(number) != signal.SIG_IGN:      # which nohup asked for
                 Run.at_the_end.callback(signal.signal, number, signal.signal(number, stop))
+        Run.at_the_end.push(self.leave)         # it saves before these handlers go
         for step, indices in zip(range(self.start + 1, self.cfg.steps + 1),
                                  batches(lengths, batch_size, self.cfg.seed, self.start)):
             self.step_began = time.time()
@@ -727,7 +727,7 @@ class Run:
 
     def log(self, step, tokens, **metrics):
         """Logs a step; tokens is how many it read (PPO: only responses)."""
-        Run.unsaved, self.last, steps = True, step, self.cfg.steps
+        Run.must_save, self.last, steps = True, step, self.cfg.steps
         seconds, self.lr = max(time.time() - self.step_began, 1e-9), metrics.get('lr', self.lr)
         self.write({'step': step, **metrics, 'ms': seconds * 1e3, 'tok_per_s': tokens / seconds})
         if step in (1, steps) or step % max(1, steps // 50) == 0:       # 50 to 99 lines
@@ -745,7 +745,7 @@ class Run:
         self.leave()
         if self.cfg.keep:
             link(self.path.with_name('ckpt.pt'), self.path.with_name(f'ckpt-{step}.pt'))
-        self.show(f'eval  {step:>5}/{self.cfg.steps}', metrics)         # printing can fail
+        self.show(f'eval  {step:>5}/{self.cfg.steps}', metrics)     # after the save: it can fail
         for sample in samples:
             print('      | ' + printable(sample).strip().replace('\n', '\n      | '))
 

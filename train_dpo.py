@@ -126,7 +126,7 @@ def main(cfg):
     else:       # the policy has not moved yet: it is its own reference
         ref_val = all_logprobs(model, val, micro_batch_size, device, autocast)  # (2, N)
         steps = itertools.islice(batches(lengths, cfg.batch_size, cfg.seed), cfg.steps)
-        visited = sorted(set(itertools.chain(*steps)))      # no step needs the other pairs
+        visited = sorted({i for indices in steps for i in indices})     # no step needs the others
         ref_train = torch.full((2, len(train)), math.nan, device=device)
         ref_train[:, visited] = all_logprobs(model, [train[i] for i in visited], micro_batch_size,
                                              device, autocast)

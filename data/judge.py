@@ -22,12 +22,12 @@ def load_judge(path):
         """Calls score. A number by itself is the reward; every number becomes a Python float."""
         found = None
         try:
-            found = said = score(prompt, response)
-            said = said if isinstance(said, dict) else {'reward': said}
-            said = {str(name): float(number if isinstance(number, (int, float)) else number.item())
-                    for name, number in said.items()}
-            if 'reward' in said and all(abs(number) < 1e38 for number in said.values()):
-                return said
+            found = score(prompt, response)
+            named = found if isinstance(found, dict) else {'reward': found}
+            numbers = {str(name): float(n if isinstance(n, (int, float)) else n.item())
+                       for name, n in named.items()}
+            if 'reward' in numbers and all(abs(n) < 1e38 for n in numbers.values()):
+                return numbers
             found = repr(found)
         except (Exception, SystemExit) as error:        # sys.exit() would end a run as a success
             found = f'{shown(found)} ({type(error).__name__}: {error})'

@@ -142,7 +142,7 @@ values-of-pads-learned I7: cfg.vf_clip) => cfg.vf_clip); mask = torch.ones_like(
 ratios-of-pads-counted I15:
     (far > cfg.clip_eps).sum() / response_tokens => (far > cfg.clip_eps).float().mean()
 kl-averaged-over-columns I15: grid['ref_logprobs']).sum(1) => grid['ref_logprobs']).mean(1)
-rollouts-drawn-anew-on-resuming I22: step - 1, 'rollout' => step - 1 - log.start, 'rollout'
+rollouts-drawn-anew-on-resuming I22: step - 1, 'rollout' => step - 1 - run.start, 'rollout'
 """
 
 

@@ -155,19 +155,35 @@ def test_without_locks_a_file_marks_the_owner(config, after_step, monkeypatch):
     assert step_of(cfg) == 6 and not mark.exists()
 
 
-def test_a_run_that_begins_meanwhile_is_not_overwritten(config, monkeypatch):
-    """Of two first starts at once, the one that comes to its log second is refused, even if the
-    other one has ended by then."""
-    cfg = config('sft', steps=1)
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_run_that_begins_meanwhile_is_not_overwritten(config, monkeypatch, resume):
+    """Of two starts at once, the one that comes to its log second is refused, even if the other one
+    has ended by then: what it has read of the folder is no longer the newest checkpoint."""
+    cfg = config('sft', steps=1, resume=resume)
 
     def set_up_late(cfg):
         monkeypatch.undo()
         train_sft.main(cfg)             # the other one, from its start to its end
         return set_up(cfg)
     monkeypatch.setattr(train_sft, 'set_up', set_up_late)
-    with pytest.raises(UserError, match='another process has begun'):
+    with pytest.raises(UserError, match='another process has begun a run there, or gone on'):
         train_sft.main(cfg)
-    assert step_of(cfg) == 1
+    assert step_of(cfg) == 1 and len(log_rows(Path(cfg.out))) == 2
+
+
+def test_a_signal_does_not_break_off_a_save(config, after_step, monkeypatch):
+    """Whoever sees nothing while the last save is written presses Ctrl-C again. Catches handlers
+    that are gone by then: every step since the evaluation before would be lost."""
+    cfg, fsync = config('sft', eval_every=6), os.fsync
+
+    def again(file):
+        os.kill(os.getpid(), signal.SIGTERM)
+        fsync(file)
+    after_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(os, 'fsync', again)
+    with pytest.raises(SystemExit) as end:
+        train_sft.main(cfg)
+    assert end.value.code == 128 + signal.SIGTERM and step_of(cfg) == 2
 
 
 def test_a_run_without_a_step_may_be_started_again(config, tmp_path):

@@ -164,7 +164,7 @@ def open_log(tmp_path, monkeypatch):
         cfg = train_sft.Config(out=str(tmp_path), steps=steps, resume=True)
         return Run(cfg, saved, **checkpoint)
     yield open_log
-    Run.unsaved = False
+    Run.must_save = False
     Run.at_the_end.close()
 
 
@@ -516,7 +516,7 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
         if step == 5:
             with open(self.path, 'a') as file:
                 file.write('{"step": 6, "los')      # and was about to log another one
-            Run.unsaved = False                     # a kill leaves no time to save
+            Run.must_save = False                     # a kill leaves no time to save
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, 'log', log_and_die)
