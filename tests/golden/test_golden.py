@@ -66,7 +66,8 @@ def test_the_trace_is_what_the_code_computes(stored, tmp_path):
             # Sums are rounded differently on another CPU; what is whole is the same
             about = isinstance(number, float) and not path.endswith('closest')
             assert about or path.endswith('closest') or now[path] == number, path
-            assert not about or now[path] == pytest.approx(number, rel=1e-4, abs=1e-4), path
+            most = 1e-3 if path.endswith('shift') else 1e-4
+            assert not about or now[path] == pytest.approx(number, rel=most, abs=most), path
         assert min(z for path, z in then.items() if path.endswith('closest')) > 1e-6
 
 
