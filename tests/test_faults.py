@@ -52,8 +52,14 @@ def step_of(cfg):
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """Returns after_step(step, call): call happens once, when that step has been logged."""
+    """
+    Returns after_step(step, call): call happens once, when that step has been logged. Signals have
+    Python's own handlers: a suite that runs in the background may have been told to ignore them.
+    """
     log_step, done = Run.log, []
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+                signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def after_step(step, call):
         def log_and_call(self, now, *arguments, **metrics):
@@ -62,7 +68,9 @@ def after_step(monkeypatch):
                 done.append(now)
                 call()
         monkeypatch.setattr(Run, 'log', log_and_call)
-    return after_step
+    yield after_step
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------- A: judges
