@@ -14,7 +14,8 @@ mistake acts. A mistake that leaves no trace at the default flags is run with th
     flags     the log differs only under the flags, or on the rows, of its hunt
     silent    the log does not differ there either
 
-    python -m studies.mistakes                      # adds the rows that are missing, draws them
+    python -m studies.mistakes --results        # runs what is missing in the table: an hour in all
+    python -m studies.mistakes --only="7 63" --csv=out/again.csv                # some of them again
 """
 import json, shutil, statistics, sys
 from collections import Counter
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefgpt import run_cli
-from studies.style import COLORS, GREY, frame, names, new_figure, show_picture
+from studies.style import COLORS, GREY, frame, names, new_figure, save_picture
 from studies.table import RESULTS, append_rows, committed, read_rows
 
 sys.path.append('tests')            # the mistakes are the tests'
@@ -35,21 +36,13 @@ class Config:
     csv: str = 'out/studies/mistakes.csv'   # the table for rows that studies/results/ lacks
     results: bool = False           # add them to studies/results/mistakes.csv itself
     only: str = ''                  # numbers of mistakes to run, with spaces; '': all of them
-    again: bool = False             # run them although their rows are there
-    quick: bool = False             # a smoke test: one mistake, a few steps, a table of its own
 
 
 STEPS = {'sft': (500, 100), 'rm': (300, 100), 'ppo': (30, 10), 'dpo': (150, 50)}    # eval_every
 SEEDS = 0, 1, 2, 3, 4               # of healthy runs
-WORK = TOP / 'out/studies/mistakes'
+VERDICTS = 'loud', 'quiet', 'flags', 'silent'
+WORK, DATA = TOP / 'out/studies/mistakes', TOP / 'data/toy'
 NOTHING = {'reward': '', 'reward_se': '', 'harm': '', 'length': '', 'eos': ''}
-
-
-def flags_of(number, steps):
-    """Returns the flags of a mistake's run, and its rows ('': data/toy itself)."""
-    flags, rows = hunts.hunt_flags(number, *steps)
-    data = hunts.write_rows(rows, WORK / f'rows-{rows}', 10 ** 6) if rows else TOP / 'data/toy'
-    return flags, data
 
 
 def judged(folder, stage, out, rows):
@@ -57,8 +50,8 @@ def judged(folder, stage, out, rows):
     if rows == 'space' or not (out / 'ckpt.pt').exists():       # no prompts that the judge knows
         return NOTHING
     run = ([f'{TOP}/out/toy/sft', '--best_of=8', f'--select={out}'] if stage == 'rm' else [out])
-    done = hunts.run_in(folder, '-m', 'tools.evaluate', *run, f'--data={TOP}/data/toy',
-                            f'--judge={TOP}/data/toy/reward.py', '--prompts=200',
+    done = hunts.run_in(folder, '-m', 'tools.evaluate', *run, f'--data={DATA}',
+                            f'--judge={DATA}/reward.py', '--prompts=200',
                             f'--json={out}/evaluate.json')
     if done.returncode:
         print(done.stderr.splitlines()[-1])
@@ -111,46 +104,41 @@ def trace(before, after):
         name if name == 'samples' else f'{name} {x:.3g} -> {y:.3g}' for _, name, x, y in here[:4])
 
 
-def run_mistake(number, quick):
+def run_mistake(number):
     """Plants a mistake, runs its stage to the end, and returns its row."""
-    name, entry = NUMBERS[number], HUNTS[NUMBERS[number]]
-    mutant = hunts.mutant_of(number)
-    stage, hidden = entry.stage, bool(entry.flags or entry.rows)
-    steps, folder = (3, 3) if quick else STEPS[entry.stage], WORK / f'planted-{number}'
+    name, mutant, entry = NUMBERS[number], hunts.mutant_of(number), HUNTS[NUMBERS[number]]
+    stage, folder = entry.stage, WORK / f'planted-{number}'
     shutil.rmtree(folder, ignore_errors=True)
     hunts.plant(mutant, folder)
-    flags, data = flags_of(number, steps)
-    before, judge_before = healthy(stage, flags, data, entry.rows)
+    flags, rows = hunts.hunt_flags(number, *STEPS[stage])
+    data = hunts.write_rows(rows, WORK / f'rows-{rows}', 10 ** 6) if rows else DATA
+    before, judge_before = healthy(stage, flags, data, rows)
     after, words = run_stage(folder, stage, folder / 'out/run',
                              [*flags, f'--data={data}', '--seed=0'])
-    step, differs = trace(before, after)
-    row = {'number': number, 'mistake': name, 'invariants': ' '.join(mutant.invariants),
-           'stage': stage, 'flags': entry.flags or entry.rows and f'rows: {entry.rows}',
-           'seed': 0, 'trace_step': step, 'trace': differs,
-           'loud_step': '', 'loud': '', 'verdict': 'flags' if step else 'silent'}
-    if not hidden:
-        row |= {'verdict': 'quiet' if step else 'silent'}
-        loud = loudest(after, [healthy(stage, flags, data, seed=seed)[0]
-                               for seed in SEEDS[:1 if quick else None]])
-        if step and loud[0]:
-            row |= {'loud_step': loud[0], 'loud': loud[1], 'verdict': 'loud'}
-    elif not quick:                                 # does it show without its flags after all?
-        few, data = ['--steps=4', '--eval_every=4'], TOP / 'data/toy'
-        log, _ = run_stage(folder, stage, folder / 'out/few', [*few, f'--data={data}', '--seed=0'])
-        if trace(healthy(stage, few, data)[0], log)[0]:
-            row['verdict'] = 'quiet'
-    row |= judged(folder, stage, folder / 'out/run', entry.rows)
-    row |= {'healthy_reward': judge_before['reward'], 'healthy_harm': judge_before['harm'],
-            'ends': words[-1][:80] if not words[-1].startswith(str(folder)) else ''}
+    (step, differs), loud = trace(before, after), ('', '')
+    if entry.flags or rows:                     # does it show without them after all?
+        few = ['--steps=4', '--eval_every=4']
+        log, _ = run_stage(folder, stage, folder / 'out/few', [*few, f'--data={DATA}', '--seed=0'])
+        shows = trace(healthy(stage, few, DATA)[0], log)[0]
+    else:
+        shows = step
+        loud = loudest(after, [healthy(stage, flags, DATA, seed=seed)[0] for seed in SEEDS])
+    verdict = ('loud' if loud[0] else 'quiet') if shows else 'flags' if step else 'silent'
+    judge = judged(folder, stage, folder / 'out/run', rows)
     shutil.rmtree(folder)
     (WORK / f'log-{number}.json').write_text(json.dumps(after))
-    return row
+    return {'number': number, 'mistake': name, 'invariants': ' '.join(mutant.invariants),
+            'stage': stage, 'flags': entry.flags or rows and f'rows: {rows}', 'seed': 0,
+            'trace_step': step, 'trace': differs, 'loud_step': loud[0], 'loud': loud[1],
+            'verdict': verdict, **judge, 'healthy_reward': judge_before['reward'],
+            'healthy_harm': judge_before['harm'],
+            'ends': words[-1][:80] if not words[-1].startswith(str(folder)) else ''}
 
 
 def run_healthy(stage, seed, template):
     """Returns a healthy run's row; it is loud if the other seeds do not show the like."""
     flags = [f'--steps={STEPS[stage][0]}', f'--eval_every={STEPS[stage][1]}']
-    logs = {s: healthy(stage, flags, TOP / 'data/toy', seed=s) for s in SEEDS}
+    logs = {s: healthy(stage, flags, DATA, seed=s) for s in SEEDS}
     loud = loudest(logs[seed][0], [logs[s][0] for s in SEEDS if s != seed])
     row = dict.fromkeys(template, '') | logs[seed][1] | {
         'number': 0, 'mistake': 'none', 'stage': stage, 'seed': seed, 'loud_step': loud[0],
@@ -158,26 +146,51 @@ def run_healthy(stage, seed, template):
     return row
 
 
+def draw(rows):
+    """Draws what each mistake costs, by verdict, and names those that cost most."""
+    figure = new_figure(10, 6)
+    ax = figure.subplots()
+    for k, verdict in enumerate(VERDICTS):
+        own = [(row['healthy_reward'] - row['reward'], row) for row in rows
+               if row['verdict'] == verdict and row['number'] and row['reward'] != '']
+        own.sort(key=lambda pair: pair[0])
+        for i, (cost, row) in enumerate(own):
+            x = k + 0.6 * (i / max(1, len(own) - 1) - 0.5)      # from the cheapest to the dearest
+            ax.plot(x, cost, 'o', ms=5, color=COLORS[list(STEPS).index(row['stage'])])
+            if cost > 0.4 and verdict != 'loud' or cost > 4:
+                ax.annotate(f"{row['number']} {row['mistake'].split('/')[1]}", (x, cost), (5, -2),
+                            textcoords='offset points', fontsize=7, color=GREY)
+    ax.axhspan(-0.2, 0.2, color=GREY, alpha=0.15, lw=0)         # two healthy seeds differ as much
+    ax.set_yscale('symlog', linthresh=1)
+    counts = Counter(row['verdict'] for row in rows if row['number'])
+    ax.set_xticks(range(4), [f'{verdict}: {counts[verdict]}' for verdict in VERDICTS])
+    frame(ax, 'What a mistake costs, and whether the log shows it',
+          'reward lost against the healthy run; grey: what another seed may change')
+    names(ax, [(stage, {'color': COLORS[i], 'marker': 'o', 'lw': 0})
+               for i, stage in enumerate(STEPS)], loc='upper right')
+    return figure
+
+
 def main(cfg):
     """Runs the mistakes whose rows are missing, prints and draws all; returns the verdicts."""
-    path = Path(cfg.csv)
-    path = path.with_stem(path.stem + '-quick') if cfg.quick else (
-        RESULTS / path.name if cfg.results else path)
-    numbers = [int(word) for word in cfg.only.split()] or ([63] if cfg.quick else list(NUMBERS))
-    known = {row['mistake'] for row in read_rows(committed(path)) + read_rows(path)}
+    path = RESULTS / Path(cfg.csv).name if cfg.results else Path(cfg.csv)
+    known = read_rows(committed(path)) + read_rows(path) * (committed(path) != path)
+    numbers = [int(word) for word in cfg.only.split()] or list(NUMBERS)
     for number in sorted(numbers, key=lambda number: HUNTS[NUMBERS[number]].stage == 'ppo'):
-        if cfg.again or NUMBERS[number] not in known:
-            row = run_mistake(number, cfg.quick)
-            append_rows(path, [row])
-            print(number, row['mistake'], row['verdict'], row['trace_step'], row['trace'], '|',
-                  row['loud_step'], row['loud'], '|', row['reward'], row['healthy_reward'],
-                  row['ends'], flush=True)
-    rows = read_rows(committed(path)) + [row for row in read_rows(path) if committed(path) != path]
-    if not cfg.quick and not any(row['number'] == 0 for row in rows):
-        more = [run_healthy(stage, seed, rows[0]) for stage in STEPS for seed in SEEDS]
-        append_rows(path, more)
-        rows += more
-    return Counter(row['verdict'] for row in rows if row['number'])
+        if NUMBERS[number] not in [row['mistake'] for row in known]:
+            known.append(run_mistake(number))
+            append_rows(path, known[-1:])
+            print(*(known[-1][key] for key in (
+                'number', 'mistake', 'verdict', 'trace_step', 'trace', 'loud_step', 'loud',
+                'reward', 'healthy_reward', 'ends')), sep=' | ', flush=True)
+    if cfg.results and not any(row['number'] == 0 for row in known):
+        known += [run_healthy(stage, seed, known[0]) for stage in STEPS for seed in SEEDS]
+        append_rows(path, known[-len(STEPS) * len(SEEDS):])
+    verdicts = Counter(row['verdict'] for row in known if row['number'])
+    print(', '.join(f'{verdict}: {verdicts[verdict]}' for verdict in VERDICTS))
+    if cfg.results:
+        save_picture(draw(known), path.with_suffix('.png'))
+    return verdicts
 
 
 if __name__ == '__main__':

@@ -16,6 +16,8 @@ function, and under which flags a mistake of mutants.py shows.
 import argparse, ast, re, sys
 from pathlib import Path
 
+import pytest
+
 from hunts import HUNTS, NUMBERS, TABLES, TOP, copy_project, explain, hunt, run_in
 
 FILL_IN = TABLES['fill_in']
@@ -42,42 +44,49 @@ def golden_difference(file, patterns):
     import numpy as np
     stored, ours = np.load(make.HERE / f'{file}.npz'), make.trace()[file]
     for name in stored.files:
-        if any(re.fullmatch(pattern, name) for pattern in patterns):
+        if any(re.fullmatch(pattern, name) for pattern in patterns.split()):
             a, b = ours[name], stored[name]
             if a.shape != b.shape:
                 return f'{name} has the shape {a.shape}, not {b.shape}'
             if not np.allclose(a, b, rtol=1e-5, atol=1e-5):
-                gap = np.abs(a.astype(float) - b)
-                place = np.unravel_index(np.argmax(np.nan_to_num(gap, nan=np.inf)), gap.shape)
-                at = f' at {[int(i) for i in place]}' if place else ''
-                return f'{name}{at} is {a[place]:.6g}, not {b[place]:.6g}'
-    return None
+                gap = np.nan_to_num(np.abs(a.astype(float) - b), nan=np.inf)
+                place = tuple(map(int, np.unravel_index(np.argmax(gap), gap.shape)))
+                return f'{name}{list(place) or ""} is {a[place]:.6g}, not {b[place]:.6g}'
+    return ''
+
+
+def judge(name):
+    """Runs, in the copy, what judges a function: tests, then golden arrays. Prints the outcome."""
+    exercise = FILL_IN[name]
+    status = pytest.main(['-x', '-q', '--tb=short', '-p', 'no:cacheprovider',
+                          f'--basetemp={TOP}/out/pytest',
+                          *(f'tests/{test}' for test in exercise['tests'])])
+    for file, patterns in exercise['golden'].items() if status == 0 else ():
+        if difference := golden_difference(file, patterns):
+            print(f'GOLDEN {file}.npz: {difference}')
+            break
+    else:
+        print('DONE' * (status == 0))
 
 
 def check(name, folder):
-    """Runs what judges a function, quick tests first; returns (what failed, meaning) or None."""
+    """Judges a function in a copy; returns what fails, with what it means, or ''."""
     exercise = FILL_IN[name]
     if not folder.exists():
         sys.exit(f'error: {folder} is not there: start {name} makes it')
     if MISSING in (folder / exercise['file']).read_text():
-        return f'{name} is not written yet', f"it is in {folder / exercise['file']}"
-    tests = [f'tests/{test}' for test in exercise['tests']]
-    done = run_in(folder, '-m', 'pytest', '-x', '-q', '--tb=short', '-p', 'no:cacheprovider',
-                  f'--basetemp={folder}/out/pytest', *tests)
-    failed = re.search(r'^(?:FAILED|ERROR) tests/([\w.]+::\w+)', done.stdout, re.MULTILINE)
-    said = [line for line in done.stdout.splitlines() if line.startswith('E ')][:8]
-    if failed:
-        return '\n'.join([failed[1], *said]), exercise['tests'][failed[1]]
-    if done.returncode:
-        return '\n'.join(said or done.stderr.splitlines()[-3:]), 'the file does not even run'
-    for file, patterns in exercise['golden'].items():
-        done = run_in(folder, '-c', 'import exercises\n'
-                      f'print(exercises.golden_difference({file!r}, {patterns.split()!r}))')
-        last = (done.stdout + done.stderr).splitlines()[-1]
-        if last != 'None':
-            return (f'golden array {file}.npz: {last}',
-                    'the tests pass, but not on this batch: tests/golden/README.md has its formula')
-    return None
+        return f"{name} is not written yet: it is in {folder / exercise['file']}"
+    done = run_in(folder, '-c', f'import exercises; exercises.judge({name!r})')
+    if failed := re.search(r'^(?:FAILED|ERROR) tests/([\w.]+::\w+)', done.stdout, re.MULTILINE):
+        said = [line for line in done.stdout.splitlines() if line.startswith('E ')]
+        return '\n'.join([f'{failed[1]} fails:', *said[:8],
+                          'What it means: ' + exercise['tests'][failed[1]]])
+    if golden := re.search('^GOLDEN (.*)', done.stdout, re.MULTILINE):
+        return (f'The tests pass, but golden array {golden[1]}\nWhat it means: this batch has a '
+                'case that you forgot; tests/golden/README.md has the formula')
+    if not re.search('^DONE', done.stdout, re.MULTILINE):
+        return 'The file does not even run:\n' + (done.stdout + done.stderr)[-600:]
+    return ''
 
 
 def start(name, folder):
@@ -91,10 +100,9 @@ def start(name, folder):
 
 
 def show_check(name, folder):
-    """Prints what check finds."""
-    failure = check(name, folder)
-    if failure:
-        print(f'fails: {failure[0]}\nwhat it means: {failure[1]}')
+    """Prints what check finds; the exit status says whether the function is correct."""
+    if failure := check(name, folder):
+        print(failure)
         sys.exit(1)
     exercise = FILL_IN[name]
     arrays = ', '.join(f'{file}.npz: {names}' for file, names in exercise['golden'].items())
