@@ -113,7 +113,7 @@ def run_stage(folder, stage, out, flags):
         inputs += [f'--reward={toy}/rm', f'--judge={TOP}/data/toy/reward.py']
     command = [f'train_{stage}.py', *inputs, f'--out={out}', *flags]
     if '--resume' in flags:
-        run_in(folder, '-c', KILL, *command)
+        run_in(folder, '-c', KILL, *command, '--eval_every=4')
     done = run_in(folder, *command)
     return read_log(out), (done.stdout + done.stderr).splitlines()
 
@@ -153,8 +153,7 @@ def show_logs(healthy, planted):
 def hunt_flags(number, steps, eval_every):
     """Returns the flags under which a mistake shows, and the kind of rows."""
     entry = HUNTS[NUMBERS[number]]
-    every = 4 if '--resume' in entry.flags else eval_every
-    return [f'--steps={steps}', f'--eval_every={every}', *entry.flags.split()], entry.rows
+    return [f'--steps={steps}', f'--eval_every={eval_every}', *entry.flags.split()], entry.rows
 
 
 def hunt(number, folder):

@@ -61,7 +61,7 @@ rate-of-the-first-group-only I21: in optimizer.param_groups: => in optimizer.par
 gradient-not-cleared I22: optimizer.zero_grad() => pass
 epoch-begun-anew I22: visits[max(0, start - epoch * per_epoch):] => visits
 optimizer-not-resumed I22: optimizer.load_state_dict(state) => pass
-steps-logged-twice I22: and int(step_of(line)[1] or 0) <= self.start => and True
+steps-logged-twice I22: log.truncate(sum(map(len, kept))) => pass
 checkpoint-in-place I22: os.replace(temporary, path) => shutil.copyfile(temporary, path)
 
 # data/text.py
