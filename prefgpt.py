@@ -472,9 +472,8 @@ def load_checkpoint(path, stages):
                 raise ValueError(f'checksum of {damaged}')
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:                  # a damaged file can raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({reason}); '
-                        'copy ckpt.prev.pt, the checkpoint before it, over it') from None
+        raise UserError(f'{path}: damaged or incomplete, {path.stat().st_size} bytes ({error!r:.99}'
+                        '); copy ckpt.prev.pt, the checkpoint before it, over it') from None
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
         raise UserError(f'{path}: not written by this version of prefgpt; remove that run, and '
                         'run its stage (or tools.hf import) again')
@@ -639,8 +638,7 @@ def set_up(cfg):
         raise UserError(f'--dtype={dtype}: use float32 or bfloat16 (fp16 would need loss scaling)')
     torch.manual_seed(cfg.seed)                         # for the initial weights
     torch.set_float32_matmul_precision('high')          # TF32 on CUDA
-    # On an H100 or H200 torch would choose cuDNN's attention, which spends up to half a second
-    # planning at every new shape; here nearly every batch and every sampled token has a new shape
+    # On an H100 torch would choose cuDNN's attention, which plans for 0.5 s at every new shape
     torch.backends.cuda.enable_cudnn_sdp(False)
     print(f'device {device}, {dtype}, seed {cfg.seed}, {torch.get_num_threads()} threads')
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
@@ -664,6 +662,7 @@ def own_log(path, rows, resume, at_the_end):
     kept = list(itertools.islice(log, rows))
     if log.read(1):                             # an interrupted run wrote on after its checkpoint
         log.truncate(sum(map(len, kept)))
+    os.write(log.fileno(), b'\n' * (b''.join(kept[-1:])[-1:] not in b'\n'))    # a line cut short
     return len(kept)
 
 

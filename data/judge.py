@@ -13,7 +13,7 @@ def load_judge(path):
     sys.path.append(str(Path(path).resolve().parent))   # it may import its neighbours
     try:
         score = runpy.run_path(path, run_name='judge').get('score')
-    except Exception as error:                  # it is anybody's code
+    except (Exception, SystemExit) as error:    # it is anybody's code
         raise DataError(f'{path}: {type(error).__name__}: {error}') from None
     if not callable(score):
         raise DataError(f'{path}: it defines no score(prompt, response)')
@@ -24,12 +24,21 @@ def load_judge(path):
         try:
             found = said = score(prompt, response)
             said = said if isinstance(said, dict) else {'reward': said}
-            said = {name: float(number if isinstance(number, (int, float)) else number.item())
+            said = {str(name): float(number if isinstance(number, (int, float)) else number.item())
                     for name, number in said.items()}
             if 'reward' in said and all(abs(number) < 1e38 for number in said.values()):
                 return said
-        except Exception as error:
-            found = f'{found!r} ({type(error).__name__}: {error})'
+            found = repr(found)
+        except (Exception, SystemExit) as error:        # sys.exit() would end a run as a success
+            found = f'{shown(found)} ({type(error).__name__}: {error})'
         raise DataError(f"{path}: score({prompt!r}, {response!r}) is {found}, not finite numbers "
                         "with a 'reward'")
     return judge
+
+
+def shown(value):
+    """Returns a value's repr, which a class of anybody's may have spoilt."""
+    try:
+        return repr(value)
+    except Exception:
+        return f'of type {type(value).__name__}'

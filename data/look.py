@@ -33,13 +33,17 @@ def show(folder):
         if split == 'train':
             print(f'train.{kind:8}{key:11} tokens: ' + ', '.join(
                 f'{share}% up to {percentile(each, share)}' for share in (50, 95, 100)))
-    for split in ('train', 'val') if 'train.pairs' in counts else ():
-        sides = zip(*(lengths['pairs', split, side] for side in RESPONSES['pairs']))
-        longer = [0.5 if chosen == rejected else chosen > rejected for chosen, rejected in sides]
-        share, n = sum(longer) / len(longer), len(longer)
-        print(f'the longer answer is the chosen one in {share:.3f} ± '
-              f'{(share * (1 - share) / n) ** 0.5:.3f} of the {n} {split}.pairs: a reward model '
-              'has to beat that accuracy')
+    if 'train.pairs' in counts:
+        shares = []
+        for split in ('train', 'val'):
+            sides = zip(*(lengths['pairs', split, side] for side in RESPONSES['pairs']))
+            longer = [0.5 if chosen == rejected else chosen > rejected
+                      for chosen, rejected in sides]
+            shares.append(sum(longer) / len(longer))
+        error = (shares[1] * (1 - shares[1]) / len(longer)) ** 0.5
+        print(f'the longer answer is the chosen one in {shares[0]:.3f} of train.pairs and '
+              f'{shares[1]:.3f} ± {error:.3f} of the {len(longer)} val.pairs, which a reward '
+              "model's accuracy has to beat")
     print('\n'.join(commands(folder, counts, lengths, text['template'], tokenizer.n_vocab)))
     return counts
 
@@ -102,7 +106,8 @@ def commands(folder, counts, lengths, template, vocab_size):
                   f'python train_dpo.py {data} --out={out}/dpo --lr=3e-5 {steps("pairs", 3)}',
                   '# compare the runs that you have made',
                   f'python -m tools.sample {out}/sft {out}/ppo {out}/dpo',
-                  f'python -m tools.evaluate {out}/sft {out}/ppo {out}/dpo --judge={out}/rm']
+                  f'python -m tools.evaluate {out}/sft {out}/ppo {out}/dpo --judge={out}/rm'
+                  + ' --samples=16' * (counts['val.pairs'] < 100)]
     if template == '{}':
         lines.append("# to chat, prepare with a template: --template='user: {}\\nbot:'")
     elif last:

@@ -30,11 +30,12 @@ def read_text(path):
     """Returns the text of a UTF-8 file, or raises a DataError that names it."""
     try:
         return Path(path).read_bytes().decode('utf-8-sig')
-    except OSError as error:
-        raise DataError(f'{path}: {error.strerror.lower()}; has prepare.py been run?') from None
     except UnicodeDecodeError as error:
         line, byte = error.object[:error.start].count(b'\n') + 1, error.object[error.start]
         raise DataError(f'{path}:{line}: byte 0x{byte:02x} is not UTF-8') from None
+    except (OSError, ValueError) as error:      # ValueError: a NUL in the name
+        why = getattr(error, 'strerror', str(error)).lower()
+        raise DataError(f'{path}: {why}; has prepare.py been run?') from None
 
 
 def build_tokenizer(text):

@@ -179,6 +179,17 @@ def same(a, b):
     return a == b
 
 
+def contents(value):
+    """Returns a nest of dicts, lists and tensors as types, shapes and bytes, to compare exactly."""
+    if isinstance(value, dict):
+        return {key: contents(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, (list, tuple)):
+        return type(value), [contents(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    return type(value), value
+
+
 def record(monkeypatch, module, name):
     """Lets a function of a module run as it is, and lists (arguments, result) of every call."""
     calls, function = [], getattr(module, name)

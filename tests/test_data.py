@@ -116,7 +116,8 @@ def test_bom_crlf_blank_lines_unicode_line_ends_and_no_rows(tmp_path):
         path.write_bytes(contents)
         with pytest.raises(DataError, match='rows.jsonl: no rows'):
             load_rows(path, 'sft')
-    for other, words in (('nowhere.jsonl', 'nowhere.jsonl: no such file'), ('', 'is a directory')):
+    for other, words in (('nowhere.jsonl', 'nowhere.jsonl: no such file'), ('', 'is a directory'),
+                         ('a\0b', 'embedded null')):
         with pytest.raises(DataError, match=words):
             load_rows(tmp_path / other, 'sft')
 

@@ -24,6 +24,8 @@ from conftest import STAGES, log_rows, same, tiny_scalar
 from test_runs import (ROOT, assert_resumes_as, at, config, names_in, open_log,     # noqa: F401
                        rm_run, save)                                                # fixtures
 
+import fuzz
+import kills
 import prefgpt
 import train_ppo
 import train_sft
@@ -451,6 +453,13 @@ def test_a_damaged_log_does_not_stop_a_run(open_log, tmp_path, damage):
     assert (tmp_path / 'log.jsonl').read_bytes() == b'{"step": 1}\n' + damage + b'{"step": 2}\n'
 
 
+def test_a_log_that_is_cut_short_gets_whole_rows(open_log, tmp_path):
+    """A power cut, or an editor, may take the end of the last row: the next one begins a line."""
+    (tmp_path / 'log.jsonl').write_text('{"step": 1}\n{"step": 2')
+    open_log(at(2, 2)).write({'step': 3})
+    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 1}\n{"step": 2\n{"step": 3}\n'
+
+
 def test_an_ascii_terminal_shows_what_it_can(monkeypatch):
     """A sample with an umlaut on a terminal that knows ASCII alone is no error."""
     shown = io.TextIOWrapper(io.BytesIO(), 'ascii')
@@ -492,3 +501,33 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_read(random_run,
     torch.save(saved, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='ckpt.pt: some of its weights are not finite'):
         load_checkpoint(tmp_path, ['sft'])
+
+
+# ----------------------------------------------------------------------------- fuzz.py, kills.py
+
+def test_mutated_files_are_read_or_refused(tmp_path):
+    """The short form of tests/fuzz.py: eight mutants of each kind, none a fault."""
+    table, faults = fuzz.fuzz(64, tmp_path)
+    assert faults == [] and all(counts.total() == 8 for counts in table.values())
+
+
+def test_killed_runs_end_as_others_do():
+    """I22: the short form of tests/kills.py: one kill in each stage."""
+    threads = torch.get_num_threads()
+    try:
+        kills_in_all, _, compared = kills.main(4)
+    finally:
+        torch.set_num_threads(threads)
+    assert kills_in_all == 4 and compared >= 4
+
+
+def test_the_fuzzer_notices(tmp_path, monkeypatch):
+    """A reader that fails otherwise than by UserError, or reads something else, is a fault."""
+    read = load_checkpoint
+    monkeypatch.setattr(fuzz, 'load_checkpoint', lambda *arguments: {**read(*arguments), 'id': 0})
+    monkeypatch.setattr(fuzz, 'load_text', lambda *arguments: {}['text'])
+    table, faults = fuzz.fuzz(60, tmp_path, kinds=['tokenizers', 'checkpoints'])
+    assert sum("KeyError" in fault for fault in faults) == 30
+    monkeypatch.setattr(fuzz, 'read_by_hand', lambda path: {})
+    table, faults = fuzz.fuzz(30, tmp_path / 'again', kinds=['safetensors'])
+    assert table['safetensors']['faults'] == len(faults) > 0 == table['safetensors']['read']

@@ -9,7 +9,7 @@ std. With --samples=K each run answers each prompt K times, and ± is over the p
     without EOS keep the number that they get: PPO's no_eos_score is not applied;
   - win: the share of prompts where this run's reward is above the first run's, a tie 1/2;
   - kl: log pi(response) summed over its tokens, minus the same under the first run, in nats. At
-    T=1 its mean is KL(policy, first run);
+    T=1 its mean is KL(policy, first run); over few prompts it can be negative: raise --samples;
   - length: tokens with EOS; eos: the share that ended; distinct-1 and distinct-2: the number of
     different words, and of different pairs of successive words, divided by all (Li et al. 2016).
 

@@ -13,7 +13,7 @@ or PPO's value model, or notice a flipped bit in a .safetensors file whose sha25
     python -m tools.hf import gpt2 --out=out/gpt2       # or gpt2-medium, -large, -xl, or a folder
     python -m tools.hf export out/toy/dpo --out=out/toy/dpo-hf
 """
-import itertools, json, math, re, tempfile
+import itertools, json, math, os, re, tempfile
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
@@ -49,6 +49,8 @@ CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight')
 BUFFER = re.compile(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias')    # old files' causal mask
 DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
           'BOOL': torch.bool, 'U8': torch.uint8}        # the last two: of buffers alone
+LONGEST = 10 ** 7       # bytes of a JSON text: ten times those of gpt2's vocab.json
+LARGEST = 2 ** 31       # numbers in a model; gpt2-xl has 1.6e9
 EOS, PAD = '<|endoftext|>', '<|pad|>'
 # vocab.json and merges.txt spell a byte as a visible character, itself or one from 256 on: 'Ġthe'
 CHARACTERS = dict(zip([*range(0x21), *range(0x7f, 0xa1), 0xad], itertools.count(256)))
@@ -64,14 +66,32 @@ def parse_json(path, text):
         raise UserError(f'{path}: {error}') from None
 
 
+def check_files(folder):
+    """Raises UserError if a file that import reads is not this folder's own, or far too long."""
+    home = Path(os.path.realpath(folder))
+    # In the Hub's cache, models--NAME/snapshots/REVISION/ has links to models--NAME/blobs/
+    homes = [home, home.parents[1] / 'blobs'] if home.parent.name == 'snapshots' else [home]
+    for name in ('config.json', 'vocab.json', 'merges.txt', 'model.safetensors'):
+        path, real = folder / name, Path(os.path.realpath(folder / name))
+        if not os.path.lexists(path):
+            continue
+        if not real.is_file() or not any(real.is_relative_to(each) for each in homes):
+            raise UserError(f'{path}: no file, or a link that leads out of the folder, to {real}')
+        if path.suffix != '.safetensors' and real.stat().st_size > LONGEST:
+            raise UserError(f'{path}: {real.stat().st_size} bytes are not those of a GPT-2')
+
+
 def read_safetensors(path):
-    """Returns a file's tensors by name; raises UserError unless they account for every byte."""
+    """
+    Returns a file's tensors by name, but for causal masks; raises UserError unless they account for
+    every byte.
+    """
     size, tensors, at = path.stat().st_size, {}, 0
     with open(path, 'rb') as file:
         length = int.from_bytes(file.read(8), 'little')
         room = size - 8 - length                        # for the numbers
-        if room < 0:
-            raise UserError(f'{path}: {size} bytes, too few for a header of {length}: cut off?')
+        if room < 0 or length > LONGEST:
+            raise UserError(f'{path}: {size} bytes and a header of {length}: cut off, or no model')
         name = entry = header = parse_json(path, file.read(length))
         header.pop('__metadata__', None)
         try:
@@ -80,9 +100,13 @@ def read_safetensors(path):
                 end = at + math.prod(shape) * dtype.itemsize
                 if entry['data_offsets'] != [at, end] or end > room:
                     raise ValueError
-                data = bytearray(end - at)
-                file.readinto(data)
-                tensors[name], at = torch.frombuffer(data, dtype=dtype).reshape(shape), end
+                if BUFFER.fullmatch(name):
+                    file.seek(end - at, os.SEEK_CUR)
+                else:
+                    data = bytearray(end - at)
+                    file.readinto(data)
+                    tensors[name] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+                at = end
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise UserError(f'{path}: damaged: {str((name, entry))[:150]}, not a tensor in one of '
                             f'{", ".join(DTYPES)}, from byte {at} of {room} on') from None
@@ -162,15 +186,23 @@ def read_config(path, n_vocab):
         if config.get(key, value) != value:
             raise UserError(f'{path}: {key} is {config[key]!r}, and ours is always {value!r}')
     shape = {key: config.get(key) for key in SHAPE}
-    if not all(type(n) is int and 0 < n <= 2 ** 20 for n in shape.values()):
+    if not all(type(n) is int and 0 < n <= 2 ** 16 for n in shape.values()) or (
+            shape['n_layer'] > 256 or numbers_of(GPTConfig(*shape.values())) > LARGEST):
         raise UserError(f'{path}: not the shape of a model: {shape}')
     return GPTConfig(*shape.values())
+
+
+def numbers_of(config):
+    """Returns how many numbers a model has, the embedding twice, as in a file with a head."""
+    C = config.n_embd
+    return ((2 * config.vocab_size + config.block_size + 2) * C
+            + config.n_layer * (12 * C * C + 13 * C))
 
 
 def to_gpt(where, tensors, config):
     """Returns a GPT with the tensors, which have transformers' names; UserError if they differ."""
     weights = {}
-    for name in [name for name in tensors if not BUFFER.fullmatch(name)]:
+    for name in list(tensors):
         tensor, ours = tensors.pop(name), name.removeprefix('transformer.')     # pop: frees it
         if ours in weights:
             raise UserError(f'{where}: {ours!r} is there twice, with and without transformer.')
@@ -205,8 +237,13 @@ def import_weights(where, out, folder):
         if not sha256:
             print(f'{where}: sha256 {sha256_of(weights)}, not checked: it is not known to us')
     elif weights.is_file() and (source / 'config.json').is_file():
+        check_files(source)
         config = read_config(source / 'config.json', tokenizer.n_vocab)
         check_tokenizer(source, tokenizer)
+        masks = 4 * config.n_layer * (config.block_size ** 2 + 1)
+        if weights.stat().st_size > 4 * numbers_of(config) + masks + LONGEST:
+            raise UserError(f'{weights}: {weights.stat().st_size} bytes are more than a model of '
+                            "config.json's shape has")
     else:
         raise UserError(f'{where}: expected one of {", ".join(HUB)}, or a folder with config.json '
                         'and model.safetensors, in one file')

@@ -111,7 +111,8 @@ def chat(cfg, saved, device, autocast):
                         f'max_new_tokens={cfg.max_new_tokens}: lower --max_new_tokens')
     for stream in (sys.stdin, sys.stdout):      # bytes that are no text must not end the chat
         stream.reconfigure(errors='replace')
-    print('Type a line and press Enter. Ctrl-C stops an answer, Ctrl-D leaves.')
+    print('Type a line and press Enter: a line is a turn. Ctrl-C stops an answer, Ctrl-D leaves; '
+          '[no end] marks an answer cut at --max_new_tokens.')
     turns, answers = [], []
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         for turn in itertools.count():

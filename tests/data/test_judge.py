@@ -8,7 +8,8 @@ from data.text import DataError
 @pytest.mark.parametrize('body, numbers', [
     ('return 0.5', {'reward': 0.5}), ('return 1', {'reward': 1}), ('return True', {'reward': True}),
     ('import numpy; return numpy.float32(0.5)', {'reward': 0.5}),
-    ('import torch; return {"reward": torch.tensor(0.5), "x": 2}', {'reward': 0.5, 'x': 2})])
+    ('import torch; return {"reward": torch.tensor(0.5), "x": 2}', {'reward': 0.5, 'x': 2}),
+    ('return {"reward": 1, 3: 2.0}', {'reward': 1, '3': 2.0})])
 def test_numbers_are_read(tmp_path, body, numbers):
     """A number by itself is the reward; numpy's and torch's scalars become Python's."""
     path = tmp_path / 'reward.py'
@@ -25,6 +26,8 @@ def test_numbers_are_read(tmp_path, body, numbers):
     ('def score(p, r): return float("inf")', 'inf'),
     ('def score(p, r): return {"reward": len(p) / len(r)}', 'ZeroDivisionError'),
     ('def score(prompt): return 1.0', 'TypeError'),
+    ('def score(p, r): exit()', 'SystemExit'), ('import sys; sys.exit(0)', 'SystemExit'),
+    ('def score(p, r): return 10 ** 5000', 'OverflowError'),
     ('def score(p, r) return 1.0', 'SyntaxError'), ('import not_there', 'ModuleNotFoundError'),
     ('reward = 1', 'defines no score')])
 def test_anything_else_is_one_line(tmp_path, text, words):

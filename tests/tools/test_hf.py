@@ -2,7 +2,7 @@
 tools/hf.py against readers of its own: the numpy GPT-2 of tests/golden/port.py, a BPE in ten lines,
 bytes by hand (I24). transformers is asked in test_outside.py. No network: the hub is a folder.
 """
-import hashlib, json, re, struct, sys
+import hashlib, json, os, re, shutil, struct, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +266,85 @@ def test_a_config_that_is_not_ours_is_refused(key, value, tmp_path, bpe):
     """A GPT-2 with exact GELU, say, would load and be another function."""
     folder = write_folder(tmp_path / 'bad', hf_tensors(**SMALL), bpe, config={key: value}, **SMALL)
     refused(folder, tmp_path / 'out', key, str(value) if value else '')
+
+
+def sparse(path, size, begin=b''):
+    """Makes a file of a size that no disk must hold."""
+    path.write_bytes(begin)
+    os.truncate(path, size)
+    return path
+
+
+def link_out(path, to=None):
+    """Moves a file out of its folder, or removes it, and links to it, or to another place."""
+    outside = to or path.rename(path.parents[1] / f'moved-{path.name}')
+    path.unlink(missing_ok=True)
+    path.symlink_to(outside)
+
+
+G = 10 ** 9
+HOSTILE = {
+    'a config outside': (lambda f: link_out(f / 'config.json'), 'out of the folder'),
+    'weights outside': (lambda f: link_out(f / 'model.safetensors'), 'out of the folder'),
+    'merges outside, by ..': (lambda f: link_out(f / 'merges.txt', '../x'), 'out of the folder'),
+    'an endless file': (lambda f: link_out(f / 'vocab.json', '/dev/zero'), 'vocab.json: no file'),
+    'a circle': (lambda f: link_out(f / 'vocab.json', 'vocab.json'), 'vocab.json: no file'),
+    'a pipe': (lambda f: (f / 'merges.txt').unlink() or os.mkfifo(f / 'merges.txt'), 'no file'),
+    'a huge vocab.json': (lambda f: sparse(f / 'vocab.json', 5 * G), f'{5 * G} bytes'),
+    'a huge weight': (lambda f: sparse(f / 'model.safetensors', 40 * G, raw({
+        'x': entry('F32', [10 * G - 100], 0, 40 * G - 400)}, b'')), 'more than a model'),
+    'a mask of 9 MB': (lambda f: (f / 'model.safetensors').write_bytes(raw({
+        'h.0.attn.bias': entry('U8', [9 * 10 ** 6], 0, 9 * 10 ** 6)}, bytes(9 * 10 ** 6))),
+        'Missing key(s)'),
+    'many layers': (lambda f: spoil_config(f, n_layer=2 ** 16), 'not the shape of a model'),
+    'wide layers': (lambda f: spoil_config(f, n_embd=2 ** 16), 'not the shape of a model'),
+    'the widest ones': (lambda f: spoil_config(f, n_layer=256, n_embd=400), 'state_dict')}
+
+
+def spoil_config(folder, **shape):
+    path = folder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | shape))
+
+
+@pytest.fixture
+def little_memory():
+    """Lets this process take another half gigabyte, no more."""
+    resource = pytest.importorskip('resource')
+    limits, statm = resource.getrlimit(resource.RLIMIT_AS), Path('/proc/self/statm')
+    if statm.exists():
+        held = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + 2 ** 29, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_a_hostile_folder_is_refused(name, folder, tmp_path, little_memory):
+    """Somebody else's folder leads nowhere else, and takes neither gigabytes nor minutes."""
+    (spoil, told), began = HOSTILE[name], time.time()
+    spoil(folder)
+    refused(folder, tmp_path / 'out', told)
+    assert time.time() - began < 10
+
+
+def test_a_huge_header_is_not_read(tmp_path, little_memory):
+    with pytest.raises(UserError, match=f'a header of {5 * G}'):
+        read_safetensors(sparse(tmp_path / 'x', 6 * G, raw({}, b'', 5 * G)))
+
+
+def test_links_inside_are_followed(folder, tmp_path):
+    """A link within the folder is harmless, and the Hub's cache consists of links to blobs/."""
+    (folder / 'real').mkdir()
+    (folder / 'config.json').rename(folder / 'real' / 'config.json')
+    (folder / 'config.json').symlink_to('real/config.json')
+    run('import', folder, out=tmp_path / 'one')
+    snapshot, blobs = tmp_path / 'model' / 'snapshots' / '0123', tmp_path / 'model' / 'blobs'
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        shutil.copy(path, blobs / f'blob-{path.name}')
+        (snapshot / path.name).symlink_to(f'../../blobs/blob-{path.name}')
+    run('import', snapshot, out=tmp_path / 'two')
 
 
 @pytest.mark.parametrize('missing', [['config.json'], ['model.safetensors'], ['vocab.json'],

@@ -120,11 +120,13 @@ def talk(run, monkeypatch):
 
 
 def test_every_line_is_a_new_conversation(talk, asked, capsys):
-    """Each line is in the template by itself, any text is bytes, the same line gets the same greedy
-    answer, and a line longer than the block is answered from its end, which one line says."""
-    answers = talk(['say a:', '\x1b你好', 'say a:', 'x' * 5000 + 'say a:'])
+    """Each line is in the template by itself, any text is bytes, EOS in words too, the same line
+    gets the same greedy answer, and a line longer than the block is answered from its end, which
+    one line says."""
+    answers = talk(['say a:', '\x1b你好', 'say a:', 'x' * 5000 + 'say a:', '<|endoftext|>\u202e'])
     assert asked == [[b'user: say a:'], ['user: \x1b你好'.encode()],
-                     [b'user: say a:'], [(b'x' * 5000 + b'say a:')[-24:]]]
+                     [b'user: say a:'], [(b'x' * 5000 + b'say a:')[-24:]],
+                     ['user: <|endoftext|>\u202e'.encode()]]
     assert answers[0] == answers[2]
     shown = capsys.readouterr().out
     assert 'Ctrl-D' in shown and answers[0] in shown
