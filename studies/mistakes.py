@@ -47,7 +47,7 @@ NOTHING = {'reward': '', 'reward_se': '', 'harm': '', 'length': '', 'eos': ''}
 
 def judged(folder, stage, out, rows):
     """Returns the judge's numbers of a run, or of the best of 8 that a reward model picks."""
-    if rows == 'space' or not (out / 'ckpt.pt').exists():       # no prompts that the judge knows
+    if rows == 'space' or not (out / 'ckpt.pt').exists():   # the judge knows no such prompt
         return NOTHING
     run = ([f'{TOP}/out/toy/sft', '--best_of=8', f'--select={out}'] if stage == 'rm' else [out])
     done = hunts.run_in(folder, '-m', 'tools.evaluate', *run, f'--data={DATA}',

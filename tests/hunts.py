@@ -93,7 +93,7 @@ def write_rows(rows, folder, most):
         path.write_text(''.join(json.dumps(changed_row(rows, i, json.loads(line))) + '\n'
                                 for i, line in enumerate(lines)), 'utf-8')
     if rows == 'space':
-        (part / 'template.txt').write_text('user: {}\nbot: ')
+        (part / 'template.txt').unlink()            # no template may end in a space
     return part.rename(folder)
 
 
