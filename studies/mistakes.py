@@ -157,15 +157,18 @@ def draw(rows):
         for i, (cost, row) in enumerate(own):
             x = k + 0.6 * (i / max(1, len(own) - 1) - 0.5)      # from the cheapest to the dearest
             ax.plot(x, cost, 'o', ms=5, color=COLORS[list(STEPS).index(row['stage'])])
-            if cost > 0.4 and verdict != 'loud' or cost > 4:
-                ax.annotate(f"{row['number']} {row['mistake'].split('/')[1]}", (x, cost), (5, -2),
+            if cost > (1.0 if verdict == 'loud' else 0.3):
+                ax.annotate(row['mistake'].split('/')[1], (x, cost), (-6, -2.5), ha='right',
                             textcoords='offset points', fontsize=7, color=GREY)
-    ax.axhspan(-0.2, 0.2, color=GREY, alpha=0.15, lw=0)         # two healthy seeds differ as much
-    ax.set_yscale('symlog', linthresh=1)
+    spans = [[row['reward'] for row in rows if (row['number'], row['stage']) == (0, stage)]
+             for stage in STEPS]
+    wide = max(max(span, default=0.0) - min(span, default=0.0) for span in spans)
+    ax.axhspan(-wide, wide, color=GREY, alpha=0.15, lw=0)
+    ax.set_xlim(-0.6, 3.6)
     counts = Counter(row['verdict'] for row in rows if row['number'])
     ax.set_xticks(range(4), [f'{verdict}: {counts[verdict]}' for verdict in VERDICTS])
     frame(ax, 'What a mistake costs, and whether the log shows it',
-          'reward lost against the healthy run; grey: what another seed may change')
+          'reward lost against the healthy run; grey: how far five healthy seeds are apart')
     names(ax, [(stage, {'color': COLORS[i], 'marker': 'o', 'lw': 0})
                for i, stage in enumerate(STEPS)], loc='upper right')
     return figure

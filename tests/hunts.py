@@ -67,9 +67,13 @@ def run_in(folder, *command):
 
 def changed_row(rows, i, row):
     """Returns row i of data/toy so that a mistake shows which ordinary rows hide."""
+    if i % 2 == 0 and rows in ('special', 'long', 'marked', 'short'):   # every second row
+        return row
+    if rows == 'short':                                 # prompts of three tokens
+        return row | {'prompt': '\nbot:'}
     if rows == 'special':                               # text that looks like a special token
         return row | {'prompt': row['prompt'].replace('user: ', 'user: <|endoftext|>')}
-    if rows == 'long' and 'chosen' in row and i % 2:    # pairs that differ only past the block
+    if rows == 'long' and 'chosen' in row:              # pairs that differ only past the block
         return row | {'chosen': row['chosen'] * 20, 'rejected': row['chosen'] * 20 + ' no.'}
     if 'completion' not in row:
         return row
@@ -88,9 +92,9 @@ def write_rows(rows, folder, most):
     shutil.copytree(TOP / 'data/toy', part, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns('*.py', '__pycache__'))
     for path in part.glob('*.jsonl'):
-        lines = path.read_text('utf-8').splitlines()
-        lines = lines[:most if path.name.startswith('train') else most // 10]
-        path.write_text(''.join(json.dumps(changed_row(rows, i, json.loads(line))) + '\n'
+        train, lines = path.name.startswith('train'), path.read_text('utf-8').splitlines()
+        lines = lines[:most if train else most // 10]   # held-out rows stay: the judge knows them
+        path.write_text(''.join(json.dumps(changed_row(rows * train, i, json.loads(line))) + '\n'
                                 for i, line in enumerate(lines)), 'utf-8')
     if rows == 'space':
         (part / 'template.txt').unlink()            # no template may end in a space

@@ -38,7 +38,7 @@ def test_every_mistake_has_its_hunt():
         hunt = hunts.HUNTS[name]
         flags, rows = hunts.hunt_flags(number, *hunts.FEW[hunt.stage])
         parse_config(STAGES[hunt.stage].Config, flags)
-        assert rows in ('', 'zero', 'space', 'special', 'marked', 'long'), name
+        assert rows in ('', 'zero', 'space', 'special', 'marked', 'long', 'short'), name
         assert name.split('/')[0] in ('prefgpt', 'text', f'train_{hunt.stage}'), name
         assert hunts.mutant_of(number).name == name
 
@@ -111,7 +111,8 @@ def test_a_copy_does_not_name_its_mistake(tmp_path):
 
 @pytest.mark.parametrize('rows, key, found', [
     ('special', 'prompt', '<|endoftext|>'), ('zero', 'completion', '\0'),
-    ('marked', 'completion_cut', True), ('space', 'completion', 'a b.')])
+    ('marked', 'completion_cut', True), ('space', 'completion', 'a b.'),
+    ('short', 'prompt', '\nbot:')])
 def test_changed_rows(rows, key, found):
     """Each kind of rows has what lets a mistake show; ordinary rows stay as they are."""
     row = {'prompt': 'user: x?\nbot:', 'completion': ' a b.'}
