@@ -1,0 +1,200 @@
+"""
+What a mistake costs: each planted mistake of tests/mutants.py, run to the end.
+
+Each mistake is planted in a copy of the project, which then trains one stage on data/toy from the
+healthy runs in out/toy, for fewer steps than the default recipe (STEPS), and answers 200 held-out
+prompts at T=1 with its own code. A reward model is judged by the best of 8 answers of out/toy/sft
+that it picks. The same run without the mistake stands beside it, the same to the last bit until the
+mistake acts. A mistake that leaves no trace at the default flags is run with those of its hunt
+(tests/exercises.toml). The verdicts:
+
+    loud      a number leaves what healthy runs of 5 seeds show (at step 1, in an evaluation, or in
+              the mean over a quarter of the run) by three times their range and a tenth of its size
+    quiet     the log differs, but only from the healthy log of the same seed
+    flags     the log differs only under the flags, or on the rows, of its hunt
+    silent    the log does not differ there either
+
+    python -m studies.mistakes --results        # runs what is missing in the table: an hour in all
+    python -m studies.mistakes --only="7 63" --csv=out/again.csv                # some of them again
+"""
+import json, shutil, statistics, sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefgpt import run_cli
+from studies.style import COLORS, GREY, frame, names, new_figure, save_picture
+from studies.table import RESULTS, append_rows, committed, read_rows
+
+sys.path.append('tests')            # the mistakes are the tests'
+import hunts                        # noqa: E402
+from hunts import HUNTS, NUMBERS, TOP, run_stage                    # noqa: E402
+
+
+@dataclass
+class Config:
+    csv: str = 'out/studies/mistakes.csv'   # the table for rows that studies/results/ lacks
+    results: bool = False           # add them to studies/results/mistakes.csv itself
+    only: str = ''                  # numbers of mistakes to run, with spaces; '': all of them
+
+
+STEPS = {'sft': (500, 100), 'rm': (300, 100), 'ppo': (30, 10), 'dpo': (150, 50)}    # eval_every
+SEEDS = 0, 1, 2, 3, 4               # of healthy runs
+VERDICTS = 'loud', 'quiet', 'flags', 'silent'
+WORK, DATA = TOP / 'out/studies/mistakes', TOP / 'data/toy'
+NOTHING = {'reward': '', 'reward_se': '', 'harm': '', 'length': '', 'eos': ''}
+
+
+def judged(folder, stage, out, rows):
+    """Returns the judge's numbers of a run, or of the best of 8 that a reward model picks."""
+    if rows == 'space' or not (out / 'ckpt.pt').exists():   # the judge knows no such prompt
+        return NOTHING
+    run = ([f'{TOP}/out/toy/sft', '--best_of=8', f'--select={out}'] if stage == 'rm' else [out])
+    done = hunts.run_in(folder, '-m', 'tools.evaluate', *run, f'--data={DATA}',
+                            f'--judge={DATA}/reward.py', '--prompts=200',
+                            f'--json={out}/evaluate.json')
+    if done.returncode:
+        print(done.stderr.splitlines()[-1])
+        return NOTHING
+    row = json.loads((out / 'evaluate.json').read_text())['rows'][-1]
+    return {key: row[key] for key in NOTHING}
+
+
+def healthy(stage, flags, data, rows='', seed=0):
+    """Runs a stage without a mistake, once; returns its log and the judge's numbers."""
+    out = WORK / '_'.join(['healthy', stage, *flags, rows, str(seed)]).replace('--', '')
+    if not (out / 'judged.json').exists():
+        shutil.rmtree(out, ignore_errors=True)
+        log, _ = run_stage(TOP, stage, out, [*flags, f'--data={data}', f'--seed={seed}'])
+        (out / 'judged.json').write_text(json.dumps([log, judged(TOP, stage, out, rows)]))
+    return json.loads((out / 'judged.json').read_text())
+
+
+def windows(log):
+    """Returns {(number, step it begins at): mean} over step 1, quarters of a run, evaluations."""
+    steps = [row for row in log if 'samples' not in row]
+    parts = [steps[:1], *(steps[i * len(steps) // 4:(i + 1) * len(steps) // 4] for i in range(4))]
+    parts += [[row | {'no_end': sum('[no end]' in sample for sample in row['samples'])}]
+              for row in log if 'samples' in row]
+    return {(name, part[0]['step'], len(part) > 1): statistics.fmean(row[name] for row in part)
+            for part in parts if part for name in part[0]
+            if name not in ('step', 'lr', 'samples')}
+
+
+def loudest(log, others):
+    """Returns the first numbers of a log that are far outside what other healthy runs show."""
+    seen, found = [windows(other) for other in others], []
+    for key, value in windows(log).items():
+        known = [other[key] for other in seen if key in other]
+        if len(known) == len(seen):
+            low, high = min(known), max(known)
+            # Step 1 is known exactly: ln 2, a ratio of 1. Later, a tenth more or less is nothing
+            share = 0.01 if key[1:] == (1, False) else 0.1
+            room = 3 * (high - low) + share * max(abs(low), abs(high), 1e-2)
+            if not low - room <= value <= high + room:
+                found.append((key[1], f'{key[0]} {value:.3g}, not {low:.3g} to {high:.3g}'))
+    return min(found, key=lambda pair: pair[0]) if found else ('', '')
+
+
+def trace(before, after):
+    """Returns the step at which two logs first differ, and up to four numbers there, as text."""
+    found = list(hunts.differences(before, after))
+    here = [difference for difference in found if difference[0] == found[0][0]]
+    return (found[0][0] if found else ''), '; '.join(
+        name if name == 'samples' else f'{name} {x:.3g} -> {y:.3g}' for _, name, x, y in here[:4])
+
+
+def run_mistake(number):
+    """Plants a mistake, runs its stage to the end, and returns its row."""
+    name, mutant, entry = NUMBERS[number], hunts.mutant_of(number), HUNTS[NUMBERS[number]]
+    stage, folder = entry.stage, WORK / f'planted-{number}'
+    shutil.rmtree(folder, ignore_errors=True)
+    hunts.plant(mutant, folder)
+    flags, rows = hunts.hunt_flags(number, *STEPS[stage])
+    data = hunts.write_rows(rows, WORK / f'rows-{rows}', 10 ** 6) if rows else DATA
+    before, judge_before = healthy(stage, flags, data, rows)
+    after, words = run_stage(folder, stage, folder / 'out/run',
+                             [*flags, f'--data={data}', '--seed=0'])
+    (step, differs), loud = trace(before, after), ('', '')
+    if entry.flags or rows:                     # does it show without them after all?
+        few = ['--steps=4', '--eval_every=4']
+        log, _ = run_stage(folder, stage, folder / 'out/few', [*few, f'--data={DATA}', '--seed=0'])
+        shows = trace(healthy(stage, few, DATA)[0], log)[0]
+    else:
+        shows = step
+        loud = loudest(after, [healthy(stage, flags, DATA, seed=seed)[0] for seed in SEEDS])
+    verdict = ('loud' if loud[0] else 'quiet') if shows else 'flags' if step else 'silent'
+    judge = judged(folder, stage, folder / 'out/run', rows)
+    shutil.rmtree(folder)
+    (WORK / f'log-{number}.json').write_text(json.dumps(after))
+    return {'number': number, 'mistake': name, 'invariants': ' '.join(mutant.invariants),
+            'stage': stage, 'flags': entry.flags or rows and f'rows: {rows}', 'seed': 0,
+            'trace_step': step, 'trace': differs, 'loud_step': loud[0], 'loud': loud[1],
+            'verdict': verdict, **judge, 'healthy_reward': judge_before['reward'],
+            'healthy_harm': judge_before['harm'],
+            'ends': words[-1][:80] if not words[-1].startswith(str(folder)) else ''}
+
+
+def run_healthy(stage, seed, template):
+    """Returns a healthy run's row; it is loud if the other seeds do not show the like."""
+    flags = [f'--steps={STEPS[stage][0]}', f'--eval_every={STEPS[stage][1]}']
+    logs = {s: healthy(stage, flags, DATA, seed=s) for s in SEEDS}
+    loud = loudest(logs[seed][0], [logs[s][0] for s in SEEDS if s != seed])
+    row = dict.fromkeys(template, '') | logs[seed][1] | {
+        'number': 0, 'mistake': 'none', 'stage': stage, 'seed': seed, 'loud_step': loud[0],
+        'loud': loud[1], 'verdict': 'loud' if loud[0] else 'healthy'}
+    return row
+
+
+def draw(rows):
+    """Draws what each mistake costs, by verdict, and names those that cost most."""
+    figure = new_figure(10, 6)
+    ax = figure.subplots()
+    for k, verdict in enumerate(VERDICTS):
+        own = [(row['healthy_reward'] - row['reward'], row) for row in rows
+               if row['verdict'] == verdict and row['number'] and row['reward'] != '']
+        own.sort(key=lambda pair: pair[0])
+        for i, (cost, row) in enumerate(own):
+            x = k + 0.6 * (i / max(1, len(own) - 1) - 0.5)      # from the cheapest to the dearest
+            ax.plot(x, cost, 'o', ms=5, color=COLORS[list(STEPS).index(row['stage'])])
+            if cost > (1.0 if verdict == 'loud' else 0.3):
+                ax.annotate(row['mistake'].split('/')[1], (x, cost), (-6, -2.5), ha='right',
+                            textcoords='offset points', fontsize=7, color=GREY)
+    spans = [[row['reward'] for row in rows if (row['number'], row['stage']) == (0, stage)]
+             for stage in STEPS]
+    wide = max(max(span, default=0.0) - min(span, default=0.0) for span in spans)
+    ax.axhspan(-wide, wide, color=GREY, alpha=0.15, lw=0)
+    ax.set_xlim(-0.6, 3.6)
+    counts = Counter(row['verdict'] for row in rows if row['number'])
+    ax.set_xticks(range(4), [f'{verdict}: {counts[verdict]}' for verdict in VERDICTS])
+    frame(ax, 'What a mistake costs, and whether the log shows it',
+          'reward lost against the healthy run; grey: how far five healthy seeds are apart')
+    names(ax, [(stage, {'color': COLORS[i], 'marker': 'o', 'lw': 0})
+               for i, stage in enumerate(STEPS)], loc='upper right')
+    return figure
+
+
+def main(cfg):
+    """Runs the mistakes whose rows are missing, prints and draws all; returns the verdicts."""
+    path = RESULTS / Path(cfg.csv).name if cfg.results else Path(cfg.csv)
+    known = read_rows(committed(path)) + read_rows(path) * (committed(path) != path)
+    numbers = [int(word) for word in cfg.only.split()] or list(NUMBERS)
+    for number in sorted(numbers, key=lambda number: HUNTS[NUMBERS[number]].stage == 'ppo'):
+        if NUMBERS[number] not in [row['mistake'] for row in known]:
+            known.append(run_mistake(number))
+            append_rows(path, known[-1:])
+            print(*(known[-1][key] for key in (
+                'number', 'mistake', 'verdict', 'trace_step', 'trace', 'loud_step', 'loud',
+                'reward', 'healthy_reward', 'ends')), sep=' | ', flush=True)
+    if cfg.results and not any(row['number'] == 0 for row in known):
+        known += [run_healthy(stage, seed, known[0]) for stage in STEPS for seed in SEEDS]
+        append_rows(path, known[-len(STEPS) * len(SEEDS):])
+    verdicts = Counter(row['verdict'] for row in known if row['number'])
+    print(', '.join(f'{verdict}: {verdicts[verdict]}' for verdict in VERDICTS))
+    if cfg.results:
+        save_picture(draw(known), path.with_suffix('.png'))
+    return verdicts
+
+
+if __name__ == '__main__':
+    run_cli(main, Config)
