@@ -6,7 +6,7 @@ healthy runs in out/toy, for fewer steps than the default recipe (STEPS), and an
 prompts at T=1 with its own code. A reward model is judged by the best of 8 answers of out/toy/sft
 that it picks. The same run without the mistake stands beside it, the same to the last bit until the
 mistake acts. A mistake that leaves no trace at the default flags is run with those of its hunt
-(tests/exercises.toml). The verdicts:
+(tests/exercises.toml), and with three seeds. The verdicts:
 
     loud      a number leaves what healthy runs of 5 seeds show (at step 1, in an evaluation, or in
               the mean over a quarter of the run) by three times their range and a tenth of its size
@@ -40,6 +40,7 @@ class Config:
 
 STEPS = {'sft': (500, 100), 'rm': (300, 100), 'ppo': (30, 10), 'dpo': (150, 50)}    # eval_every
 SEEDS = 0, 1, 2, 3, 4               # of healthy runs
+MORE_SEEDS = 0, 1, 2                # of mistakes without a trace at the default flags; else 0
 VERDICTS = 'loud', 'quiet', 'flags', 'silent'
 WORK, DATA = TOP / 'out/studies/mistakes', TOP / 'data/toy'
 NOTHING = {'reward': '', 'reward_se': '', 'harm': '', 'length': '', 'eos': ''}
@@ -104,7 +105,7 @@ def trace(before, after):
         name if name == 'samples' else f'{name} {x:.3g} -> {y:.3g}' for _, name, x, y in here[:4])
 
 
-def run_mistake(number):
+def run_mistake(number, seed=0):
     """Plants a mistake, runs its stage to the end, and returns its row."""
     name, mutant, entry = NUMBERS[number], hunts.mutant_of(number), HUNTS[NUMBERS[number]]
     stage, folder = entry.stage, WORK / f'planted-{number}'
@@ -112,23 +113,24 @@ def run_mistake(number):
     hunts.plant(mutant, folder)
     flags, rows = hunts.hunt_flags(number, *STEPS[stage])
     data = hunts.write_rows(rows, WORK / f'rows-{rows}', 10 ** 6) if rows else DATA
-    before, judge_before = healthy(stage, flags, data, rows)
+    before, judge_before = healthy(stage, flags, data, rows, seed)
     after, words = run_stage(folder, stage, folder / 'out/run',
-                             [*flags, f'--data={data}', '--seed=0'])
+                             [*flags, f'--data={data}', f'--seed={seed}'])
     (step, differs), loud = trace(before, after), ('', '')
     if entry.flags or rows:                     # does it show without them after all?
         few = ['--steps=4', '--eval_every=4']
-        log, _ = run_stage(folder, stage, folder / 'out/few', [*few, f'--data={DATA}', '--seed=0'])
-        shows = trace(healthy(stage, few, DATA)[0], log)[0]
+        log, _ = run_stage(folder, stage, folder / 'out/few',
+                           [*few, f'--data={DATA}', f'--seed={seed}'])
+        shows = trace(healthy(stage, few, DATA, seed=seed)[0], log)[0]
     else:
         shows = step
-        loud = loudest(after, [healthy(stage, flags, DATA, seed=seed)[0] for seed in SEEDS])
+        loud = loudest(after, [healthy(stage, flags, DATA, seed=other)[0] for other in SEEDS])
     verdict = ('loud' if loud[0] else 'quiet') if shows else 'flags' if step else 'silent'
     judge = judged(folder, stage, folder / 'out/run', rows)
     shutil.rmtree(folder)
     (WORK / f'log-{number}.json').write_text(json.dumps(after))
     return {'number': number, 'mistake': name, 'invariants': ' '.join(mutant.invariants),
-            'stage': stage, 'flags': entry.flags or rows and f'rows: {rows}', 'seed': 0,
+            'stage': stage, 'flags': entry.flags or rows and f'rows: {rows}', 'seed': seed,
             'trace_step': step, 'trace': differs, 'loud_step': loud[0], 'loud': loud[1],
             'verdict': verdict, **judge, 'healthy_reward': judge_before['reward'],
             'healthy_harm': judge_before['harm'],
@@ -146,29 +148,43 @@ def run_healthy(stage, seed, template):
     return row
 
 
+def costs(rows, number):
+    """Returns the reward that a mistake lost, per seed in which the judge could answer."""
+    return [row['healthy_reward'] - row['reward'] for row in rows
+            if row['number'] == number and row['reward'] != '']
+
+
+def verdict_of(rows, number):
+    """Returns the verdict on a mistake, that of seed 0, or '' before it has run."""
+    return next((row['verdict'] for row in rows if (row['number'], row['seed']) == (number, 0)), '')
+
+
 def draw(rows):
     """Draws what each mistake costs, by verdict, and names those that cost most."""
     figure = new_figure(10, 6)
     ax = figure.subplots()
     for k, verdict in enumerate(VERDICTS):
-        own = [(row['healthy_reward'] - row['reward'], row) for row in rows
-               if row['verdict'] == verdict and row['number'] and row['reward'] != '']
-        own.sort(key=lambda pair: pair[0])
-        for i, (cost, row) in enumerate(own):
+        own = [(costs(rows, number), number) for number in NUMBERS
+               if verdict_of(rows, number) == verdict and costs(rows, number)]
+        own.sort(key=lambda pair: statistics.fmean(pair[0]))
+        for i, (cost, number) in enumerate(own):
             x = k + 0.6 * (i / max(1, len(own) - 1) - 0.5)      # from the cheapest to the dearest
-            ax.plot(x, cost, 'o', ms=5, color=COLORS[list(STEPS).index(row['stage'])])
-            if cost > (1.0 if verdict == 'loud' else 0.3):
-                ax.annotate(row['mistake'].split('/')[1], (x, cost), (-6, -2.5), ha='right',
-                            textcoords='offset points', fontsize=7, color=GREY)
+            color = COLORS[list(STEPS).index(HUNTS[NUMBERS[number]].stage)]
+            ax.plot([x] * len(cost), cost, '-', lw=1, color=color)
+            ax.plot(x, statistics.fmean(cost), 'o', ms=5, color=color)
+            if statistics.fmean(cost) > (1.0 if verdict == 'loud' else 0.3):
+                ax.annotate(NUMBERS[number].split('/')[1], (x, statistics.fmean(cost)), (-6, -2.5),
+                            ha='right', textcoords='offset points', fontsize=7, color=GREY)
     spans = [[row['reward'] for row in rows if (row['number'], row['stage']) == (0, stage)]
              for stage in STEPS]
     wide = max(max(span, default=0.0) - min(span, default=0.0) for span in spans)
     ax.axhspan(-wide, wide, color=GREY, alpha=0.15, lw=0)
     ax.set_xlim(-0.6, 3.6)
-    counts = Counter(row['verdict'] for row in rows if row['number'])
+    counts = Counter(verdict_of(rows, number) for number in NUMBERS)
     ax.set_xticks(range(4), [f'{verdict}: {counts[verdict]}' for verdict in VERDICTS])
     frame(ax, 'What a mistake costs, and whether the log shows it',
-          'reward lost against the healthy run; grey: how far five healthy seeds are apart')
+          'reward lost against the healthy run of the same seed; line: the range of three seeds; '
+          'grey: how far five healthy seeds are apart')
     names(ax, [(stage, {'color': COLORS[i], 'marker': 'o', 'lw': 0})
                for i, stage in enumerate(STEPS)], loc='upper right')
     return figure
@@ -179,17 +195,20 @@ def main(cfg):
     path = RESULTS / Path(cfg.csv).name if cfg.results else Path(cfg.csv)
     known = read_rows(committed(path)) + read_rows(path) * (committed(path) != path)
     numbers = [int(word) for word in cfg.only.split()] or list(NUMBERS)
-    for number in sorted(numbers, key=lambda number: HUNTS[NUMBERS[number]].stage == 'ppo'):
-        if NUMBERS[number] not in [row['mistake'] for row in known]:
-            known.append(run_mistake(number))
+    for number in numbers:
+        for seed in MORE_SEEDS:
+            if (number, seed) in [(row['number'], row['seed']) for row in known] or (
+                    seed > 0 and verdict_of(known, number) in ('loud', 'quiet')):
+                continue
+            known.append(run_mistake(number, seed))
             append_rows(path, known[-1:])
             print(*(known[-1][key] for key in (
-                'number', 'mistake', 'verdict', 'trace_step', 'trace', 'loud_step', 'loud',
-                'reward', 'healthy_reward', 'ends')), sep=' | ', flush=True)
+                'number', 'mistake', 'seed', 'verdict', 'trace_step', 'trace', 'loud_step',
+                'loud', 'reward', 'healthy_reward', 'ends')), sep=' | ', flush=True)
     if cfg.results and not any(row['number'] == 0 for row in known):
         known += [run_healthy(stage, seed, known[0]) for stage in STEPS for seed in SEEDS]
         append_rows(path, known[-len(STEPS) * len(SEEDS):])
-    verdicts = Counter(row['verdict'] for row in known if row['number'])
+    verdicts = Counter(verdict_of(known, number) for number in NUMBERS)
     print(', '.join(f'{verdict}: {verdicts[verdict]}' for verdict in VERDICTS))
     if cfg.results:
         save_picture(draw(known), path.with_suffix('.png'))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mutants import MUTANTS
-from studies.mistakes import VERDICTS, draw, loudest, trace, windows
+from studies.mistakes import NUMBERS, VERDICTS, draw, loudest, trace, verdict_of, windows
 from studies.table import read_rows
 
 ROWS = read_rows(Path(__file__).parents[2] / 'studies/results/mistakes.csv')
@@ -40,10 +40,13 @@ def test_where_logs_part():
 
 
 def test_the_committed_table():
-    """At most one row per mistake of mutants.py; a silent one has no trace, a loud one has one."""
+    """Every mistake of mutants.py has its row, and three if no number shows it at the default
+    flags; a silent one has no trace, a loud one has its step."""
     rows = [row for row in ROWS if row['number']]
-    names = [row['mistake'] for row in rows]
-    assert len(set(names)) == len(names) and set(names) <= {mutant.name for mutant in MUTANTS}
+    assert {row['mistake'] for row in rows} == {mutant.name for mutant in MUTANTS}
+    for number in NUMBERS:
+        seeds = [row['seed'] for row in rows if row['number'] == number]
+        assert seeds == [0, 1, 2][:1 if verdict_of(ROWS, number) in ('loud', 'quiet') else 3]
     for row in rows:
         assert row['verdict'] in VERDICTS
         assert (row['trace_step'] == '') == (row['verdict'] == 'silent'), row['mistake']
@@ -57,5 +60,5 @@ def test_the_picture(tmp_path):
     figure.savefig(tmp_path / 'picture.png')
     ax, = figure.axes
     assert ax.get_title(loc='left')
-    assert sum(len(line.get_xdata()) for line in ax.lines) >= sum(
-        row['number'] > 0 and row['reward'] != '' for row in ROWS)
+    judged = {row['number'] for row in ROWS if row['number'] and row['reward'] != ''}
+    assert sum(line.get_marker() == 'o' for line in ax.lines) >= len(judged)
