@@ -26,10 +26,10 @@ import torch
 import train_dpo, train_ppo, train_rm
 from data.text import build_tokenizer, encode_rows, load_examples, load_split
 from data.turns import spaced
-from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, batches, last_column,
-                     last_scores, load_checkpoint, load_model, make_batch, printable, rng, run_cli,
-                     set_up, token_logprobs, x_and_y)
-from tools.page import show, write_page
+from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, batches, last_scores,
+                     load_checkpoint, load_model, make_batch, rng, run_cli, set_up, token_logprobs,
+                     x_and_y)
+from tools.page import make_table, show, write_page
 from tools.sample import find_prompts
 
 
@@ -57,21 +57,6 @@ def find_checkpoint(cfg):
         kept = sorted(int(other.stem[5:]) for other in folder.glob('ckpt-*.pt'))
         raise UserError(f'{path}: no such checkpoint; --keep has kept those of {kept or "no step"}')
     return load_checkpoint(path, (*POLICIES, 'rm')) | ({} if cfg.step else {'step': 0})
-
-
-def table(prompt, notes, names, grid, tokenizer):
-    """Returns rows of a grid, by their names, as dicts per token: the last of the prompt first."""
-    def word(token):
-        text = tokenizer.decode([token]) if token != tokenizer.eot_token else 'EOS'
-        return repr(printable(text))[1:-1]
-    parts, ends = {}, (last_column(grid['mask']) + 1).tolist()
-    for b, name in enumerate(names):
-        x, y, mask, *numbers = (column[b].tolist() for column in grid.values())
-        parts[name] = [{'x': word(x[t]), 'y': word(y[t]), 'mask': int(mask[t]),
-                        **{key: number[t] if mask[t] else 0.0
-                           for key, number in zip(list(grid)[3:], numbers)}}
-                       for t in range(max(0, mask.index(True) - 1), ends[b])]
-    return {'title': prompt, 'notes': notes, 'numbers': list(grid)[3:], 'parts': parts}
 
 
 def load_ppo(saved, run, device):
@@ -116,8 +101,8 @@ def look_at_rollout(cfg, saved, tokenizer, device):
         means = train_ppo.rollout_metrics((sampled, scores, ended))
         notes = [f"the rollout batch of step {step + 1}: score {means['score']:.6f}, kl "
                  f"{means['kl']:.6f}" + '; compare log.jsonl' * (step < run.steps)]
-    return [table(prompts[b], [f'score {scores[b]:.3f}, beta {run.beta}', *notes], ['y'],
-                  {name: column[b:b + 1] for name, column in grid.items()}, tokenizer)
+    return [make_table(prompts[b], [f'score {scores[b]:.3f}, beta {run.beta}', *notes], ['y'],
+                       {name: column[b:b + 1] for name, column in grid.items()}, tokenizer)
             for b in range(len(rows))[cfg.first:][:cfg.rows]]
 
 
@@ -174,7 +159,7 @@ def look_at_rows(cfg, saved, tokenizer, device):
         batch = make_batch([(prompt, response) for response in responses], device)
         grid, note = columns_of(saved, model, ref, *batch)
         names = ('chosen', 'rejected') if kind == 'pairs' else ('y',)
-        yield table(tokenizer.decode(prompt), [note], names, grid, tokenizer)
+        yield make_table(tokenizer.decode(prompt), [note], names, grid, tokenizer)
 
 
 @torch.no_grad()
