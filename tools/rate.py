@@ -40,10 +40,11 @@ class Config:
 
 def load_pairs(data, template, tokenizer, block_size):
     """Returns the held-out pairs with all their keys, and their ids, as training keeps them."""
-    path, kept, ids = Path(data, 'val.pairs.jsonl' * Path(data).is_dir()), [], []
+    folder, kept, ids = Path(data).is_dir(), [], []
+    path = Path(data) / 'val.pairs.jsonl' if folder else Path(data)
     load_rows(path, 'pairs')                    # names the line of a row that cannot be used
     rows = [json.loads(line) for line in read_text(path).split('\n') if line.strip()]
-    rows = rows if Path(data).is_dir() else split_rows(rows, template)[1]
+    rows = rows if folder else split_rows(rows, template)[1]
     for row in rows:                            # one by one, because encode_rows may drop some
         with contextlib.suppress(DataError), contextlib.redirect_stdout(io.StringIO()):
             ids += encode_rows([row], 'pairs', tokenizer, block_size)
