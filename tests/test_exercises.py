@@ -134,6 +134,13 @@ def test_logs_are_compared_row_by_row():
     assert list(hunts.differences(log, log + log[:1])) == [(2, 'rows', 2, 3)]
 
 
+@pytest.mark.parametrize('words', [('hunt', '0'), ('hunt', '²'), ('hunt', ''), ('start', 'kl')])
+def test_what_is_no_exercise_is_told(words):
+    """A number or name that there is not, and a digit that is no number."""
+    with pytest.raises(SystemExit, match='no such exercise, see list'):
+        called(*words, None)
+
+
 def test_a_hunt_says_whether_the_logs_agree(tmp_path, monkeypatch, capsys):
     """Of a mistake that no log shows, an edit elsewhere in the file is not called its mend."""
     mutant, folder = hunts.mutant_of(11), tmp_path / 'copy'
