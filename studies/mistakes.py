@@ -4,12 +4,13 @@ What a mistake costs: each planted mistake of tests/mutants.py, run to the end.
 Each mistake is planted in a copy of the project, which then trains one stage on data/toy from the
 healthy runs in out/toy, for fewer steps than the default recipe (STEPS), and answers 200 held-out
 prompts at T=1 with its own code. A reward model is judged by the best of 8 answers of out/toy/sft
-that it picks. The same run without the mistake stands beside it, the same to the last bit until the
-mistake acts. A mistake that leaves no trace at the default flags is run with those of its hunt
-(tests/exercises.toml), and with three seeds. The verdicts:
+that it picks. It is compared with the same run without the mistake, which is equal bit for bit
+until the mistake acts. A mistake that leaves no trace at the default flags is run with those of its
+hunt (tests/exercises.toml), with three seeds. The verdicts:
 
     loud      a number leaves what healthy runs of 5 seeds show (at step 1, in an evaluation, or in
-              the mean over a quarter of the run) by three times their range and a tenth of its size
+              the mean over a quarter of the run) by more than three times their range plus a tenth
+              of their size, at step 1 a hundredth
     quiet     the log differs, but only from the healthy log of the same seed
     flags     the log differs only under the flags, or on the rows, of its hunt
     silent    the log does not differ there either
@@ -22,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefgpt import run_cli
+from prefgpt import UserError, run_cli
 from studies.style import COLORS, GREY, frame, names, new_figure, save_picture
 from studies.table import RESULTS, append_rows, committed, read_rows
 
@@ -72,7 +73,10 @@ def healthy(stage, flags, data, rows='', seed=0):
 
 
 def windows(log):
-    """Returns {(number, step it begins at): mean} over step 1, quarters of a run, evaluations."""
+    """
+    Returns {(number, step it begins at, whether of several steps): mean} over step 1, quarters of a
+    run, and evaluations; no_end is how many of an evaluation's samples do not end.
+    """
     steps = [row for row in log if 'samples' not in row]
     parts = [steps[:1], *(steps[i * len(steps) // 4:(i + 1) * len(steps) // 4] for i in range(4))]
     parts += [[row | {'no_end': sum('[no end]' in sample for sample in row['samples'])}]
@@ -194,6 +198,8 @@ def main(cfg):
     """Runs the mistakes whose rows are missing, prints and draws all; returns the verdicts."""
     path = RESULTS / Path(cfg.csv).name if cfg.results else Path(cfg.csv)
     known = read_rows(committed(path)) + read_rows(path) * (committed(path) != path)
+    if odd := [word for word in cfg.only.split() if word not in map(str, NUMBERS)]:
+        raise UserError(f'--only={cfg.only}: {odd[0]} is not one of 1 to {len(NUMBERS)}')
     numbers = [int(word) for word in cfg.only.split()] or list(NUMBERS)
     for number in numbers:
         for seed in MORE_SEEDS:

@@ -61,12 +61,13 @@ def judge(name):
     status = pytest.main(['-x', '-q', '--tb=short', '-p', 'no:cacheprovider',
                           f'--basetemp={TOP}/out/pytest',
                           *(f'tests/{test}' for test in exercise['tests'])])
-    for file, patterns in exercise['golden'].items() if status == 0 else ():
+    if status:                              # pytest has said what fails
+        return
+    for file, patterns in exercise['golden'].items():
         if difference := golden_difference(file, patterns):
             print(f'GOLDEN {file}.npz: {difference}')
-            break
-    else:
-        print('DONE' * (status == 0))
+            return
+    print('DONE')
 
 
 def check(name, folder):
@@ -120,7 +121,7 @@ def hint(name, folder):
 
 def main(command, name, folder):
     """Does what the command line says."""
-    hunts = name.isdigit() and int(name) in NUMBERS
+    hunts = name.isdecimal() and int(name) in NUMBERS
     folder = Path(folder or TOP / f'out/exercises/{"hunt-" * hunts}{name}').resolve()
     functions = {'start': start, 'check': show_check, 'hint': hint}
     if command == 'list':

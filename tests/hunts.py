@@ -32,7 +32,6 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-
 # ----------------------------------------------------------------------------- copies
 
 def mutant_of(number):
@@ -182,7 +181,8 @@ def hunt(number, folder):
     unchanged = (folder / mutant.file).read_text() == mutated(mutant)
     print(f'\nFind the line, mend it there, and call hunt {number} again, or answer {number}.'
           if list(differences(healthy, planted)) else
-          '\nThe log does not show this one: read the code.' if unchanged else '\nMended.')
+          '\nThe log does not show this one: read the code.' if unchanged else
+          '\nThe logs agree: it is mended, if they differed before.')
 
 
 def explain(number):

@@ -34,6 +34,7 @@ def test_every_mistake_has_its_hunt():
     assert set(hunts.HUNTS) == {mutant.name for mutant in MUTANTS}
     cases, used = hunts.TABLES['case'], {hunt.case for hunt in hunts.HUNTS.values()}
     assert used - {''} == set(cases)
+    assert not re.search('[a-z]- ', str(hunts.TABLES))      # a name, broken where a line ends
     for number, name in hunts.NUMBERS.items():
         hunt = hunts.HUNTS[name]
         flags, rows = hunts.hunt_flags(number, *hunts.FEW[hunt.stage])
@@ -131,6 +132,36 @@ def test_logs_are_compared_row_by_row():
     other[0]['loss'], other[1]['samples'] = float('nan'), ['b']
     assert [name for _, name, *_ in hunts.differences(log, other)] == ['loss', 'samples']
     assert list(hunts.differences(log, log + log[:1])) == [(2, 'rows', 2, 3)]
+
+
+@pytest.mark.parametrize('words', [('hunt', '0'), ('hunt', '²'), ('hunt', ''), ('start', 'kl')])
+def test_what_is_no_exercise_is_told(words):
+    """A number or name that there is not, and a digit that is no number."""
+    with pytest.raises(SystemExit, match='no such exercise, see list'):
+        called(*words, None)
+
+
+def test_a_hunt_says_whether_the_logs_agree(tmp_path, monkeypatch, capsys):
+    """Of a mistake that no log shows, an edit elsewhere in the file is not called its mend."""
+    mutant, folder = hunts.mutant_of(11), tmp_path / 'copy'
+    file = folder / mutant.file
+    folder.mkdir()
+    file.write_text(hunts.mutated(mutant))
+
+    def run_stage(where, stage, out, flags):
+        out.mkdir(parents=True)
+        loss = 3.0 if 'differs' in file.read_text() and where == folder else 2.0
+        (out / 'log.jsonl').write_text(json.dumps({'step': 1, 'loss': loss}) + '\n')
+        return hunts.read_log(out), []
+    for name, fake in (('TOP', tmp_path), ('run_stage', run_stage),
+                       ('write_rows', lambda *_: tmp_path)):
+        monkeypatch.setattr(hunts, name, fake)
+    for edit, said in (('', 'The log does not show this one: read the code.'),
+                       ('# an edit', 'The logs agree: it is mended, if they differed before.'),
+                       ('# differs', 'Find the line, mend it there, and call hunt 11 again')):
+        file.write_text(hunts.mutated(mutant) + edit)
+        hunts.hunt(11, folder)
+        assert said in capsys.readouterr().out
 
 
 def test_the_page_names_what_exists():

@@ -2,17 +2,16 @@
 Shows what a run sees, token by token: a rollout, a pair or a response, as text and as a page.
 
 A row is a column of the grid: the token read (x), the one predicted (y), and whether it counts
-(mask). Where it does not, numbers are shown as 0. All come from the scripts' own functions. What
-they are depends on the run's stage:
+(mask); if not, its numbers are shown as 0. All come from the scripts' own functions, by stage:
   - PPO: logprob and ref logprob of y; kl, their difference; reward, -beta kl, with the score on the
     last token; value; advantage. Without --prompt it shows the rollout batch that follows the
     checkpoint, sampled again from the run's seeds: with --step=5 that of step 6, with --step=0 the
     first one. Only there is the advantage whitened too, because that takes the whole batch;
-  - DPO, or PPO with --pairs: held-out pairs. push is minus the gradient of DPO's loss, what its
-    next step does to the logprob: nothing where both sides begin alike. margin is a token's share
+  - DPO, or PPO with --pairs: held-out pairs. push is minus the gradient of DPO's loss, the way its
+    next step pushes the logprob: 0 where both sides begin alike. margin is a token's share
     of the pair's margin: beta (logprob - ref logprob), with a minus on the rejected side;
   - reward model: held-out pairs. score is what the response would get if it ended after y, and
-    change what y changed; it was trained on last tokens only;
+    change how much y adds to that. The model was trained on last tokens only;
   - SFT: held-out demonstrations. With --response any run reads that one instead.
 
     python -m tools.look out/toy/ppo --prompt="how do i clean a mirror?"
@@ -26,10 +25,10 @@ import torch
 import train_dpo, train_ppo, train_rm
 from data.text import build_tokenizer, encode_rows, load_examples, load_split
 from data.turns import spaced
-from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, batches, last_column,
-                     last_scores, load_checkpoint, load_model, make_batch, printable, rng, run_cli,
-                     set_up, token_logprobs, x_and_y)
-from tools.page import show, write_page
+from prefgpt import (GPT, POLICIES, GPTConfig, ScalarGPT, UserError, batches, last_scores,
+                     load_checkpoint, load_model, make_batch, rng, run_cli, set_up, token_logprobs,
+                     x_and_y)
+from tools.page import make_table, show, write_page
 from tools.sample import find_prompts
 
 
@@ -50,7 +49,7 @@ class Config:
 
 
 def find_checkpoint(cfg):
-    """Returns the checkpoint of --step, or the last one; with --step=0, as step 0."""
+    """Returns the checkpoint of --step, or the last one; of step 0 only its settings matter."""
     folder = Path(cfg.runs[0])
     path = folder / f'ckpt-{cfg.step}.pt' if cfg.step > 0 else folder
     if cfg.step > 0 and not path.exists():
@@ -59,27 +58,20 @@ def find_checkpoint(cfg):
     return load_checkpoint(path, (*POLICIES, 'rm')) | ({} if cfg.step else {'step': 0})
 
 
-def table(prompt, notes, names, grid, tokenizer):
-    """Returns rows of a grid, by their names, as dicts per token: the last of the prompt first."""
-    def word(token):
-        text = tokenizer.decode([token]) if token != tokenizer.eot_token else 'EOS'
-        return repr(printable(text))[1:-1]
-    parts, ends = {}, (last_column(grid['mask']) + 1).tolist()
-    for b, name in enumerate(names):
-        x, y, mask, *numbers = (column[b].tolist() for column in grid.values())
-        parts[name] = [{'x': word(x[t]), 'y': word(y[t]), 'mask': int(mask[t]),
-                        **{key: number[t] if mask[t] else 0.0
-                           for key, number in zip(list(grid)[3:], numbers)}}
-                       for t in range(max(0, mask.index(True) - 1), ends[b])]
-    return {'title': prompt, 'notes': notes, 'numbers': list(grid)[3:], 'parts': parts}
+def check_input(saved, name, now):
+    """Raises UserError if what a run was made from, its init or reward, has changed since."""
+    if saved.get('inputs', {name: now['id']})[name] != now['id']:
+        raise UserError(f"{saved['config'][name]} has changed since the run was made from it")
 
 
 def load_ppo(saved, run, device):
     """Returns policy, reference and value model of a step, and the scorer."""
     init = load_checkpoint(run.init, POLICIES)
     scorer, source = train_ppo.load_scorer(run.reward, init, device, run.micro_batch_size)
+    check_input(saved, 'reward', source)
     value_model = ScalarGPT(GPTConfig(**source['model'])).to(device)    # with a head of zeros
     if saved['step'] == 0:
+        check_input(saved, 'init', init)
         return *[load_model(GPT, init, 'policy', device)] * 2, value_model, scorer
     value_model.load_state_dict(saved['weights']['value_model'])
     policies = (load_model(GPT, saved, name, device) for name in ('policy', 'ref'))
@@ -116,8 +108,10 @@ def look_at_rollout(cfg, saved, tokenizer, device):
         means = train_ppo.rollout_metrics((sampled, scores, ended))
         notes = [f"the rollout batch of step {step + 1}: score {means['score']:.6f}, kl "
                  f"{means['kl']:.6f}" + '; compare log.jsonl' * (step < run.steps)]
-    return [table(prompts[b], [f'score {scores[b]:.3f}, beta {run.beta}', *notes], ['y'],
-                  {name: column[b:b + 1] for name, column in grid.items()}, tokenizer)
+    said = [f'score {score:.3f}, ' + f'without EOS counted as {least:.3f}, ' * (not end)
+            + f'beta {run.beta}' for score, least, end in zip(scores, capped, ended)]
+    return [make_table(prompts[b], [said[b], *notes], ['y'],
+                       {name: column[b:b + 1] for name, column in grid.items()}, tokenizer)
             for b in range(len(rows))[cfg.first:][:cfg.rows]]
 
 
@@ -128,9 +122,10 @@ def pair_columns(run, grid, kl):
         sums.requires_grad_()
         loss, margin = train_dpo.losses_and_margins(run, *sums[:, None], *refs[:, None])
         push = -torch.autograd.grad(loss.sum(), sums)[0][:, None]               # (2, 1)
-    alike = (grid['y'][0] == grid['y'][1]).cumprod(0)                           # (T,)
-    share = torch.tensor([[run.beta], [-run.beta]], device=push.device)         # (2, 1)
-    return {**grid, 'push': push + alike * push.flip(0), 'margin': share * kl}, (
+    y = grid['y'].masked_fill(~grid['mask'], -1)    # a pad's id may also be a real token's
+    alike = (y[0] == y[1]).cumprod(0)                                           # (T,)
+    margins = run.beta * torch.stack([kl[0], -kl[1]])                           # (2, T)
+    return {**grid, 'push': push + alike * push.flip(0), 'margin': margins}, (
         f'margin {margin.item():.3f} = {run.beta} (({sums[0]:.3f} - {refs[0]:.3f}) - '
         f'({sums[1]:.3f} - {refs[1]:.3f})); loss {loss.item():.3f}')
 
@@ -144,10 +139,11 @@ def columns_of(saved, model, ref, tokens, x, y, mask):
         note = f'score {scores[0]:.3f}' if len(x) == 1 else (
             f'P(chosen beats rejected) = {(-train_rm.reward_loss(*scores)).exp():.3f}')
         return {**grid, 'score': after, 'change': after - before}, note
-    grid['logprob'] = token_logprobs(model, x, y, mask)                         # (B, T)
+    temperature = run.get('temperature', 1.0)                                   # PPO's
+    grid['logprob'] = token_logprobs(model, x, y, mask, temperature)            # (B, T)
     if not ref:
         return grid, f'loss {-grid["logprob"].sum() / mask.sum():.3f} per token'
-    grid['ref logprob'] = token_logprobs(ref, x, y, mask)
+    grid['ref logprob'] = token_logprobs(ref, x, y, mask, temperature)
     kl = grid['logprob'] - grid['ref logprob']
     if len(x) == 1:
         return {**grid, 'kl': kl}, f'kl {kl.sum():.3f}'
@@ -164,17 +160,20 @@ def look_at_rows(cfg, saved, tokenizer, device):
         rows = [{'prompt': prompt, 'completion': spaced(cfg.response, prompt)}]
     else:
         rows = load_split(run['data'], kind, saved['template'], run.get('rows', ''))[1]
-    if stage in ('ppo', 'dpo'):
-        source = saved if stage == 'ppo' else load_checkpoint(run['init'], POLICIES)
-        ref = load_model(GPT, source, 'ref' if stage == 'ppo' else 'policy', device)
+    if stage == 'ppo':
+        ref = load_model(GPT, saved, 'ref', device)
+    elif stage == 'dpo':
+        init = load_checkpoint(run['init'], POLICIES)
+        check_input(saved, 'init', init)
+        ref = load_model(GPT, init, 'policy', device)
     model = load_model(*((ScalarGPT, saved, 'reward_model') if stage == 'rm' else
                          (GPT, saved, 'policy')), device)
-    for prompt, *responses in encode_rows(rows[cfg.first:][:cfg.rows], kind, tokenizer,
-                                          model.config.block_size, name=cfg.runs[0]):
+    examples = encode_rows(rows, kind, tokenizer, model.config.block_size, name=cfg.runs[0])
+    for prompt, *responses in examples[cfg.first:][:cfg.rows]:
         batch = make_batch([(prompt, response) for response in responses], device)
         grid, note = columns_of(saved, model, ref, *batch)
         names = ('chosen', 'rejected') if kind == 'pairs' else ('y',)
-        yield table(tokenizer.decode(prompt), [note], names, grid, tokenizer)
+        yield make_table(tokenizer.decode(prompt), [note], names, grid, tokenizer)
 
 
 @torch.no_grad()
@@ -182,14 +181,15 @@ def main(cfg):
     """Prints the tables, writes --html, and returns them as tools/page.py describes them."""
     if len(cfg.runs) != 1 or cfg.response and not cfg.prompt:
         raise UserError('name one run folder, and a --prompt with a --response')
-    device, autocast = set_up(cfg)
-    saved = find_checkpoint(cfg)
+    (device, autocast), saved = set_up(cfg), find_checkpoint(cfg)
     samples = saved['stage'] == 'ppo' and not (cfg.pairs or cfg.response)
     if not samples and (cfg.step == 0 or cfg.prompt and not cfg.response):
-        raise UserError('only a PPO run has a --step=0, or samples a response: add --response')
+        raise UserError('only a rollout of PPO has a --step=0, or a --prompt without a --response')
     with autocast:
         look_at = look_at_rollout if samples else look_at_rows
         tables = list(look_at(cfg, saved, build_tokenizer(saved['tokenizer']), device))
+    if not tables:
+        raise UserError(f'--first={cfg.first} --rows={cfg.rows}: there are no such rows')
     show(tables, cfg.color)
     if cfg.html:
         write_page(cfg.html, f'{cfg.runs[0]}, step {saved["step"]}', tables)

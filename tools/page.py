@@ -8,7 +8,7 @@ rows}, each row a token's dict. Two parts are shown side by side, without x and 
 import html, os, sys
 from pathlib import Path
 
-from prefgpt import UserError, printable
+from prefgpt import UserError, last_column, printable
 
 BLUES, ORANGES = (195, 153, 111, 75), (230, 223, 216, 208)      # a terminal's, from pale to strong
 HEAD = '''<!doctype html><html lang="en"><meta charset="utf-8"><title>{0}</title><style>
@@ -18,6 +18,21 @@ th, td {{ text-align: left; vertical-align: top; padding: .15em 1.5em .15em 0 }}
 td {{ white-space: pre-wrap }} td:first-child {{ color: #555; white-space: nowrap }}
 pre {{ font: 13px/1.4 ui-monospace, monospace }} td span:last-child {{ margin-left: .3em }}
 </style><h1>{0}</h1><p>Blue is above 0, orange below, each column on a scale of its own.</p>'''
+
+
+def make_table(prompt, notes, names, grid, tokenizer):
+    """Returns a table of a grid's rows, by their names: the prompt's last token, the response."""
+    def word(token):
+        text = tokenizer.decode([token]) if token != tokenizer.eot_token else 'EOS'
+        return repr(printable(text))[1:-1]
+    parts, ends = {}, (last_column(grid['mask']) + 1).tolist()
+    for b, name in enumerate(names):
+        x, y, mask, *numbers = (column[b].tolist() for column in grid.values())
+        parts[name] = [{'x': word(x[t]), 'y': word(y[t]), 'mask': int(mask[t]),
+                        **{key: number[t] if mask[t] else 0.0
+                           for key, number in zip(list(grid)[3:], numbers)}}
+                       for t in range(max(0, mask.index(True) - 1), ends[b])]
+    return {'title': prompt, 'notes': notes, 'numbers': list(grid)[3:], 'parts': parts}
 
 
 def share(table, row, name):
@@ -39,7 +54,7 @@ def layout(table, colors, paint):
         block = ['  '.join(lines[0])]
         block += ['  '.join(paint(text, share(table, row, colors[key]) if key in colors else 0)
                             for text, key in zip(line, keys)) for line, row in zip(lines[1:], rows)]
-        blocks.append((block, ' ' * len(block[0])))             # a blank goes on to the other's end
+        blocks.append((block, ' ' * len(block[0])))         # a blank goes below it, beside a longer one
     length = max(len(block) for block, _ in blocks)
     return ['   |   '.join(texts) for texts in zip(*(block + [blank] * (length - len(block))
                                                      for block, blank in blocks))]

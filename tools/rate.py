@@ -22,7 +22,7 @@ import train_rm
 from data.judge import load_judge
 from data.text import DataError, encode_rows, load_rows, load_text, read_text
 from data.turns import split_rows
-from prefgpt import ScalarGPT, UserError, load_checkpoint, load_model, run_cli, set_up
+from prefgpt import ScalarGPT, UserError, load_checkpoint, load_model, printable, run_cli, set_up
 from tools.evaluate import show_table
 
 
@@ -40,15 +40,18 @@ class Config:
 
 def load_pairs(data, template, tokenizer, block_size):
     """Returns the held-out pairs with all their keys, and their ids, as training keeps them."""
-    path, kept, ids = Path(data, 'val.pairs.jsonl' * Path(data).is_dir()), [], []
+    folder, kept, ids = Path(data).is_dir(), [], []
+    path = Path(data) / 'val.pairs.jsonl' if folder else Path(data)
     load_rows(path, 'pairs')                    # names the line of a row that cannot be used
     rows = [json.loads(line) for line in read_text(path).split('\n') if line.strip()]
-    rows = rows if Path(data).is_dir() else split_rows(rows, template)[1]
+    rows = rows if folder else split_rows(rows, template)[1]
     for row in rows:                            # one by one, because encode_rows may drop some
         with contextlib.suppress(DataError), contextlib.redirect_stdout(io.StringIO()):
             ids += encode_rows([row], 'pairs', tokenizer, block_size)
             kept.append(row)
     print(f'{path}: {len(kept)} of {len(rows)} held-out pairs kept')
+    if not kept:
+        raise DataError(f'{path}: in each pair both sides are equal, cut to {block_size} tokens')
     return kept, ids
 
 
@@ -80,7 +83,7 @@ def rate(run, margins, gaps):
 
 def by_kind(key, rows, columns):
     """Returns a table with a row for each value of a key of the rows: n, the columns' means."""
-    kinds = [str(row.get(key, '-')) for row in rows]
+    kinds = [' '.join(printable(str(row.get(key, '-'))).split()) for row in rows]
     return [{key: kind, 'n': n,
              **{name: mean(column[torch.tensor([each == kind for each in kinds])])
                 for name, column in columns.items()}} for kind, n in Counter(kinds).most_common()]
@@ -93,7 +96,9 @@ def main(cfg):
         raise UserError('name at least one run folder of a reward model')
     saved = [load_checkpoint(run, ['rm']) for run in cfg.runs]
     data, (device, autocast) = cfg.data or saved[0]['config']['data'], set_up(cfg)
-    (tokenizer, text), *_ = [load_text(data, each) for each in saved]   # all must fit the data
+    (tokenizer, text), *others = [load_text(data, each) for each in saved]  # all must fit the data
+    if any(other != text for _, other in others):       # and, where the data is a file, each other
+        raise UserError('the runs have different tokenizers or templates: rate them one by one')
     rows, pairs = load_pairs(data, text['template'], tokenizer,
                              min(each['model']['block_size'] for each in saved))
     path, gaps, margins = cfg.judge or f'{data}/reward.py', None, {}    # both (N,)

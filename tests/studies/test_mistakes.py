@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from mutants import MUTANTS
-from studies.mistakes import NUMBERS, VERDICTS, draw, loudest, trace, verdict_of, windows
+from prefgpt import UserError
+from studies.mistakes import (NUMBERS, VERDICTS, Config, draw, loudest, main, trace, verdict_of,
+                              windows)
 from studies.table import read_rows
 
 ROWS = read_rows(Path(__file__).parents[2] / 'studies/results/mistakes.csv')
@@ -51,6 +53,13 @@ def test_the_committed_table():
         assert row['verdict'] in VERDICTS
         assert (row['trace_step'] == '') == (row['verdict'] == 'silent'), row['mistake']
         assert (row['loud_step'] != '') == (row['verdict'] == 'loud'), row['mistake']
+
+
+def test_a_number_that_no_mistake_has_is_refused():
+    """Before anything runs."""
+    for only, odd in (('7 92', '92'), ('kl-sign', 'kl-sign'), ('0', '0')):
+        with pytest.raises(UserError, match=f'--only={only}: {odd} is not one of 1 to 91'):
+            main(Config(only=only))
 
 
 def test_the_picture(tmp_path):

@@ -173,6 +173,57 @@ def test_responses_under_a_policy(sft_run, dpo_run, ppo_run):
     assert pairs[0]['title'] == pairs[1]['title'] and pairs[0]['numbers'] == pairs[1]['numbers']
 
 
+def edited(run, folder, edit):
+    """A copy of a run whose checkpoint was edited."""
+    saved = torch.load(run / 'ckpt.pt', weights_only=True)
+    edit(saved)
+    folder.mkdir()
+    torch.save(saved, folder / 'ckpt.pt')
+    return folder
+
+
+def test_a_typed_response_has_the_numbers_of_a_sampled_one(ppo_run, tmp_path):
+    """PPO's logprobs are at its temperature, in the rollout and of what is typed."""
+    run = edited(ppo_run[0], tmp_path / 'cool', lambda saved: saved['config'].update(
+        temperature=0.5))
+    [sampled] = look_at(run, prompt='say b: ')      # so that no space is put before the response
+    *text, end = [row['y'] for row in sampled['parts']['y'][1:]]
+    assert end == 'EOS' and text
+    [typed] = look_at(run, prompt='say b: ', response=''.join(text))
+    for name in ('logprob', 'ref logprob', 'kl'):
+        assert numbers(typed['parts']['y'], name) == pytest.approx(
+            numbers(sampled['parts']['y'], name), abs=1e-5)
+
+
+def test_a_response_without_eos_says_what_its_score_counts(ppo_run, tmp_path):
+    """At most no_eos_score; its rewards add up to that."""
+    run = edited(ppo_run[0], tmp_path / 'short', lambda saved: saved['config'].update(
+        max_new_tokens=1, no_eos_score=-50.0, beta=0.0))
+    [table] = look_at(run, prompt='say b:')
+    assert re.fullmatch(r'score -?[\d.]+, without EOS counted as -50.000, beta 0.0',
+                        table['notes'][0])
+    assert numbers(table['parts']['y'], 'reward') == [-50.0]
+
+
+def test_a_pair_parts_where_one_side_ends():
+    """A side that was cut is followed by pads, and a pad's id is that of a real token."""
+    grid = {'y': torch.tensor([[5, 7, 0], [5, 7, 0]]), 'logprob': torch.zeros(2, 3),
+            'mask': torch.tensor([[False, True, False], [False, True, True]]),
+            'ref logprob': torch.zeros(2, 3)}
+    grid, _ = look.pair_columns(train_dpo.Config(beta=1.0), grid, torch.zeros(2, 3))
+    assert grid['push'][:, 1:].tolist() == [[0.0, 0.5], [0.0, -0.5]]
+
+
+def test_a_reference_or_reward_that_has_changed_is_refused(ppo_run, dpo_run, tmp_path):
+    """Its numbers would not be the run's; a step past the first does not need PPO's init."""
+    for name, run in (('init', dpo_run), ('init', ppo_run[0]), ('reward', ppo_run[0])):
+        copy = edited(run, tmp_path / f'{run.name}-{name}', lambda saved: saved['inputs'].update(
+            {name: 'of other weights'}))
+        with pytest.raises(UserError, match='has changed since the run was made from it'):
+            look_at(copy, step=0 if run is ppo_run[0] else -1)
+    assert look_at(tmp_path / 'ppo-init')
+
+
 def test_the_page_has_the_same_numbers_and_no_foreign_text(ppo_run, dpo_run, tmp_path, capsys):
     """One file with every line that was printed; what a user typed is text, and nothing is fetched
     from elsewhere. Pairs are side by side."""
@@ -223,8 +274,11 @@ def test_mistakes_are_told(ppo_run, sft_run, dpo_run, rm_run):
             (r'ckpt-7\.pt: no such checkpoint; --keep has kept those of \[1, 2, 3\]', ppo_run[0],
              dict(step=7)),
             (r'ckpt-1\.pt: .* of no step', dpo_run, dict(step=1)),
-            ('add --response', sft_run, dict(prompt='say b:')),
-            ('only a PPO run', dpo_run, dict(step=0)),
+            ('or a --prompt without a --response', sft_run, dict(prompt='say b:')),
+            ('or a --prompt without a --response', ppo_run[0], dict(prompt='say b:', pairs=True)),
+            ('only a rollout of PPO', dpo_run, dict(step=0)),
+            ('--first=8 --rows=1: there are no such rows', ppo_run[0], dict(first=8)),
+            ('--first=99 --rows=1: there are no such rows', rm_run, dict(first=99)),
             ('and a --prompt', rm_run, dict(response='b')),
             ('--color=push: one of score, change', rm_run, dict(color='push'))):
         with pytest.raises(UserError, match=message):

@@ -6,7 +6,7 @@ import torch
 from conftest import EOS, write_jsonl
 
 import tools.evaluate
-from data.text import load_rows
+from data.text import DataError, load_rows
 from prefgpt import ScalarGPT, UserError, load_checkpoint, load_model
 from tools import rate
 
@@ -106,6 +106,27 @@ def test_a_file_of_pairs_is_split_as_in_training(rm_run, tiny_data, tmp_path, ca
     rate.main(rate.Config(runs=(str(rm_run),), data=str(path), device='cpu'))
     kept, total = capsys.readouterr().out.split(f'{path}: ')[1].split(' held-out')[0].split(' of ')
     assert kept == total and 0 < int(total) < len(rows) / 2
+
+
+def test_values_of_a_key_are_one_line_of_plain_text():
+    """They come from the data: line breaks would end the row, escapes would reach the terminal."""
+    rows = [{'key': 'a\n\x1b[31mb'}, {'key': ['c', 1]}, {'key': None}]
+    assert [row['key'] for row in rate.by_kind('key', rows, {})] == [
+        'a \ufffd[31mb', "['c', 1]", 'None']
+
+
+def test_pairs_that_are_all_equal_and_runs_that_do_not_go_together_are_refused(
+        rm_run, tiny_data, tmp_path):
+    """Equal once they are cut to the block; another template, which only a file lets through."""
+    alike = {'prompt': 'user: say a:', 'chosen': 'a' * 40 + 'b', 'rejected': 'a' * 40 + 'c'}
+    write_jsonl(tiny_data / 'val.pairs.jsonl', [alike] * 2)
+    with pytest.raises(DataError, match='in each pair both sides are equal, cut to 32 tokens'):
+        rate.main(rate.Config(runs=(str(rm_run),), data=str(tiny_data), device='cpu'))
+    other = torch.load(rm_run / 'ckpt.pt', weights_only=True) | {'template': 'q: {}'}
+    torch.save(other, tmp_path / 'other.pt')
+    with pytest.raises(UserError, match='different tokenizers or templates'):
+        rate.main(rate.Config(runs=(str(rm_run), str(tmp_path / 'other.pt')), device='cpu',
+                              data=str(tiny_data / 'train.pairs.jsonl')))
 
 
 def test_wrong_runs_are_told(sft_run, rm_run):
