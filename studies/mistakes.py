@@ -177,15 +177,19 @@ def draw(rows):
             ax.plot([x] * len(cost), cost, '-', lw=1, color=color)
             ax.plot(x, statistics.fmean(cost), 'o', ms=5, color=color)
             if statistics.fmean(cost) > (1.0 if verdict == 'loud' else 0.3):
-                ax.annotate(NUMBERS[number].split('/')[1], (x, statistics.fmean(cost)), (-6, -2.5),
-                            ha='right', textcoords='offset points', fontsize=7, color=GREY)
+                left = (len(own) - i) % 2               # neighbours' names would overlap
+                ax.annotate(NUMBERS[number].split('/')[1], (x, statistics.fmean(cost)),
+                            (-6 if left else 6, -2.5), ha='right' if left else 'left',
+                            textcoords='offset points', fontsize=7, color=GREY)
     spans = [[row['reward'] for row in rows if (row['number'], row['stage']) == (0, stage)]
              for stage in STEPS]
     wide = max(max(span, default=0.0) - min(span, default=0.0) for span in spans)
     ax.axhspan(-wide, wide, color=GREY, alpha=0.15, lw=0)
     ax.set_xlim(-0.6, 3.6)
     counts = Counter(verdict_of(rows, number) for number in NUMBERS)
-    ax.set_xticks(range(4), [f'{verdict}: {counts[verdict]}' for verdict in VERDICTS])
+    ax.set_xticks(range(4), [f'{verdict}: {counts[verdict]}\n{meaning}' for verdict, meaning in zip(
+        VERDICTS, ('outside what healthy runs show', 'only against the same seed',
+                   'only with the flags of its hunt', 'in no log'))])
     frame(ax, 'What a mistake costs, and whether the log shows it',
           'reward lost against the healthy run of the same seed; line: the range of three seeds; '
           'grey: how far five healthy seeds are apart')
