@@ -8,8 +8,9 @@ Exercises that grade themselves: functions to write, and planted mistakes to fin
     python tests/exercises.py hunt 7            # a copy with mistake 7: its log, a healthy one
     python tests/exercises.py answer 7          # which mistake it was; answer gae: the function
 
-A copy is written to out/exercises/NAME, or to the folder that is named after it; nothing in it says
-which mistake it has. `hunt 7` once more, after you have changed the copy, runs it again. A hunt
+A copy is written to out/exercises/NAME (hunt-7 for a hunt), or to a folder that you give as the
+last word: start gae /tmp/gae. Nothing in the copy of a hunt says which mistake it has. After you
+have changed the copy, call `hunt 7` again: the copy stays as it is, and runs again. A hunt
 needs out/toy/sft and out/toy/rm, which `bash run.sh` makes. exercises.toml says what judges a
 function, and under which flags a mistake of mutants.py shows.
 """
@@ -59,6 +60,7 @@ def judge(name):
     """Runs, in the copy, what judges a function: tests, then golden arrays. Prints the outcome."""
     exercise = FILL_IN[name]
     status = pytest.main(['-x', '-q', '--tb=short', '-p', 'no:cacheprovider',
+                          '-o', 'verbosity_assertions=2',       # lists in full
                           f'--basetemp={TOP}/out/pytest',
                           *(f'tests/{test}' for test in exercise['tests'])])
     if status:                              # pytest has said what fails
@@ -79,8 +81,11 @@ def check(name, folder):
         return f"{name} is not written yet: it is in {folder / exercise['file']}"
     done = run_in(folder, '-c', f'import exercises; exercises.judge({name!r})')
     if failed := re.search(r'^(?:FAILED|ERROR) tests/([\w.]+::\w+)', done.stdout, re.MULTILINE):
-        said = [line for line in done.stdout.splitlines() if line.startswith('E ')]
+        said = re.findall(r'^E (?! +\+ +(?:where|and) ).*\S', done.stdout.split('Full diff')[0],
+                          re.MULTILINE)
+        lines = re.findall(r'^tests/.*: in test_.*\n +(.*)', done.stdout, re.MULTILINE)
         return '\n'.join([f'{failed[1]} fails:', *said[:8],
+                          *(f'Line of the test: {line}' for line in lines[-1:]),
                           'What it means: ' + exercise['tests'][failed[1]]])
     if golden := re.search('^GOLDEN (.*)', done.stdout, re.MULTILINE):
         return (f'The tests pass, but golden array {golden[1]}\nWhat it means: this batch has a '
