@@ -57,9 +57,13 @@ def plant(mutant, folder):
 def run_in(folder, *command):
     """Runs Python in a copy, on one thread, with the copy's own modules."""
     paths = os.pathsep.join(str(folder / name) for name in ('', 'tests', 'tests/golden'))
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, text=True,
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, text=True,
                           capture_output=True, env=os.environ | {
                               'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths})
+    if "No module named 'torch'" in done.stdout + done.stderr:
+        sys.exit(f'error: {sys.executable} has no torch. If run.sh installed it: '
+                 'source .venv/bin/activate')
+    return done
 
 
 # ----------------------------------------------------------------------------- runs and logs
@@ -166,17 +170,21 @@ def hunt(number, folder):
         plant(mutant, folder)
     flags, rows = hunt_flags(number, *FEW[stage])
     work = TOP / 'out/exercises'
-    flags.append(f"--data={write_rows(rows, work / f'rows-{rows}', 2000)}")
+    flags.append(f"--data={write_rows(rows, work / ('rows-' + (rows or 'plain')), 2000)}")
     kept = work / re.sub(r'\W+', '-', ' '.join(['healthy', stage, *flags[:-1], rows]))
     if not (kept / 'done').exists():
         shutil.rmtree(kept, ignore_errors=True)
-        run_stage(TOP, stage, kept, flags)
+        log, words = run_stage(TOP, stage, kept, flags)
+        if not log:
+            sys.exit('error: the healthy run failed:\n' + '\n'.join(words[-5:]))
         (kept / 'done').touch()
     shutil.rmtree(folder / 'out', ignore_errors=True)
     healthy, (planted, words) = read_log(kept), run_stage(folder, stage, folder / 'out/run', flags)
     killed = ', killed after step 5 and resumed' if '--resume' in flags else ''
     print(f'{folder} ran train_{stage}.py {" ".join(flags)}{killed}\n')
-    print('\n'.join(word for word in words if re.match(r'(train:|val:|error|\w*Error)', word)))
+    frames = [word for word in words if word.startswith(f'  File "{folder}')]
+    print('\n'.join(word for word in words if word in frames[-1:]     # where the run failed
+                    or re.match(r'(train:|val:|error|\w*Error)', word)))
     show_logs(healthy, planted)
     unchanged = (folder / mutant.file).read_text() == mutated(mutant)
     print(f'\nFind the line, mend it there, and call hunt {number} again, or answer {number}.'
