@@ -47,9 +47,9 @@ def save_picture(figure, path):
     print(f'wrote {path}')
 
 
-def show_picture(cfg, path, draw):
+def show_picture(cfg, path, draw, name=''):
     """Saves draw(), a Figure, beside the table, if the study has added to it; not with --quick."""
-    picture = path.with_suffix('.png')
+    picture = path.with_name(f'{path.stem}{name}.png')
     if cfg.quick:
         return
     if not path.exists():
