@@ -3,7 +3,7 @@ Do the diffs of studies/methods/ still do what they say? The suite asks the quic
 
     python tests/diffs.py               # all five, a minute
     python tests/diffs.py rloo kto      # two of them
-    python tests/diffs.py --slips       # six planted slips per diff, all noticed: three minutes
+    python tests/diffs.py --slips       # six planted slips per diff, all noticed: two minutes
 
 Each diff is applied to a copy of the project, and tried there on the letters task of conftest.py,
 from a policy and a reward model that know it (an untrained policy never ends: all scores are equal,
