@@ -165,169 +165,176 @@ def norm_of(loss, policy, trained):
 
 # ----------------------------------------------------------------------------- inside a copy
 
-def judge(name, script, flags, metric, bound, runs, checks):
-    """Runs checks on a diff, in the copy; returns what is wrong with the first that fails, or ''.
+class Trial:
+    """A diff in its copy, in a process of its own; each check returns what is wrong, or ''."""
 
-    runs is a folder with data, sft and rm. Called in a process of its own (see check).
-    """
-    import torch
-    from conftest import log_rows, same
-    from prefgpt import GPT, Run, load_checkpoint, load_model, parse_config
-    module, runs = importlib.import_module(script), Path(runs)
-    assert Path(module.__file__).resolve().parent == Path.cwd().resolve(), module.__file__
-    ppo = script == 'train_ppo'
-    # Five new tokens: some responses end, others are cut
-    common = dict(data=runs / 'data', init=runs / 'sft', reward=runs / 'rm', device='cpu', warmup=2,
-                  max_new_tokens=5, rollout_size=24, batch_size=8 if ppo else 24, eval_every=2,
-                  **flags)
+    def __init__(self, name, script, flags, metric, bound, runs):
+        """runs is a folder with data, odd, sft and rm; the rest is of the header's check line."""
+        self.name, self.flags, self.metric, self.bound = name, flags, metric, bound
+        self.module, self.runs = importlib.import_module(script), Path(runs)
+        assert Path(self.module.__file__).resolve().parent == Path.cwd().resolve()
+        self.ppo, self.samples = script == 'train_ppo', hasattr(self.module, 'rollout')
+        # Five new tokens: some responses end, others are cut
+        self.common = dict(
+            data=self.runs / 'data', init=self.runs / 'sft', reward=self.runs / 'rm', device='cpu',
+            warmup=2, max_new_tokens=5, rollout_size=24, batch_size=8 if self.ppo else 24,
+            eval_every=2, steps=6, lr=3e-3) | flags
 
-    def run(out, **changes):
-        options = {'lr': 3e-3, 'steps': 6, **common, **changes, 'out': runs / name / out}
-        argv = [f'--{key}={value}' for key, value in options.items()
-                if hasattr(module.Config, key)]
-        return module.main(parse_config(module.Config, argv))
+    def config(self, **changes):
+        """Returns the script's Config with these changes; names that it lacks are left out."""
+        from prefgpt import parse_config
+        Config = self.module.Config
+        return parse_config(Config, [f'--{key}={value}' for key, value in {
+            **self.common, **changes}.items() if hasattr(Config, key)])
 
-    def doctests():
-        failed, tried = doctest.testmod(module)
+    def run(self, out, **changes):
+        """Trains into a folder; returns the last evaluation's numbers."""
+        return self.module.main(self.config(**changes, out=self.runs / self.name / out))
+
+    def log(self, out):
+        """Returns the rows of a run's log."""
+        from conftest import log_rows
+        return log_rows(self.runs / self.name / out)
+
+    def doctests(self):
+        failed, tried = doctest.testmod(self.module)
         return f'{failed} of {tried} fail' if failed or not tried else ''
 
-    def by_hand():
+    @contextlib.contextmanager
+    def recorded(self, *names):
+        """Records calls of the script's functions: {name: [(arguments as they were, result)]}."""
+        calls = {name: [] for name in names}
+        functions = {name: getattr(self.module, name) for name in names}
+
+        def recording(name):
+            def function(*arguments, **options):
+                kept = [copy.deepcopy(argument) if hasattr(argument, 'parameters') else argument
+                        for argument in arguments]
+                calls[name].append((kept, functions[name](*arguments, **options)))
+                return calls[name][-1][1]
+            return function
+        for name in names:
+            setattr(self.module, name, recording(name))
+        yield calls
+        for name in names:
+            setattr(self.module, name, functions[name])
+
+    def by_hand(self):
         # Two passes over a rollout batch: in the second one ratios are not 1. A batch_size that no
-        # batch fills; pairs that tie at no_eos_score; odd pairs, of which z is above 0
-        own = dict(data=runs / ('data' if hasattr(module, 'rollout') else 'odd'), batch_size=32,
-                   ppo_epochs=2, steps=2, ref_ema=0.3, chosen_weight=1.5, rejected_weight=0.5,
-                   micro_batch_size=7,
-                   temperature=0.7, lr=1e-2 if ppo or name == 'kto' else 5e-3, beta=0.5,
-                   no_eos_score=-20, max_new_tokens=5 if ppo else 4)
-        if not ppo:
-            own['batch_size'] = 24
-        watched = 'rollout' if hasattr(module, 'rollout') else 'pair_logprobs'
-        sampled, steps, examples, before = [], [], [], {}
-
-        def watch(function, calls):
-            def watching(model, *rest):
-                copied, training = copy.deepcopy((model, rest[:2])), torch.is_grad_enabled()
-                result = function(model, *rest)
-                if watched == 'rollout' or training:
-                    calls.append((*copied, result))
-                return result
-            return watching
-
-        def optimizer_step(optimizer, model, *rest, **losses):
-            copied = copy.deepcopy(model)
-            copied.zero_grad()
-            steps.append((copied, before['optimizer_step'](optimizer, model, *rest, **losses)))
-            return steps[-1][1]
-
-        def load_examples(*arguments, **options):
-            examples.append(before['load_examples'](*arguments, **options))
-            return examples[-1]
-        for attribute, function in (
-                (watched, watch(getattr(module, watched), sampled)),
-                ('optimizer_step', optimizer_step), ('load_examples', load_examples)):
-            before[attribute] = getattr(module, attribute)
-            setattr(module, attribute, function)
-        run('hand', **own)
-        for attribute, function in before.items():
-            setattr(module, attribute, function)
-        (policy, norm), (sampler, rest, result) = steps[-1], sampled[1]         # of step 2
-        cfg = parse_config(module.Config, [
-            f'--{key}={value}' for key, value in {**common, **own}.items()
-            if hasattr(module.Config, key)])
-        start = load_model(GPT, load_checkpoint(runs / 'sft', ['sft']), 'policy', 'cpu')
-        plain = GPT(policy.config)                  # LoRA's, merged
+        # rollout batch fills, pairs that tie at no_eos_score, odd pairs, with a z above 0
+        own = dict(batch_size=32 if self.ppo else 24, micro_batch_size=7, ppo_epochs=2, steps=2,
+                   ref_ema=0.3, temperature=0.7, beta=0.5, no_eos_score=-20, chosen_weight=1.5,
+                   rejected_weight=0.5, lr=1e-2 if self.ppo or self.name == 'kto' else 5e-3,
+                   max_new_tokens=5 if self.ppo else 4)
+        if not self.samples:
+            own['data'] = self.runs / 'odd'
+        with self.recorded('optimizer_step', 'load_examples',
+                           'rollout' if self.samples else 'pair_logprobs') as calls:
+            self.run('hand', **own)
+        (_, policy, *_), norm = calls['optimizer_step'][-1]
+        policy.zero_grad()
+        plain = self.start()                        # LoRA's, merged
         plain.load_state_dict(policy.state_dict())
-        if watched == 'rollout':
-            (ref, _), (grid, scores, ended, _) = rest, result
-            followed = start.wte.weight.lerp(sampler.wte.weight, 0.3) if ppo else start.wte.weight
-            if not torch.allclose(ref.wte.weight, followed, atol=1e-6):
-                return 'the reference is elsewhere'
-            rows = [(x[:int(mask.int().argmax()) + 1].tolist(), y[mask].tolist())
-                    for x, y, mask in zip(grid['x'], grid['y'], grid['mask'])]
-            new, old, of_ref = ([logprobs(model, *row, cfg.temperature) for row in rows]
-                                for model in (plain, sampler, ref))
-            old, of_ref = ([[p.detach() for p in row] for row in lists] for lists in (old, of_ref))
-            assert 0 < ended.sum() < len(ended), 'some responses must end, and some not'
-            scores = [min(score, -20.0) if response[-1] != 256 else score
-                      for score, (_, response) in zip(scores.tolist(), rows)]
-            loss = globals()[f'{name}_loss'](new, old, of_ref, scores, cfg)
-        else:
-            half = sampled[len(sampled) // 2:]      # the micro-batches of step 2
-            pairs = [pair for _, (micro, _), _ in half for pair in micro]
-            loss = {'kto': kto_loss, 'lora': dpo_loss}[name](plain, start, pairs, examples[0][0],
-                                                              cfg)
-        ours = norm_of(loss, plain, policy if name == 'lora' else None)
+        loss = (self.rollout_loss if self.samples else self.pairs_loss)(plain, calls,
+                                                                        self.config(**own))
+        ours = norm_of(loss, plain, policy if self.name == 'lora' else None)
         return '' if abs(ours - norm) < 2e-5 * ours else f'norm {norm:.6f}, by hand {ours:.6f}'
 
-    def groups():
-        if not hasattr(module, 'rollout'):
-            return ''
-        asked, rollout = [], module.rollout
-        module.rollout = lambda *a: asked.append(a[3]) or rollout(*a)
-        run('groups', steps=1)
-        module.rollout, n = rollout, flags.get('n', 2)
-        rows = [asked[0][i:i + int(n)] for i in range(0, len(asked[0]), int(n))]
-        if len(asked[0]) != (24 if ppo else 48):
-            return f'{len(asked[0])} responses'
-        if all(len(set(map(tuple, group))) == 1 for group in rows) and rows[0] != rows[1]:
-            return ''
-        return 'a group has several prompts'
+    def start(self):
+        """Returns the policy that the runs start from."""
+        from prefgpt import GPT, load_checkpoint, load_model
+        return load_model(GPT, load_checkpoint(self.runs / 'sft', ['sft']), 'policy', 'cpu')
 
-    def resumed():
-        run('whole')
+    def rollout_loss(self, policy, calls, cfg):
+        """Returns the loss by hand in the last optimizer step of step 2, on its rollout batch."""
+        (sampler, ref, *_), (grid, scores, ended, _) = calls['rollout'][1]
+        start = self.start().wte.weight
+        assert (ref.wte.weight - start.lerp(sampler.wte.weight, 0.3 * self.ppo)).abs().max() < 1e-6
+        assert 0 < ended.sum() < len(ended), 'some responses must end, and some not'
+        rows = [(x[:int(mask.int().argmax()) + 1].tolist(), y[mask].tolist())
+                for x, y, mask in zip(grid['x'], grid['y'], grid['mask'])]
+        new, old, of_ref = ([logprobs(model, *row, cfg.temperature) for row in rows]
+                            for model in (policy, sampler, ref))
+        old, of_ref = ([[p.detach() for p in row] for row in lists] for lists in (old, of_ref))
+        scores = [min(score, -20.0) if response[-1] != 256 else score
+                  for score, (_, response) in zip(scores.tolist(), rows)]
+        return globals()[f'{self.name}_loss'](new, old, of_ref, scores, cfg)
+
+    def pairs_loss(self, policy, calls, cfg):
+        """Returns the loss by hand in step 2, on the pairs of its micro-batches."""
+        train = calls['load_examples'][0][1][0]
+        trained = [pairs for (_, pairs, _), result in calls['pair_logprobs']
+                   if result.requires_grad]
+        pairs = [pair for micro in trained[len(trained) // 2:] for pair in micro]
+        return {'kto': kto_loss, 'lora': dpo_loss}[self.name](policy, self.start(), pairs, train,
+                                                              cfg)
+
+    def groups(self):
+        if not self.samples:
+            return ''
+        with self.recorded('rollout') as calls:
+            self.run('groups', steps=1)
+        prompts, n = calls['rollout'][0][0][3], int(self.flags.get('n', 2))
+        rows = [prompts[i:i + n] for i in range(0, len(prompts), n)]
+        if len(prompts) != (24 if self.ppo else 48):
+            return f'{len(prompts)} responses'
+        one = all(len(set(map(tuple, group))) == 1 for group in rows) and rows[0] != rows[1]
+        return '' if one else 'a group has several prompts'
+
+    def resumed(self):
+        import torch
+        from conftest import same
+        from prefgpt import Run
+        self.run('whole')
         log = Run.log
 
-        def log_and_die(self, step, *arguments, **metrics):
-            log(self, step, *arguments, **metrics)
+        def log_and_die(run, step, *arguments, **metrics):
+            log(run, step, *arguments, **metrics)
             if step == 5:
                 Run.must_save = False               # as after a kill: the checkpoint is step 4's
                 raise KeyboardInterrupt
         Run.log = log_and_die
         with contextlib.suppress(KeyboardInterrupt):
-            run('parts')
+            self.run('parts')
         Run.log = log
-        run('parts', resume=True)
-        whole, parts = ({**torch.load(runs / name / part / 'ckpt.pt', weights_only=True),
-                         'config': 0} for part in ('whole', 'parts'))
-        logs = [log_rows(runs / name / part) for part in ('whole', 'parts')]
-        return '' if same(whole, parts) and logs[0] == logs[1] else 'not as if never stopped'
+        self.run('parts', resume=True)
+        whole, parts = ({**torch.load(self.runs / self.name / out / 'ckpt.pt', weights_only=True),
+                         'config': 0} for out in ('whole', 'parts'))
+        equal = same(whole, parts) and self.log('whole') == self.log('parts')
+        return '' if equal else 'not as if never stopped'
 
-    def micro():
-        # Pairs are the odd ones again: z must be above 0 to be seen
+    def micro(self):
         own = dict(steps=3, eval_every=3)
-        if name == 'kto':
-            own |= dict(data=runs / 'odd', lr=1e-2, chosen_weight=1.5, rejected_weight=0.5)
-        run('one', **own)
-        run('micro', **own, micro_batch_size=5)
-        if name == 'kto':
-            assert log_rows(runs / name / 'one')[2]['z'] > 0.05, 'z must be above 0 here'
-        for a, b in zip(*(log_rows(runs / name / part) for part in ('one', 'micro'))):
+        self.run('one', **own)
+        self.run('micro', **own, micro_batch_size=5)
+        for a, b in zip(self.log('one'), self.log('micro')):
             for key in a.keys() - {'samples', 'accuracy', 'eval_accuracy'}:     # margins of 0
                 if abs(a[key] - b[key]) > 1e-3 * (abs(a[key]) + 0.1):
                     return f"step {a['step']}: {key} {b[key]:.5f}, not {a[key]:.5f}"
         return ''
 
-    def learns():
-        learned = run('learn', **{'steps': 40, 'rollout_size': 36, 'eval_every': 40, **flags,
-                                  'batch_size': 12 if ppo else 32, 'max_new_tokens': 8})
-        return '' if learned[metric] > bound else f'{metric} {learned[metric]:.3f}, not > {bound}'
+    def learns(self):
+        got = self.run('learn', **{'steps': 40, 'rollout_size': 36, 'eval_every': 40, **self.flags,
+                                   'batch_size': 12 if self.ppo else 32,
+                                   'max_new_tokens': 8})[self.metric]
+        return '' if got > self.bound else f'{self.metric} {got:.3f}, not > {self.bound}'
 
-    def tools():
-        for words in ([f'evaluate {runs}/sft RUN', 'sample RUN --prompt=say_a:',
-                       'hf export RUN --out=RUN/hf']):
-            words = words.replace('RUN', f'{runs}/{name}/learn').split()
-            done = subprocess.run([sys.executable, '-m', f'tools.{words[0]}', *words[1:]],
-                                  text=True, capture_output=True)
+    def tools(self):
+        run = f'{self.runs}/{self.name}/learn'
+        for words in (f'evaluate {self.runs}/sft {run}', f'sample {run} --prompt=say_a:',
+                      f'hf export {run} --out={run}/hf'):
+            done = subprocess.run([sys.executable, '-m', *f'tools.{words}'.split()], text=True,
+                                  capture_output=True)
             if done.returncode:
-                return f"{words[0]}: {done.stderr[-200:]}"
+                return f'{words.split()[0]}: {done.stderr[-200:]}'
         return ''
 
-    functions = {'by hand': by_hand, **{f.__name__: f for f in (doctests, groups, resumed, micro,
-                                                                learns, tools)}}
-    for each in checks:
-        if wrong := functions[each]():
-            return f'{each}: {wrong}'
-    return ''
+    def first_failure(self, checks):
+        """Makes the checks; returns the first one that fails, with what is wrong, or ''."""
+        for each in checks:
+            if wrong := getattr(self, each.replace(' ', '_'))():
+                return f'{each}: {wrong}'
+        return ''
 
 
 # ----------------------------------------------------------------------------- outside
@@ -374,8 +381,8 @@ def check(name, folder, runs, slip=None, checks=CHECKS):
         (own / part).symlink_to(runs / part)
     code = ('import contextlib, io, json, sys, diffs\nsys.path.insert(0, ".")     # the copy\n'
             'with contextlib.redirect_stdout(io.StringIO()):\n'
-            f'    wrong = diffs.judge({name!r}, {script!r}, {flags!r}, {metric!r}, {bound!r}, '
-            f'{str(own)!r}, {checks!r})\nprint(json.dumps(wrong))')
+            f'    trial = diffs.Trial({name!r}, {script!r}, {flags!r}, {metric!r}, {bound!r}, '
+            f'{str(own)!r})\n    wrong = trial.first_failure({checks!r})\nprint(json.dumps(wrong))')
     done = subprocess.run([sys.executable, '-c', code], cwd=place, text=True, capture_output=True,
                           env=os.environ | {'OMP_NUM_THREADS': '1',
                                             'PYTHONPATH': str(TOP / 'tests')})

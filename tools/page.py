@@ -54,7 +54,7 @@ def layout(table, colors, paint):
         block = ['  '.join(lines[0])]
         block += ['  '.join(paint(text, share(table, row, colors[key]) if key in colors else 0)
                             for text, key in zip(line, keys)) for line, row in zip(lines[1:], rows)]
-        blocks.append((block, ' ' * len(block[0])))         # a blank goes below it, beside a longer one
+        blocks.append((block, ' ' * len(block[0])))     # blanks go below it, beside a longer one
     length = max(len(block) for block, _ in blocks)
     return ['   |   '.join(texts) for texts in zip(*(block + [blank] * (length - len(block))
                                                      for block, blank in blocks))]

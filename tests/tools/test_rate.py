@@ -31,6 +31,19 @@ def margins(rm_run, tiny_data):
             for row in load_rows(tiny_data / 'val.pairs.jsonl', 'pairs')]
 
 
+def check_calibration(table, margins):
+    """Compares the bins of a calibration table with loops; returns the expected error."""
+    bins = [[] for _ in range(5)]
+    for margin in margins:
+        p = 1 / (1 + math.exp(-abs(margin)))
+        bins[min(4, int((p - 0.5) * 10))].append((p, margin > 0))
+    assert [each['n'] for each in table] == [len(pairs) for pairs in bins if pairs]
+    for each, pairs in zip(table, filter(None, bins)):
+        assert each['predicted'] == pytest.approx(sum(p for p, _ in pairs) / len(pairs), abs=1e-6)
+        assert each['right'] == pytest.approx(sum(r for _, r in pairs) / len(pairs))
+    return sum(abs(sum(p - r for p, r in pairs)) for pairs in bins) / len(margins)
+
+
 def test_tables_against_loops(rm_run, tiny_data, margins, capsys):
     """Accuracy, loss, ceiling and agreement of all pairs, by a key, and in bins; a key's values are
     there by their number; what the training logged is the same."""
@@ -66,16 +79,7 @@ def test_tables_against_loops(rm_run, tiny_data, margins, capsys):
                         'ceiling': pytest.approx(sum(points[i] for i in here) / len(here)),
                         run: pytest.approx(sum(right[i] for i in here) / len(here))}
 
-    bins = [[] for _ in range(5)]
-    for margin in margins:
-        p = 1 / (1 + math.exp(-abs(margin)))
-        bins[min(4, int((p - 0.5) * 10))].append((p, margin > 0))
-    table, distance = tables[f'calibration of {run}'], 0.0
-    assert [each['n'] for each in table] == [len(pairs) for pairs in bins if pairs]
-    for each, pairs in zip(table, filter(None, bins)):
-        assert each['predicted'] == pytest.approx(sum(p for p, _ in pairs) / len(pairs), abs=1e-6)
-        assert each['right'] == pytest.approx(sum(r for _, r in pairs) / len(pairs))
-        distance += abs(sum(p - r for p, r in pairs)) / n
+    distance = check_calibration(tables[f'calibration of {run}'], margins)
     assert row['ece'] == pytest.approx(distance, abs=1e-6)
     assert f"{row['accuracy']:.3f} ±{row['accuracy_se']:.3f}" in capsys.readouterr().out
 
