@@ -9,7 +9,7 @@ Each diff is applied to a copy of the project, and tried there on the letters ta
 from a policy and a reward model that know it (an untrained policy never ends: all scores are equal,
 all advantages 0, and a test would pass on nothing):
 
-    doctests      the equations of its functions, by hand numbers
+    doctests      the equations of its functions, with numbers by hand
     by hand       the gradient's norm in step 2, by a loop over responses without padding or batch
     groups        every group of responses is of one prompt
     resumed       killed after step 5 and resumed = never stopped, bit for bit (I22)
@@ -146,7 +146,7 @@ def kto_loss(policy, ref, pairs, train, cfg):
 def norm_of(loss, policy, trained):
     """
     Returns the norm of a loss's gradient. Of trained, a model with adapters of rank 8, the policy
-    is the merged form: with W' = W + 2 B A and G the gradient to W', B has 2 G A' and A has 2 B' G.
+    is the merged form: with M = W + 2 B A and G the gradient of M, B's is 2 G A^T and A's 2 B^T G.
     """
     loss.backward()
     if trained is None:

@@ -8,8 +8,9 @@ The five diffs of this folder, measured: GRPO, RLOO, KTO, online DPO and LoRA be
 
 Each diff is applied to a copy of the scripts, and the copy is run. One learning rate per diff: the
 best of three by the judge's reward (contest: pass@1) on seed 0, on training prompts (contest:
-validation problems); --choose runs these. PPO and DPO have the default recipe's, "dpo, tuned" the
-best of the same three as KTO. The other arms with a comma show what another setting does.
+validation problems); --choose runs these. PPO and DPO have the default recipe's (contest: PPO has
+that of studies.contest), "dpo, tuned" the best of the same three as KTO. The other arms with a
+comma show what another setting does.
 
     python -m studies.methods.table
     RLOO's reward is PPO's - 0.3 at least: holds in 5 of 5 seeds
@@ -191,7 +192,8 @@ def lower_loss_and_reward(t):
     return fast['loss'] < full['loss'] and fast['reward'] < full['reward']
 
 
-# Of the last rows of one seed, t[task, arm]: what was seen on another seed, of an older recipe
+# Claims about the last rows of one seed, t[task, arm]. They come from another seed's runs, with an
+# older recipe
 CHECKS = {
     **{f"{name}'s reward is SFT's + 1.0 at least": lambda t, arm=arm: (
         t['toy', arm]['reward'] >= t['toy', 'sft']['reward'] + 1.0)
