@@ -179,8 +179,8 @@ def kl_gradients(actions=5, seed=0):
     log_pi, log_ref = logits.log_softmax(0), ref.log_softmax(0)
     pi, log_ratio = log_pi.exp().detach(), log_ref - log_pi     # pi: how often each is sampled
     means = {'KL(pi, ref)': (log_pi.exp() * (log_pi - log_ref)).sum(),
-             'KL(ref, pi)': (log_ref.exp() * (log_ref - log_pi)).sum(),
              'k1 in the reward': (pi * (log_pi - log_ref).detach() * log_pi).sum(),
+             'KL(ref, pi)': (log_ref.exp() * (log_ref - log_pi)).sum(),
              'k3 in the loss': (pi * (log_ratio.exp() - 1 - log_ratio)).sum()}
     return {name: torch.autograd.grad(mean, logits, retain_graph=True)[0]
             for name, mean in means.items()}
@@ -221,7 +221,7 @@ CHECKS = {
                                                    ('contest', 'ppo')),
     "contest: RLOO's pass@1 is above PPO's": above('pass@1', ('contest', 'rloo'),
                                                    ('contest', 'ppo'))}
-LABELS = {'ppo': 'PPO', 'grpo': 'GRPO', 'rloo': 'RLOO', 'dpo': 'DPO', 'lora': 'LoRA-DPO',
+LABELS = {'ppo': 'PPO', 'grpo': 'GRPO, beta 0.2', 'rloo': 'RLOO', 'dpo': 'DPO', 'lora': 'LoRA-DPO',
           'grpo, beta 0.04': 'GRPO, beta 0.04', 'lora, lr 1e-3': 'LoRA-DPO, lr 1e-3',
           'dpo, tuned': 'DPO, lr 1e-3'}
 
@@ -244,7 +244,8 @@ def draw_kl(rows):
     for i, (name, gradient) in enumerate(kl_gradients().items()):
         left.bar([a + 0.2 * i - 0.3 for a in range(len(gradient))], gradient, 0.2, label=name,
                  color=COLORS[i])
-    frame(left, 'Two KLs, two gradients', 'of five actions, with respect to their logits', 'action')
+    frame(left, 'Two KLs, two gradients', 'gradient with respect to the logits of five actions',
+          'action')
     names(left)
     draw_curves(right, rows, ('ppo', 'grpo', 'grpo, beta 0.04'), 'kl_sft', 'gold')
     frame(right, 'How hard the KL holds', "the judge's reward, mean and std over seeds",
