@@ -18,7 +18,7 @@ import train_ppo
 import train_rm
 import train_sft
 from data.text import build_tokenizer, load_text
-from prefgpt import GPT, GPTConfig, ScalarGPT, save_checkpoint
+from prefgpt import GPT, GPTConfig, Run, ScalarGPT, save_checkpoint
 
 EOS = 256           # of the byte tokenizer: the id after the 256 bytes
 TEMPLATE, LETTERS = 'user: {}\nbot:', 'user: {}'      # the letters' prompts end in none
@@ -130,24 +130,32 @@ def random_run(shared_data, tmp_path_factory):
     return save_tiny_run(tmp_path_factory.mktemp('runs') / 'random', shared_data)
 
 
+def train_tiny_sft(data, out):
+    """Teaches a tiny policy the toy task by SFT; returns its run folder."""
+    train_sft.main(train_sft.Config(
+        data=str(data), out=str(out), n_layer=2, n_head=2, n_embd=32, block_size=32, steps=150,
+        warmup=10, lr=1e-2, eval_every=150, max_new_tokens=8, device='cpu'))
+    return out
+
+
+def train_tiny_rm(data, init, out):
+    """Trains a tiny reward model that likes '!'; returns its run folder."""
+    train_rm.main(train_rm.Config(
+        data=str(data), init=str(init), out=str(out), steps=60, warmup=5, lr=6e-3, eval_every=60,
+        device='cpu'))
+    return out
+
+
 @pytest.fixture(scope='session')
 def sft_run(shared_data, tmp_path_factory):
     """Returns a run folder with a policy that SFT taught the toy task; no test may change it."""
-    out = tmp_path_factory.mktemp('runs') / 'sft'
-    train_sft.main(train_sft.Config(
-        data=str(shared_data), out=str(out), n_layer=2, n_head=2, n_embd=32, block_size=32,
-        steps=150, warmup=10, lr=1e-2, eval_every=150, max_new_tokens=8, device='cpu'))
-    return out
+    return train_tiny_sft(shared_data, tmp_path_factory.mktemp('runs') / 'sft')
 
 
 @pytest.fixture(scope='session')
 def rm_run(shared_data, sft_run, tmp_path_factory):
     """Returns a run folder with a reward model that likes '!'; no test may change it."""
-    out = tmp_path_factory.mktemp('runs') / 'rm'
-    train_rm.main(train_rm.Config(
-        data=str(shared_data), init=str(sft_run), out=str(out), steps=60, warmup=5, lr=6e-3,
-        eval_every=60, device='cpu'))
-    return out
+    return train_tiny_rm(shared_data, sft_run, tmp_path_factory.mktemp('runs') / 'rm')
 
 
 def known(Config, options):
@@ -190,12 +198,30 @@ def contents(value):
     return type(value), value
 
 
-def record(monkeypatch, module, name):
-    """Lets a function of a module run as it is, and lists (arguments, result) of every call."""
+def record(monkeypatch, module, name, keep=lambda argument: argument):
+    """
+    Lets a function of a module run as it is, and lists (arguments, result) of every call. keep
+    copies what later steps change, a model for instance, before the call.
+    """
     calls, function = [], getattr(module, name)
 
     def recording(*arguments, **options):
-        calls.append((arguments, function(*arguments, **options)))
+        kept = tuple(map(keep, arguments))
+        calls.append((kept, function(*arguments, **options)))
         return calls[-1][1]
     monkeypatch.setattr(module, name, recording)
     return calls
+
+
+def kill_after(monkeypatch, step):
+    """Ends a run after a step as a kill would, by KeyboardInterrupt: nothing is saved for it."""
+    log_step = Run.log
+
+    def log_and_die(self, number, *arguments, **metrics):
+        log_step(self, number, *arguments, **metrics)
+        if number == step:
+            with open(self.path, 'a') as file:
+                file.write(f'{{"step": {step + 1}, "los')       # it was about to log another one
+            Run.must_save = False                     # a kill leaves no time to save
+            raise KeyboardInterrupt
+    monkeypatch.setattr(Run, 'log', log_and_die)

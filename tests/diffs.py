@@ -23,6 +23,8 @@ import argparse, contextlib, copy, doctest, importlib, io, json, os, re, statist
 import sys, tempfile
 from pathlib import Path
 
+import pytest
+
 TOP = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TOP), str(TOP / 'tests')]
 METHODS = TOP / 'studies/methods'
@@ -143,6 +145,10 @@ def kto_loss(policy, ref, pairs, train, cfg):
                for prompt, chosen, rejected in pairs) / len(pairs)
 
 
+LOSSES = {'grpo': grpo_loss, 'rloo': rloo_loss, 'online_dpo': online_dpo_loss, 'kto': kto_loss,
+          'lora': dpo_loss}
+
+
 def norm_of(loss, policy, trained):
     """
     Returns the norm of a loss's gradient. Of trained, a model with adapters of rank 8, the policy
@@ -200,24 +206,16 @@ class Trial:
         failed, tried = doctest.testmod(self.module)
         return f'{failed} of {tried} fail' if failed or not tried else ''
 
-    @contextlib.contextmanager
-    def recorded(self, *names):
-        """Records calls of the script's functions: {name: [(arguments as they were, result)]}."""
-        calls = {name: [] for name in names}
-        functions = {name: getattr(self.module, name) for name in names}
+    def recorded(self, out, changes, *names):
+        """Trains; returns the calls of these functions: {name: [(arguments then, result)]}."""
+        from conftest import record
 
-        def recording(name):
-            def function(*arguments, **options):
-                kept = [copy.deepcopy(argument) if hasattr(argument, 'parameters') else argument
-                        for argument in arguments]
-                calls[name].append((kept, functions[name](*arguments, **options)))
-                return calls[name][-1][1]
-            return function
-        for name in names:
-            setattr(self.module, name, recording(name))
-        yield calls
-        for name in names:
-            setattr(self.module, name, functions[name])
+        def snapshot(argument):
+            return copy.deepcopy(argument) if hasattr(argument, 'parameters') else argument
+        with pytest.MonkeyPatch.context() as patch:
+            calls = {name: record(patch, self.module, name, snapshot) for name in names}
+            self.run(out, **changes)
+        return calls
 
     def by_hand(self):
         # Two passes over a rollout batch: in the second one ratios are not 1. A batch_size that no
@@ -228,9 +226,8 @@ class Trial:
                    max_new_tokens=5 if self.ppo else 4)
         if not self.samples:
             own['data'] = self.runs / 'odd'
-        with self.recorded('optimizer_step', 'load_examples',
-                           'rollout' if self.samples else 'pair_logprobs') as calls:
-            self.run('hand', **own)
+        calls = self.recorded('hand', own, 'optimizer_step', 'load_examples',
+                              'rollout' if self.samples else 'pair_logprobs')
         (_, policy, *_), norm = calls['optimizer_step'][-1]
         policy.zero_grad()
         plain = self.start()                        # LoRA's, merged
@@ -258,7 +255,7 @@ class Trial:
         old, of_ref = ([[p.detach() for p in row] for row in lists] for lists in (old, of_ref))
         scores = [min(score, -20.0) if response[-1] != 256 else score
                   for score, (_, response) in zip(scores.tolist(), rows)]
-        return globals()[f'{self.name}_loss'](new, old, of_ref, scores, cfg)
+        return LOSSES[self.name](new, old, of_ref, scores, cfg)
 
     def pairs_loss(self, policy, calls, cfg):
         """Returns the loss by hand in step 2, on the pairs of its micro-batches."""
@@ -266,14 +263,12 @@ class Trial:
         trained = [pairs for (_, pairs, _), result in calls['pair_logprobs']
                    if result.requires_grad]
         pairs = [pair for micro in trained[len(trained) // 2:] for pair in micro]
-        return {'kto': kto_loss, 'lora': dpo_loss}[self.name](policy, self.start(), pairs, train,
-                                                              cfg)
+        return LOSSES[self.name](policy, self.start(), pairs, train, cfg)
 
     def groups(self):
         if not self.samples:
             return ''
-        with self.recorded('rollout') as calls:
-            self.run('groups', steps=1)
+        calls = self.recorded('groups', {'steps': 1}, 'rollout')
         prompts, n = calls['rollout'][0][0][3], int(self.flags.get('n', 2))
         rows = [prompts[i:i + n] for i in range(0, len(prompts), n)]
         if len(prompts) != (24 if self.ppo else 48):
@@ -283,20 +278,11 @@ class Trial:
 
     def resumed(self):
         import torch
-        from conftest import same
-        from prefgpt import Run
+        from conftest import kill_after, same
         self.run('whole')
-        log = Run.log
-
-        def log_and_die(run, step, *arguments, **metrics):
-            log(run, step, *arguments, **metrics)
-            if step == 5:
-                Run.must_save = False               # as after a kill: the checkpoint is step 4's
-                raise KeyboardInterrupt
-        Run.log = log_and_die
-        with contextlib.suppress(KeyboardInterrupt):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            kill_after(patch, 5)                    # past the checkpoint of step 4
             self.run('parts')
-        Run.log = log
         self.run('parts', resume=True)
         whole, parts = ({**torch.load(self.runs / self.name / out / 'ckpt.pt', weights_only=True),
                          'config': 0} for out in ('whole', 'parts'))
@@ -353,18 +339,13 @@ def check_line(name):
 
 def prepare(runs):
     """Writes the letters task, and the SFT and reward model that the checks start from."""
-    import train_rm, train_sft
-    from conftest import write_toy_data
-    data = str(write_toy_data(runs / 'data'))
+    from conftest import train_tiny_rm, train_tiny_sft, write_toy_data
+    data = write_toy_data(runs / 'data')
     odd = write_toy_data(runs / 'odd')              # every prompt has the responses to the next one
     rows = [json.loads(line) for line in (odd / 'train.pairs.jsonl').open()]
     (odd / 'train.pairs.jsonl').write_text(''.join(
         json.dumps(row | {'prompt': rows[i - 4]['prompt']}) + '\n' for i, row in enumerate(rows)))
-    train_sft.main(train_sft.Config(
-        data=data, out=f'{runs}/sft', n_layer=2, n_head=2, n_embd=32, block_size=32, steps=150,
-        warmup=10, lr=1e-2, eval_every=150, max_new_tokens=8, device='cpu'))
-    train_rm.main(train_rm.Config(data=data, init=f'{runs}/sft', out=f'{runs}/rm', steps=60,
-                                  warmup=5, lr=6e-3, eval_every=60, device='cpu'))
+    train_tiny_rm(data, train_tiny_sft(data, runs / 'sft'), runs / 'rm')
 
 
 def check(name, folder, runs, slip=None, checks=CHECKS):

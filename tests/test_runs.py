@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, STAGES, log_rows, same, save_tiny_run, tiny_gpt
+from conftest import EOS, STAGES, kill_after, log_rows, same, save_tiny_run, tiny_gpt
 
 import prefgpt
 import train_ppo
@@ -507,19 +507,11 @@ def test_i22_resuming_is_never_having_stopped(stage, config, monkeypatch):
     """I22: six steps at once, and six steps killed after step 5, past the checkpoint of step 4, end
     with the same weights, optimizers, log rows and samples, bit for bit. Catches a value model of
     the policy's shape: PPO's reward model, and so its value model, has another."""
-    main, log_step = STAGES[stage].main, Run.log
+    main = STAGES[stage].main
     whole, parts = config(stage, 'whole'), config(stage, 'parts')
     main(whole)
-
-    def log_and_die(self, step, *arguments, **metrics):
-        log_step(self, step, *arguments, **metrics)
-        if step == 5:
-            with open(self.path, 'a') as file:
-                file.write('{"step": 6, "los')      # and was about to log another one
-            Run.must_save = False                     # a kill leaves no time to save
-            raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, 'log', log_and_die)
+        kill_after(patch, 5)
         main(parts)
     assert load_checkpoint(parts.out, STAGES)['step'] == 4
     assert_resumes_as(whole, parts)
