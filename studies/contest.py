@@ -80,6 +80,11 @@ class Arms:
             'max_new_tokens': TOKENS, 'eval_every': steps, **given}, out=f'{self.out}/{name}'))
         return f'{self.out}/{name}'
 
+    def sft(self, name):
+        """Trains on the demonstrations: 'sft', or 'early', which stops sooner."""
+        return self.train(train_sft, name, self.sizes[f'{name}_steps'], batch_size=64, lr=4e-3,
+                          block_size=32)
+
     def dpo(self, name, init, lr, own_pairs=''):
         """Trains for about one pass over the data set's pairs or over own ones."""
         return self.train(train_dpo, name, self.sizes['own_steps' if own_pairs else 'dpo_steps'],
@@ -127,10 +132,8 @@ class Arms:
 
 def train_arms(arms):
     """Trains everything with one seed; returns {arm: run folder}."""
-    sizes = arms.sizes
-    small, large = sizes['batches']
-    sft, early = (arms.train(train_sft, name, sizes[f'{name}_steps'], batch_size=64, lr=4e-3,
-                             block_size=32) for name in ('sft', 'early'))
+    small, large = arms.sizes['batches']
+    sft, early = arms.sft('sft'), arms.sft('early')
     runs = {'sft': sft, 'early sft': early}
     for lr in DPO_LRS:
         runs[f'dpo {lr:g}'] = arms.dpo(f'dpo-{lr:g}', sft, lr)

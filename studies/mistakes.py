@@ -146,10 +146,9 @@ def run_healthy(stage, seed, template):
     flags = [f'--steps={STEPS[stage][0]}', f'--eval_every={STEPS[stage][1]}']
     logs = {s: healthy(stage, flags, DATA, seed=s) for s in SEEDS}
     loud = loudest(logs[seed][0], [logs[s][0] for s in SEEDS if s != seed])
-    row = dict.fromkeys(template, '') | logs[seed][1] | {
+    return dict.fromkeys(template, '') | logs[seed][1] | {
         'number': 0, 'mistake': 'none', 'stage': stage, 'seed': seed, 'loud_step': loud[0],
         'loud': loud[1], 'verdict': 'loud' if loud[0] else 'healthy'}
-    return row
 
 
 def costs(rows, number):
@@ -168,17 +167,17 @@ def draw(rows):
     figure = new_figure(10, 6)
     ax = figure.subplots()
     for k, verdict in enumerate(VERDICTS):
-        own = [(costs(rows, number), number) for number in NUMBERS
-               if verdict_of(rows, number) == verdict and costs(rows, number)]
-        own.sort(key=lambda pair: statistics.fmean(pair[0]))
-        for i, (cost, number) in enumerate(own):
+        own = [(statistics.fmean(cost), cost, number) for number in NUMBERS
+               if verdict_of(rows, number) == verdict and (cost := costs(rows, number))]
+        own.sort(key=lambda each: each[0])
+        for i, (mean, cost, number) in enumerate(own):
             x = k + 0.6 * (i / max(1, len(own) - 1) - 0.5)      # from the cheapest to the dearest
             color = COLORS[list(STEPS).index(HUNTS[NUMBERS[number]].stage)]
             ax.plot([x] * len(cost), cost, '-', lw=1, color=color)
-            ax.plot(x, statistics.fmean(cost), 'o', ms=5, color=color)
-            if statistics.fmean(cost) > (1.0 if verdict == 'loud' else 0.3):
+            ax.plot(x, mean, 'o', ms=5, color=color)
+            if mean > (1.0 if verdict == 'loud' else 0.3):
                 left = (len(own) - i) % 2               # neighbours' names would overlap
-                ax.annotate(NUMBERS[number].split('/')[1], (x, statistics.fmean(cost)),
+                ax.annotate(NUMBERS[number].split('/')[1], (x, mean),
                             (-6 if left else 6, -2.5), ha='right' if left else 'left',
                             textcoords='offset points', fontsize=7, color=GREY)
     spans = [[row['reward'] for row in rows if (row['number'], row['stage']) == (0, stage)]

@@ -47,14 +47,21 @@ def save_picture(figure, path):
     print(f'wrote {path}')
 
 
-def show_picture(cfg, path, draw, name=''):
+def show_picture(cfg, path, draw):
     """Saves draw(), a Figure, beside the table, if the study has added to it; not with --quick."""
-    picture = path.with_name(f'{path.stem}{name}.png')
+    show_pictures(cfg, path, {'': draw})
+
+
+def show_pictures(cfg, path, draws):
+    """Does the same for several Figures, {what their names add to the table's: function}."""
     if cfg.quick:
         return
     if not path.exists():
         print(f'all of it is in {committed(path)}; --results draws its picture anew')
-    elif importlib.util.find_spec('matplotlib') is None:
-        print(f'{picture} is drawn with matplotlib, which is not installed')
-    else:
-        save_picture(draw(), picture)
+        return
+    for name, draw in draws.items():
+        picture = path.with_name(f'{path.stem}{name}.png')
+        if importlib.util.find_spec('matplotlib') is None:
+            print(f'{picture} is drawn with matplotlib, which is not installed')
+        else:
+            save_picture(draw(), picture)

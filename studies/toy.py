@@ -49,10 +49,15 @@ QUICK = {'sft': dict(steps=8), 'rm': dict(steps=4),
          'dpo': dict(steps=4)}
 
 
+def folders(seed, quick):
+    """Returns the data folder of a seed, and the folder of its runs."""
+    name = 'toy' if seed == 0 else f'toy-{seed}'
+    return f'data/{name}', f'out/quick-{name}' if quick else f'out/{name}'
+
+
 def run_seed(seed, quick):
     """Runs the whole pipeline with one seed, as run.sh has it; returns its rows."""
-    name = 'toy' if seed == 0 else f'toy-{seed}'
-    data, out = f'data/{name}', f'out/quick-{name}' if quick else f'out/{name}'
+    data, out = folders(seed, quick)
     few = QUICK if quick else dict.fromkeys(QUICK, {})
     common = dict(data=data, seed=seed, resume=True, device='cpu')
     prepare.main(prepare.Config(seed=seed, out=data))

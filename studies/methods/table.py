@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 
-import train_sft
 from prefgpt import UserError, run_cli
 from studies import contest, toy
-from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_picture
+from studies.style import COLORS, GREY, POINTS, frame, names, new_figure, show_pictures
 from studies.table import (above, by_seed, complete, mean_and_spread, select, show_claims,
-                           show_means, table_and_seeds)
+                           show_means, spreads_by, table_and_seeds)
 from tools import evaluate
 
 TOP = Path(__file__).resolve().parents[2]
@@ -50,7 +49,6 @@ TOY = {'grpo': ('grpo', 1e-3, 1e-4, 3e-4), 'rloo': ('rloo', 3e-3, 1e-3, 1e-2),
 CONTEST = {'grpo': ('grpo', 3e-4, 1e-3, 3e-3), 'rloo': ('rloo', 1e-3, 3e-4, 3e-3)}
 # Two more arms on data/toy, for the findings: (arm, diff, lr, flags)
 FURTHER = [('grpo, beta 0.04', 'grpo', 1e-3, '--beta=0.04'), ('lora, lr 1e-3', 'lora', 1e-3, '')]
-SIZE = 64                           # responses per rollout batch of the contest
 COLUMNS = ('seed', 'task', 'split', 'arm', 'lr', 'step', 'score', 'gold', 'kl_sft', 'loss',
            'accuracy', 'reward', 'helpful', 'harm', 'refused', 'kl', 'length', 'pass@1', 'pass@10',
            'threads', 'command')
@@ -111,22 +109,21 @@ def rows_of(runs, table, seed, split, task):
 def toy_rows(seed, arms, cfg):
     """Trains arms, [(arm, diff, lr, flags)], on data/toy, and judges them; returns their rows."""
     toy.run_seed(seed, cfg.quick)                   # SFT, reward model, PPO and DPO
-    name = 'toy' if seed == 0 else f'toy-{seed}'
-    data, out = TOP / 'data' / name, TOP / 'out' / ('quick-' * cfg.quick + name)
-    judge = f'--judge={TOP}/data/toy/reward.py'
+    data, out = (TOP / folder for folder in toy.folders(seed, cfg.quick))
+    judge = f'{TOP}/data/toy/reward.py'
     runs = {(stage, ''): f'{out}/{stage}' for stage in ('sft', 'ppo', 'dpo')}
     for arm, diff, lr, flags in arms:
         flags = [f'--data={data}', f'--init={out}/sft', f'--seed={seed}', f'--lr={lr}',
                  *flags.split()]
         flags += [f'--reward={out}/rm'] * (diff in ('grpo', 'rloo', 'online_dpo'))
-        flags += [judge] * (SCRIPTS[diff] == 'train_ppo')
+        flags += [f'--judge={judge}'] * (SCRIPTS[diff] == 'train_ppo')
         flags += ['--steps=2', '--max_new_tokens=8'] * cfg.quick
         flags += ['--rollout_size=16'] * (cfg.quick and SCRIPTS[diff] == 'train_ppo')
         runs[arm, lr] = train(diff, f'{out}/{arm}-{lr:g}'.replace(', ', '-').replace(' ', '-'),
                               flags)
     split = 'train' if cfg.choose else 'val'
     table = evaluate.main(evaluate.Config(
-        runs=tuple(runs.values()), data=str(data), split=split, judge=judge.split('=')[1],
+        runs=tuple(runs.values()), data=str(data), split=split, judge=judge,
         prompts=16 if cfg.quick else 400, max_new_tokens=8 if cfg.quick else 64, device='cpu'))
     return rows_of(runs, table['rows'], seed, split, 'toy')
 
@@ -135,8 +132,7 @@ def contest_rows(seed, arms, cfg):
     """Trains arms on data/contest, and judges them at its middle level; returns their rows."""
     sizes = contest.QUICK if cfg.quick else contest.FULL
     made = contest.Arms(seed, sizes, f"contest-{'quick-' * cfg.quick}{seed}")
-    sft = made.train(train_sft, 'sft', sizes['sft_steps'], batch_size=64, lr=4e-3, block_size=32)
-    size = 8 if cfg.quick else SIZE
+    sft, (size, _) = made.sft('sft'), sizes['batches']
     steps = sizes['rollouts'] // size
     runs = {('sft', ''): sft, ('ppo', ''): made.ppo('ppo-norm-0.001', sft, 1e-3, size)}
     for arm, diff, lr, _ in arms:
@@ -186,12 +182,13 @@ def kl_gradients(actions=5, seed=0):
             for name, mean in means.items()}
 
 
-def lower_loss_and_reward(t):
-    """Tells whether LoRA at ten times DPO's lr has a lower loss than DPO and a lower reward."""
-    fast, full = t['toy', 'lora, lr 1e-3'], t['toy', 'dpo']
-    return fast['loss'] < full['loss'] and fast['reward'] < full['reward']
+def both(*claims):
+    """Returns the claim that these claims hold together."""
+    return lambda arms: all(claim(arms) for claim in claims)
 
 
+PPO, DPO, TUNED, KTO, ONLINE, FAST = (('toy', arm) for arm in (
+    'ppo', 'dpo', 'dpo, tuned', 'kto', 'online_dpo', 'lora, lr 1e-3'))
 # Claims about the last rows of one seed, t[task, arm]. They come from another seed's runs, with an
 # older recipe
 CHECKS = {
@@ -199,24 +196,21 @@ CHECKS = {
         t['toy', arm]['reward'] >= t['toy', 'sft']['reward'] + 1.0)
        for arm, name in (('grpo', 'GRPO'), ('rloo', 'RLOO'), ('kto', 'KTO'),
                          ('online_dpo', 'online DPO'), ('lora', 'LoRA-DPO'))},
-    "KTO's reward is above DPO's": above('reward', ('toy', 'kto'), ('toy', 'dpo')),
-    "KTO's reward is above tuned DPO's": above('reward', ('toy', 'kto'), ('toy', 'dpo, tuned')),
-    "online DPO's reward is above tuned DPO's": above('reward', ('toy', 'online_dpo'),
-                                                      ('toy', 'dpo, tuned')),
+    "KTO's reward is above DPO's": above('reward', KTO, DPO),
+    "KTO's reward is above tuned DPO's": above('reward', KTO, TUNED),
+    "online DPO's reward is above tuned DPO's": above('reward', ONLINE, TUNED),
     "tuned DPO has a lower held-out loss than DPO and a higher reward":
-        lambda t: (t['toy', 'dpo, tuned']['loss'] < t['toy', 'dpo']['loss']
-                   and t['toy', 'dpo, tuned']['reward'] > t['toy', 'dpo']['reward']),
+        both(above('loss', DPO, TUNED), above('reward', TUNED, DPO)),
     "online DPO's reward is above DPO's, at a higher kl":
-        lambda t: all(t['toy', 'online_dpo'][name] > t['toy', 'dpo'][name]
-                      for name in ('reward', 'kl')),
+        both(above('reward', ONLINE, DPO), above('kl', ONLINE, DPO)),
     "RLOO's reward is PPO's - 0.3 at least":
-        lambda t: t['toy', 'rloo']['reward'] >= t['toy', 'ppo']['reward'] - 0.3,
+        lambda t: t['toy', 'rloo']['reward'] >= t[PPO]['reward'] - 0.3,
     'GRPO at beta 0.04 has a lower reward than at 0.2':
         above('reward', ('toy', 'grpo'), ('toy', 'grpo, beta 0.04')),
     'GRPO at beta 0.04 has a lower reward than SFT':
         above('reward', ('toy', 'sft'), ('toy', 'grpo, beta 0.04')),
     'LoRA at ten times the rate of DPO has a lower held-out loss and a lower reward':
-        lower_loss_and_reward,
+        both(above('loss', DPO, FAST), above('reward', DPO, FAST)),
     "contest: GRPO's pass@1 is above PPO's": above('pass@1', ('contest', 'grpo'),
                                                    ('contest', 'ppo')),
     "contest: RLOO's pass@1 is above PPO's": above('pass@1', ('contest', 'rloo'),
@@ -229,11 +223,9 @@ LABELS = {'ppo': 'PPO', 'grpo': 'GRPO, beta 0.2', 'rloo': 'RLOO', 'dpo': 'DPO', 
 def draw_curves(ax, rows, arms, x, y):
     """Draws y over x, means over the seeds at each evaluation, and y's standard deviation."""
     for arm, color in zip(arms, COLORS):
-        own = select(rows, task='toy', arm=arm)
-        points = [[mean_and_spread([row[name] for row in select(own, step=step)])
-                   for name in (x, y)] for step in sorted({row['step'] for row in own})]
-        ax.errorbar([px[0] for px, _ in points], [py[0] for _, py in points],
-                    [py[1] for _, py in points], color=color, label=LABELS[arm], **POINTS)
+        own = select(rows, task='toy', arm=arm)         # of each seed in the order of the steps
+        (_, across, _), (_, means, spreads) = (spreads_by(own, 'step', name) for name in (x, y))
+        ax.errorbar(across, means, spreads, color=color, label=LABELS[arm], **POINTS)
     names(ax)
 
 
@@ -286,9 +278,8 @@ def main(cfg):
         own = Path(cfg.csv)
         cfg = replace(cfg, seeds='0', csv=str(own.with_stem(f'{own.stem}_choose')))
     path, seeds = table_and_seeds(cfg)
-    splits = ('train', 'val-interview') if cfg.choose else ('val', 'test-interview')
     rows = complete(path, seeds, lambda seed: run_seed(seed, cfg))
-    ends = [row for row in rows if row['split'] in splits and '' != row['length']]
+    ends = [row for row in rows if row['length'] != '']         # the last row of each run
     for task, columns in (('toy', ('reward', 'helpful', 'harm', 'refused', 'kl', 'length')),
                           ('contest', ('pass@1', 'pass@10', 'kl', 'length'))):
         show_means(select(ends, task=task), ('arm', 'lr'), columns)
@@ -296,8 +287,8 @@ def main(cfg):
         print(f'{name:<18}', *(f'{number:7.4f}' for number in gradient))
     if cfg.choose:
         return ends
-    for name, draw in (('kl', draw_kl), ('critic', draw_critic), ('lora', draw_lora)):
-        show_picture(cfg, path, lambda: draw(rows), f'_{name}')
+    show_pictures(cfg, path, {'_kl': lambda: draw_kl(rows), '_critic': lambda: draw_critic(rows),
+                              '_lora': lambda: draw_lora(rows)})
     return show_claims(CHECKS, by_seed(ends, 'task', 'arm'), cfg.quick)
 
 
